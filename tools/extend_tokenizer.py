@@ -19,7 +19,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from megavlm.config.option_types import existing
 from megavlm.data.text.chat_tokens import DEFAULT
 from megavlm.data.text.templates import chat_format
-from megavlm.data.text.tokenizer import extend, fingerprint, first_tokens, load_tokenizer
+from megavlm.data.text.tokenizer import (
+    extend,
+    fingerprint,
+    first_tokens,
+    load_tokenizer,
+    save_tokenizer,
+)
 
 
 def main() -> int:
@@ -54,7 +60,7 @@ def main() -> int:
         tokenizer.chat_template = chat_format(DEFAULT).hf_template(
             bos=bool(first_tokens(tokenizer))
         )
-        tokenizer.save_pretrained(options.out)
+        save_tokenizer(tokenizer, options.out)
     except (ValueError, OSError) as error:
         print(f"extend_tokenizer: error: {error}", file=sys.stderr)
         return 2

@@ -47,6 +47,7 @@ from megavlm.data.text.tokenizer import (
     QFORMER_TOKENIZER,
     fingerprint,
     load_tokenizer,
+    save_tokenizer,
 )
 from megavlm.io.atomic import new_folder
 from megavlm.io.progress import Progress
@@ -265,7 +266,7 @@ def _read_without_code(folder: Path, target: Path) -> str:
     it, as ``tokenizer.json``, and return its fingerprint.
     """
     tokenizer = load_tokenizer(folder)
-    tokenizer.save_pretrained(target)
+    save_tokenizer(tokenizer, target)
     written = fingerprint(load_tokenizer(target))
     if written != fingerprint(tokenizer):
         raise ValueError(f"{folder}: its tokenizer is another one once it is saved")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from megavlm.checkpoint import step_folder
@@ -22,6 +21,7 @@ from megavlm.convert.hf.convert import open_weights, refuse_other
 from megavlm.convert.hf.hub_formats import HubFormat, dialect_of, hub_format_of
 from megavlm.convert.hf.json_files import class_of_transformers
 from megavlm.convert.hf.peft_folder import CONFIG, NORMS, PREFIX, WEIGHTS
+from megavlm.convert.hf.safetensors_files import write_in_memory
 from megavlm.convert.weights.adapters import adapted_rows, factors
 from megavlm.convert.weights.mapping import Row
 from megavlm.convert.weights.tables import rows
@@ -89,7 +89,7 @@ def export(
             parts = row.split(source[row.key]).items()
             tensors |= {PREFIX + in_memory[name]: part.contiguous() for name, part in parts}
     with new_folder(Path(out), "--out") as growing:
-        save_file(tensors, growing / WEIGHTS, metadata={"format": "pt"})
+        write_in_memory(tensors, growing / WEIGHTS, {"format": "pt"})
         settings = _settings(architecture.lora, targets, str(base), modules)
         (growing / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return Path(out)

@@ -13,13 +13,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megavlm.config.schema import Architecture, Vision
 from megavlm.convert.hf.hub_formats import HUB_FORMATS
-from megavlm.convert.hf.safetensors_files import SafetensorsFolder
+from megavlm.convert.hf.safetensors_files import SafetensorsFolder, write_in_memory
 from megavlm.convert.weights.families import clip
 from megavlm.convert.weights.tables import Dialect, unused_rows
 from megavlm.convert.weights.views import Header, HuggingFaceView
@@ -87,11 +86,7 @@ def write(weights: Weights, folder: Path) -> None:
     """
     if not weights:
         return
-    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
-    try:
-        save_file(tensors, folder / FILE_NAME)
-    except SafetensorError as error:
-        raise OSError(f"{folder / FILE_NAME}: {error}") from error
+    write_in_memory(weights, folder / FILE_NAME)
 
 
 def read(folder: Path) -> dict[str, Tensor]:

@@ -54,6 +54,7 @@ from megavlm.data.text.tokenizer import (
     fingerprint,
     first_tokens,
     load_tokenizer,
+    save_tokenizer,
 )
 from megavlm.io import atomic
 from megavlm.io.progress import Progress
@@ -160,9 +161,9 @@ def _save(tokenizer: Any, words: Any, folder: Path) -> None:
     """Write both tokenizers into a dataset, that of the Q-Former inside the other one's folder, as
     in the folders of transformers.
     """
-    tokenizer.save_pretrained(folder / TOKENIZER_NAME)
+    save_tokenizer(tokenizer, folder / TOKENIZER_NAME)
     if words:
-        words.save_pretrained(folder / TOKENIZER_NAME / QFORMER_TOKENIZER)
+        save_tokenizer(words, folder / TOKENIZER_NAME / QFORMER_TOKENIZER)
 
 
 def _context_token_id(job: Job, tokenizer: Any) -> int:

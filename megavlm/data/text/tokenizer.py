@@ -148,6 +148,20 @@ def load_tokenizer(folder: str | Path, flag: str = "--tokenizer") -> PreTrainedT
         raise ValueError(f"{flag} {folder}: holds no readable tokenizer: {text:.300}") from None
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer into a folder, which is made if it is missing.
+
+    Raises:
+        OSError: the disk is full, or fails. The package tokenizers raises Exception itself.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(f"{folder}: the tokenizer could not be written: {error}") from error
+
+
 def add_special_tokens(tokenizer: PreTrainedTokenizerBase, image_tokens: str = "internvl") -> int:
     """Add those tokens of ``image_tokens``, a row of ``IMAGE_TOKEN_SETS``, that are
     missing, and return how many were.

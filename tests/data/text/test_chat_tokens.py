@@ -19,6 +19,7 @@ from megavlm.data.text.tokenizer import (
     add_special_tokens,
     fingerprint,
     load_tokenizer,
+    save_tokenizer,
 )
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -246,3 +247,9 @@ def test_folders_without_a_tokenizer(tmp_path):
         load_tokenizer(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no readable tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_cannot_be_written_is_an_error_of_the_disk(tmp_path):
+    (tmp_path / "tokenizer.json").mkdir()
+    with pytest.raises(OSError, match="could not be written: Is a directory"):
+        save_tokenizer(load_tokenizer(GOLDEN / "tokenizer"), tmp_path)
