@@ -100,7 +100,7 @@ def _unwritable(flag: str, name: str) -> Iterator[str]:
     while not os.path.lexists(place):
         place = place.parent
     if name and not place.is_dir():
-        yield f"{flag} {name}: {place} is no folder; name one that is, or can be made"
+        yield f"{flag} {name}: {place} is a file, or a link to nothing; name a folder"
     elif name and not os.access(place, os.W_OK | os.X_OK):
         yield f"{flag} {name}: nothing can be written in {place}; name another folder"
 

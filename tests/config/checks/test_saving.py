@@ -40,7 +40,7 @@ def test_a_place_that_cannot_be_written_to_is_found_before_training(
             ("export_hf", dict(save=good, export_hf=bad)),
         ):
             [found] = problems(**settings)
-            assert found.startswith(f"--checkpoint.{flag} {bad}: ") and "is no folder" in found
+            assert found.startswith(f"--checkpoint.{flag} {bad}: ") and "is a file" in found
     assert problems(save=good, export_hf=str(tmp_path / "export")) == []
     # As on a file system that is mounted read-only; the tests may run as root.
     monkeypatch.setattr(os, "access", lambda path, mode: False)
