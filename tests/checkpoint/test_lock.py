@@ -217,3 +217,16 @@ def test_a_taker_that_was_killed_holds_the_next_one_up_no_longer_than_its_death_
         found.check()
     assert time.monotonic() - start < 10
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_lock_that_cannot_be_removed_does_not_hide_why_the_run_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(30, "Read-only file system", str(path))
+
+    with pytest.raises(SystemExit), held(tmp_path):
+        monkeypatch.setattr(Path, "unlink", refuse)
+        raise SystemExit(2)
+    monkeypatch.undo()
+    assert (tmp_path / FILE_NAME).exists()
