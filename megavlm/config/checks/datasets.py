@@ -256,12 +256,19 @@ def _together(config: Config, facts: Sequence[DatasetFacts]) -> Iterator[str]:
 
 def batch_warnings(config: Config, facts: Sequence[DatasetFacts]) -> Iterator[str]:
     """Yield the training sets that have fewer packs than a step draws from them: that runs, but a
-    step then holds packs twice.
+    step then holds packs twice. Yield a step of one pair, which has no other to be told from.
     """
     train = [dataset for dataset in facts if dataset.flag == "--data.train" and dataset.num_packs]
     if not train or len(train) != len(config.data.train_folders):
         return
     batch = config.training.global_batch_size
+    is_single = batch == 1 and all(one.num_packs == one.num_samples for one in train)
+    if config.architecture.needs.is_of_pairs and is_single:
+        yield (
+            "--training.global_batch_size 1: a step has one pair, and no other that it could be"
+            " contrasted with; use a larger batch, or packs of several pairs"
+            " (tools/pack_dataset.py --capacity)"
+        )
     for dataset, drawn in _packs_of_step(config, train):
         if drawn > dataset.num_packs:
             counted = "1 pack" if dataset.num_packs == 1 else f"{dataset.num_packs} packs"

@@ -175,6 +175,24 @@ def test_a_step_of_more_packs_than_there_are_is_warned_of(
     assert all(words in warning for words, warning in zip(warned, found, strict=True)), found
 
 
+@pytest.mark.parametrize(
+    ("batch", "samples", "objective", "is_warned"),
+    [
+        (1, 9, "contrastive", True),
+        (1, 9, "next_token", False),
+        (2, 9, "contrastive", False),
+        (1, 10, "contrastive", False),
+    ],
+)
+def test_a_step_of_one_pair_is_warned_of(
+    packs: Path, batch: int, samples: int, objective: str, is_warned: bool
+):
+    options = ["--training.global_batch_size", str(batch), "--architecture.objective", objective]
+    config = tiny(packs, *options)
+    found = list(batch_warnings(config, [facts(config, num_packs=9, num_samples=samples)]))
+    assert ["a step has one pair" in warning for warning in found] == [True] * is_warned
+
+
 def test_blended_packs_have_one_capacity(packs: Path):
     config = tiny(packs)
     [problem] = facts_problems(config, [facts(config), facts(config, folder="other", capacity=512)])
