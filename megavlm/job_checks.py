@@ -7,6 +7,7 @@ from pathlib import Path
 from megavlm.config import unfreezing
 from megavlm.config.checks import rules
 from megavlm.config.checks.datasets import DatasetFacts, batch_warnings, facts_problems
+from megavlm.config.checks.unread import TOLERATED, unread
 from megavlm.config.lora import lora_problems
 from megavlm.config.parameter_groups import name_problems, setting_problems
 from megavlm.config.recipes import RECIPES
@@ -33,12 +34,12 @@ def problems(config: Config, world_size: int) -> list[str]:
 
 
 def warnings(config: Config) -> list[str]:
-    """Return what runs, but hardly as it is meant.
+    """Return what runs, but hardly as it is meant, and options that are not read.
 
     Raises:
         ValueError: a dataset that cannot be used.
     """
-    return list(batch_warnings(config, dataset_facts(config)))
+    return [*batch_warnings(config, dataset_facts(config)), *unread(config, TOLERATED)]
 
 
 def parameter_problems(config: Config) -> list[str]:

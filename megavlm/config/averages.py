@@ -43,9 +43,6 @@ def ema_problems(config: Any) -> Iterator[str]:
     ema = config.ema
     if not 0 <= ema.decay < 1:
         yield f"--ema.decay {ema.decay}: must be 0 or more, and less than 1, such as 0.999"
-    for name in ("warmup", "evaluate", "export"):
-        if vars(ema)[name] and not ema.decay:
-            yield f"--ema.{name} true has no effect without --ema.decay, such as 0.999"
     if ema.export and not config.checkpoint.export_hf:
         yield "--ema.export true needs --checkpoint.export_hf, the folder for the model"
     if ema.evaluate and not (config.data.valid or config.eval.tasks):

@@ -26,6 +26,15 @@ def changed(settings: Any, *names: str, usual: Any = None) -> dict[str, Any]:
     }
 
 
+def values(section: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted path and the value of every field of a configuration."""
+    for name, value in vars(section).items():
+        if is_dataclass(value):
+            yield from values(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", value
+
+
 def differing(old: Any, new: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
     """Yield dotted path, old value and new value of every field in which two configurations differ.
 

@@ -113,6 +113,11 @@ class Optimizer:
         return self.kind in ("adamw", "adam")
 
     @property
+    def decays(self) -> bool:
+        """Whether any step has weight decay."""
+        return self.weight_decay > 0 or self.end_weight_decay > 0
+
+    @property
     def lowest_lr(self) -> float:
         """Lowest learning rate after the warm-up."""
         return self.min_lr or self.min_lr_ratio * self.lr

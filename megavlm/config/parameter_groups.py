@@ -189,9 +189,11 @@ def _without_effect(optimizer: Optimizer, trained: set[str], usual: Optimizer) -
                 f"--optimizer.{name} {vars(optimizer)[name]} has no effect: nothing of {part} is in"
                 " --training.trainable; leave it out"
             )
-    decays = optimizer.weight_decay or optimizer.end_weight_decay
-    if optimizer.no_decay and changed(optimizer, "no_decay", usual=usual) and not decays:
+    asked = changed(optimizer, "no_decay", "decay", usual=usual)
+    plain = vars(Optimizer())
+    for name in (name for name in asked if asked[name] != plain[name] and not optimizer.decays):
+        value = optimizer.decay if name == "decay" else ",".join(optimizer.no_decay)
         yield (
-            f"--optimizer.no_decay {','.join(optimizer.no_decay)} has no effect with"
-            " --optimizer.weight_decay 0; leave it out"
+            f"--optimizer.{name} {value} has no effect with --optimizer.weight_decay 0; leave it"
+            " out"
         )

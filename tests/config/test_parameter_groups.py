@@ -98,6 +98,7 @@ def test_ranges_of_layers_become_names() -> None:
             "language_layer_decay 0.9 has no effect: nothing of language is in",
         ),
         ("--weight-decay 0 --optimizer.no_decay vision", "no_decay vision has no effect with"),
+        ("--weight-decay 0 --optimizer.decay matrices", "decay matrices has no effect with"),
         (
             "--training.trainable connector --optimizer.no_decay vision",
             "names frozen parameters only",

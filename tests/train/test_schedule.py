@@ -331,7 +331,6 @@ def test_a_share_of_the_rates_drops_fewer_branches() -> None:
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        (dict(end_drop_path=0.3), "--training.end_drop_path 0.3 has no effect with"),
         (dict(drop_path=1.0), "--training.drop_path 1.0: must be 0 or more, and less than 1"),
         (
             dict(trainable=("connector",), drop_path_schedule="linear", end_drop_path=0.3),

@@ -12,7 +12,6 @@ from megavlm.config.checks.limits import at_least
 from megavlm.config.checks.no_vision import model_problems
 from megavlm.config.connectors import WITH_NEWLINES
 from megavlm.config.differences import changed
-from megavlm.config.options import shown_value
 from megavlm.config.schema import NO_LANGUAGE, Architecture
 
 
@@ -42,43 +41,8 @@ def architecture_problems(arch: Architecture) -> list[str]:
     if not found:
         found += [*_vision(arch), *_parts(arch), *model_problems(arch)]
         found += [*_language(arch), *_added_tokens(arch)] if language.exists else []
-        found += [*cross_attention.problems(arch), *_unused(arch)]
+        found += cross_attention.problems(arch)
     return found
-
-
-def _unused(arch: Architecture) -> Iterator[str]:
-    """Yield settings of parts that the model does not have."""
-    sections = []
-    if not arch.cross_attention.every:
-        why = "--architecture.cross_attention.every is 0"
-        sections.append(("cross_attention", arch.cross_attention, why))
-    if arch.objective != "contrastive":
-        why = f"--architecture.objective is {arch.objective}"
-        sections.append(("contrastive", arch.contrastive, why))
-    of_kinds = {"qformer": arch.connector.qformer, "resampler": arch.connector.resampler}
-    why = f"--architecture.connector.kind is {arch.connector.kind}"
-    sections += [
-        (f"connector.{kind}", settings, why)
-        for kind, settings in of_kinds.items()
-        if kind != arch.connector.kind
-    ]
-    if arch.connector.kind != "mean_query" and changed(arch.connector, "heads"):
-        yield (
-            f"--architecture.connector.heads {arch.connector.heads} has no effect:"
-            f" --architecture.connector.kind is {arch.connector.kind}; leave it out"
-        )
-    if arch.connector.kind not in ("mlp", "linear") and not arch.connector.bias:
-        yield (
-            "--architecture.connector.bias false has no effect: --architecture.connector.kind is"
-            f" {arch.connector.kind}; leave it out"
-        )
-    for section, settings, why in sections:
-        usual = vars(type(settings)())
-        for name, value in changed(settings).items():
-            yield (
-                f"--architecture.{section}.{name} {shown_value(value)} has no effect: {why};"
-                f" leave it out, or use {shown_value(usual[name])}"
-            )
 
 
 def _parts(arch: Architecture) -> Iterator[str]:

@@ -19,8 +19,3 @@ def drop_path_problems(training: Training) -> Iterator[str]:
                 f"--training.{name} {rate} has no effect: --training.trainable"
                 f" {','.join(training.trainable)} leaves the vision encoder frozen; use 0"
             )
-    if training.drop_path_schedule == "constant" and training.end_drop_path:
-        yield (
-            f"--training.end_drop_path {training.end_drop_path} has no effect with"
-            " --training.drop_path_schedule constant; use linear or cosine"
-        )

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megavlm.config.checks.limits import at_least
-from megavlm.config.differences import changed
 from megavlm.config.long_runs import BadSteps, Profile
 
 
 def bad_steps_problems(bad: BadSteps) -> Iterator[str]:
-    """Name the rules for bad steps that cannot be used, or would have no effect."""
+    """Name the rules for bad steps that cannot be used."""
     yield from at_least(2, "bad_steps", bad, "window")
     yield from at_least(1, "bad_steps", bad, "most_in_a_row", "most")
     if bad.spike_factor and not 1 < bad.spike_factor < float("inf"):
@@ -18,21 +17,10 @@ def bad_steps_problems(bad: BadSteps) -> Iterator[str]:
             f"--bad_steps.spike_factor {bad.spike_factor}: must be above 1, such as 3, or 0 to look"
             " for no spikes"
         )
-    without = {
-        "--bad_steps.spike_factor, such as 3": (
-            ("spike_action", "window"),
-            bad.spike_factor > 0,
-        ),
-        "--bad_steps.skip true": (("most_in_a_row", "most"), bad.skips),
-    }
-    for needed, (names, is_there) in without.items():
-        if not is_there:
-            for name, value in changed(bad, *names).items():
-                yield f"--bad_steps.{name} {value} has no effect without {needed}"
 
 
 def profile_problems(profile: Profile, steps: int, world_size: int) -> Iterator[str]:
-    """Name the settings of a profile that cannot be used, or would have no effect.
+    """Name the settings of a profile that cannot be used.
 
     Args:
         profile: the settings.
@@ -41,8 +29,6 @@ def profile_problems(profile: Profile, steps: int, world_size: int) -> Iterator[
     """
     yield from at_least(1, "profile", profile, "first_step", "step_count")
     if not profile.folder:
-        for name in changed(profile, "first_step", "step_count", "ranks", "memory"):
-            yield f"--profile.{name} has no effect without --profile.folder"
         return
     last = profile.first_step + profile.step_count - 1
     if last > steps:

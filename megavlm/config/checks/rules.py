@@ -8,7 +8,6 @@ from megavlm.config import unfreezing
 from megavlm.config.averages import ema_problems
 from megavlm.config.checks import start
 from megavlm.config.checks.architecture import architecture_problems
-from megavlm.config.checks.buckets import bucket_problems
 from megavlm.config.checks.data import data_problems
 from megavlm.config.checks.datasets import DatasetFacts, facts_problems
 from megavlm.config.checks.device import DeviceCapabilities, device_problems
@@ -24,6 +23,7 @@ from megavlm.config.checks.objective import objective_layout_problems, objective
 from megavlm.config.checks.observers import observer_problems
 from megavlm.config.checks.optimizer import optimizer_problems
 from megavlm.config.checks.saving import checkpoint_problems
+from megavlm.config.checks.unread import OF_MODEL, OF_RUN, unread
 from megavlm.config.differences import changed
 from megavlm.config.freeze_mask import PARTS, parts_named
 from megavlm.config.layout_text import parse_layout
@@ -83,7 +83,7 @@ def problems(config: Config, world_size: int) -> list[str]:
         *expert_problems(config),
         *bad_steps_problems(config.bad_steps),
         *profile_problems(config.profile, config.training.steps, world_size),
-        *bucket_problems(config.parallel),
+        *at_least(0, "parallel", config.parallel, "bucket_size"),
         *checkpoint_problems(
             config.checkpoint,
             config.training.eval_interval,
@@ -96,6 +96,7 @@ def problems(config: Config, world_size: int) -> list[str]:
         *at_least(0, "logging", config.logging, "peak_tflops"),
         *observer_problems(config.logging, config.checkpoint),
         *_health(config.health),
+        *unread(config, OF_RUN),
     ]
 
 
@@ -112,6 +113,7 @@ def settings_problems(config: Config) -> list[str]:
         *ema_problems(config),
         *_kernels(config.training),
         *_loss(config),
+        *unread(config, OF_MODEL),
     ]
 
 
