@@ -54,6 +54,12 @@ def report(found: Agreement, limit: float | None) -> int:
         f" difference of logits {found.max_abs_difference:.2e}"
     )
     print(f"the same token ranks first at {found.equal_choices} of {found.tokens} positions")
+    if found.choices:
+        print(
+            f"{found.other_choices} of {found.choices} choices of experts differ, by scores of at"
+            f" most {found.largest_shortfall:.2e} of the highest; both models take those of"
+            " transformers"
+        )
     failures = found.failures(limit)
     for failure in failures:
         print(f"FAIL: {failure}")

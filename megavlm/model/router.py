@@ -115,8 +115,7 @@ class PackRouter(TopKRouter):
         """
         logits = self._logits(input.flatten(0, 1))
         scores = logits.sigmoid() if self.has_sigmoid else logits.softmax(-1)
-        chosen = (scores if self.expert_bias is None else scores + self.expert_bias).topk(self.topk)
-        chosen = chosen.indices
+        chosen = self.choose(self.ranking(scores))
         weights = scores.gather(1, chosen)
         if not self.config.moe_router_pre_softmax:
             weights = weights / weights.sum(-1, keepdim=True)
@@ -138,6 +137,14 @@ class PackRouter(TopKRouter):
                 scores = scores / scores.sum(-1, keepdim=True)
             weights = self._balanced(weights, logits, scores, own, is_real)
         return weights, routed
+
+    def ranking(self, scores: Tensor) -> Tensor:
+        """Return what the choice of experts goes by [T, E]: their scores, and the bias if any."""
+        return scores if self.expert_bias is None else scores + self.expert_bias
+
+    def choose(self, ranking: Tensor) -> Tensor:
+        """Return the experts of each token [T, K], by what ``ranking`` gives [T, E]."""
+        return ranking.topk(self.topk).indices
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """Return the router's logits [T, E] in float32, of hidden states [T, D]."""

@@ -21,6 +21,10 @@ class Agreement:
         not_finite: positions at which a logit of either model is NaN or infinite.
         dtype: both models computed in.
         checkpoint: folder of the step that was compared.
+        choices: choices of experts, of one token in one layer each; 0: there are no experts.
+        other_choices: those that differ. The checkpoint's model then takes those of transformers.
+        largest_shortfall: most that the score of such an expert is below that of an own choice, as
+            a share of the highest score.
     """
 
     samples: int
@@ -31,6 +35,9 @@ class Agreement:
     not_finite: int
     dtype: str
     checkpoint: str
+    choices: int = 0
+    other_choices: int = 0
+    largest_shortfall: float = 0.0
 
     def failures(self, limit: float | None = None) -> list[str]:
         """Return what is wrong, one sentence each; an empty list: the models are the same.
@@ -46,6 +53,11 @@ class Agreement:
         if self.not_finite:
             wrong.append(
                 f"{self.not_finite} of {self.tokens} positions have NaN or infinite logits"
+            )
+        if not self.largest_shortfall <= LIMITS[self.dtype]:
+            wrong.append(
+                f"a router chose an expert whose score is lower by {self.largest_shortfall:.2e} of"
+                f" the highest, limit {LIMITS[self.dtype]:.2e}"
             )
         if not self.max_abs_difference <= limit:
             wrong.append(f"logits differ by up to {self.max_abs_difference:.2e}, limit {limit:.2e}")

@@ -7,8 +7,10 @@ exported ones, adapters merged, so that only the order of the sums may differ.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +41,7 @@ from megavlm.parallel import backend, process_groups
 from megavlm.planner.layout import make_layout
 from megavlm.train import checkpoint
 from tools.verification.agreement import Agreement
+from tools.verification.routing import Choices
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -53,6 +56,15 @@ class _Tally:
         self.largest_logit = 0.0
         self.equal = 0
         self.not_finite = 0
+        self.choices = 0
+        self.other_choices = 0
+        self.largest_shortfall = 0.0
+
+    def add_choices(self, found: Choices) -> None:
+        """Count the choices of experts of one pack."""
+        self.choices += found.made
+        self.other_choices += found.other
+        self.largest_shortfall = max(self.largest_shortfall, found.shortfall)
 
     def add(self, ours: Tensor, theirs: Tensor) -> None:
         """Count one sample; ``ours`` and ``theirs`` are its logits, [tokens, vocabulary]."""
@@ -116,6 +128,9 @@ def compare(
         not_finite=tally.not_finite,
         dtype=dtype,
         checkpoint=str(found.folder),
+        choices=tally.choices,
+        other_choices=tally.other_choices,
+        largest_shortfall=tally.largest_shortfall,
     )
 
 
@@ -130,24 +145,57 @@ def _compare_pack(
     architecture = ours.architecture
     batch = dataset.batch(pack_id, pack_id, vision_layers=architecture.vision.num_layers)
     batch = batch.to(next(theirs.parameters()).device)
-    whole = ours(batch, with_loss=False)[:, : architecture.language.vocab_size].float()
-    pixels = ours.vision.normalise(batch.tiles)
-    prefixes = dict(
-        zip(batch.sample_ends.tolist(), batch.prefixes.ends.diff().tolist(), strict=False)
-    )
     images = dataset.reader.read(pack_id, with_images=False).images
-    for sample, (start, end, first, last) in enumerate(_samples(batch, images)):
-        inputs = {"pixel_values": pixels[first:last]} if last > first else {}
-        own = images[images["sample"] == sample]
-        inputs |= size_inputs(theirs, own[["width", "height"]].tolist())
-        inputs |= instruction_inputs(batch.instructions, slice(first, last))
-        if architecture.cross_attention.every:
-            inputs = _read_images(batch, pixels, (start, end, first, last))
-        if architecture.prefix_lm:
-            places = torch.arange(end - start, device=batch.tokens.device)
-            inputs["token_type_ids"] = (places >= prefixes[start]).long()[None]
-        answer = theirs(input_ids=batch.tokens[None, start:end], **inputs).logits[0].float()
-        tally.add(whole[start:end], answer)
+    samples = _samples(batch, images)
+
+    def answer(sample: int) -> Tensor:
+        inputs = _inputs(ours, theirs, batch, images[images["sample"] == sample], samples[sample])
+        start, end, *_ = samples[sample]
+        return theirs(input_ids=batch.tokens[None, start:end], **inputs).logits[0].float()
+
+    choices = Choices(len(batch.tokens))
+    with contextlib.ExitStack() as stack:
+        if architecture.language.num_experts:
+            for sample, (start, *_) in enumerate(samples):
+                with choices.recorded(theirs, start):
+                    answer(sample)
+            stack.enter_context(choices.replayed(ours))
+        whole = ours(batch, with_loss=False)[:, : architecture.language.vocab_size].float()
+    tally.add_choices(choices)
+    for sample, (start, end, *_) in enumerate(samples):
+        tally.add(whole[start:end], answer(sample))
+
+
+def _inputs(
+    ours: VisionLanguageModel,
+    theirs: nn.Module,
+    batch: Batch,
+    images: np.ndarray,
+    sample: tuple[int, int, int, int],
+) -> dict[str, Tensor]:
+    """Return what ``transformers`` reads beside the tokens of a sample.
+
+    Args:
+        ours: the checkpoint's model.
+        theirs: that of ``transformers``.
+        batch: the pack.
+        images: table of the sample's images.
+        sample: first token, end, first tile, end.
+    """
+    start, end, first, last = sample
+    pixels = ours.vision.normalise(batch.tiles)
+    inputs = {"pixel_values": pixels[first:last]} if last > first else {}
+    inputs |= size_inputs(theirs, images[["width", "height"]].tolist())
+    inputs |= instruction_inputs(batch.instructions, slice(first, last))
+    if ours.architecture.cross_attention.every:
+        inputs = _read_images(batch, pixels, sample)
+    if ours.architecture.prefix_lm:
+        prefixes = dict(
+            zip(batch.sample_ends.tolist(), batch.prefixes.ends.diff().tolist(), strict=False)
+        )
+        places = torch.arange(end - start, device=batch.tokens.device)
+        inputs["token_type_ids"] = (places >= prefixes[start]).long()[None]
+    return inputs
 
 
 def _read_images(
@@ -252,11 +300,14 @@ def _adapters(module: nn.Module) -> Iterator[tuple[LowRankAdapter, Tensor]]:
 
 
 def _samples(batch: Batch, images: np.ndarray) -> list[tuple[int, int, int, int]]:
-    """Return first token and end, first tile and end of each sample, without the padding at the
-    end; ``images`` is the pack's table of images.
+    """Return first token and end, first tile and end of each sample, without the padding behind
+    it, whose logits are nobody's: routers send it to no expert. ``images`` is the pack's table of
+    images.
     """
-    ends = batch.sample_ends.tolist()
+    starts = batch.sample_ends.tolist()
+    real = np.concatenate([[0], (~batch.is_padding).cpu().numpy().cumsum()])
+    ends = [start + int(real[end] - real[start]) for start, end in pairwise(starts)]
     tiles = np.bincount(images["sample"], weights=images["tiles"], minlength=batch.samples)
     last = np.cumsum(tiles, dtype=np.int64).tolist()
     first = [0, *last[:-1]]
-    return list(zip(ends[: batch.samples], ends[1:], first, last, strict=False))
+    return list(zip(starts[: batch.samples], ends, first, last, strict=False))
