@@ -45,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         help="packs to draw (default: three, spread over the dataset)",
     )
     options = parser.parse_args(arguments)
+    if options.packs and not options.picture:
+        parser.error("argument --packs: no effect without --picture; leave it out")
     try:
         text = show(options)
     except (OSError, ValueError) as error:

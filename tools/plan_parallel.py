@@ -34,6 +34,7 @@ from tools.planning.options import (
     read_config,
     read_hardware,
     read_packs,
+    unread,
 )
 
 
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options, others = make_parser(__doc__ or "").parse_known_args(arguments)
     try:
-        if wrong := list(number_problems(options)):
+        if wrong := [*number_problems(options), *unread(options)]:
             raise ValueError("\n  ".join(wrong))
         config = read_config(options, others)
         packs = read_packs(options)

@@ -48,6 +48,21 @@ def test_what_a_number_must_be_is_told(capsys: pytest.CaptureFixture[str]):
     ]
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--data", "packs", "--tiles", "9"], "--tiles 9 has no effect: --data says what packs"),
+        (["--layout", "", "--top", "3"], "--top 3 has no effect with --layout"),
+        (["--supervised", "20000"], "--supervised 20000: must be at most --capacity 16384"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main([*_RUN, *words]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {told}")
+
+
 def test_packs_that_the_ranks_of_a_layout_cannot_share_are_refused(
     capsys: pytest.CaptureFixture[str],
 ):

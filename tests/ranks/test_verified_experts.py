@@ -26,7 +26,7 @@ WORDS = 457
 MODELS = {
     "qwen3_moe": test_experts.MODEL,
     "gpt_oss": test_gpt_oss.MODEL,
-    "dots1": test_routing.MODEL,
+    "dots1": test_routing.EXPORTED,
 }
 
 

@@ -26,6 +26,7 @@ _SIZES = {
     "supervised": (4096.0, "tokens of a pack that have a loss, on average"),
     "sample_tokens": (2000.0, "tokens of a sample, on average"),
 }
+_TOP = 12
 _HARDWARE = {
     "tflops": "dense bfloat16 rate of a GPU, in TFLOP/s, as in its data sheet",
     "memory_gib": "memory of a GPU, in GiB",
@@ -95,7 +96,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
             default=field.default,
             help=f"{_HARDWARE[field.name]} {shown}",
         )
-    parser.add_argument("--top", type=int, default=12, help=f"layouts to show {shown}")
+    parser.add_argument("--top", type=int, default=_TOP, help=f"layouts to show {shown}")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write all layouts as JSON")
     parser.add_argument(
         "--picture",
@@ -114,6 +115,19 @@ def _add_packs(parser: argparse.ArgumentParser, shown: str) -> None:
         parser.add_argument(
             f"--{name}", type=type(default), default=default, help=f"{what} {shown}"
         )
+
+
+def unread(options: argparse.Namespace) -> Iterator[str]:
+    """Yield the options that would have no effect beside others."""
+    usual = {name: default for name, (default, _) in _SIZES.items()}
+    given = {name: vars(options)[name] for name in usual if vars(options)[name] != usual[name]}
+    for name, size in given.items():
+        if options.data:
+            yield f"--{name} {size:g} has no effect: --data says what packs hold; leave it out"
+        elif name != "tiles" and size > options.capacity:
+            yield f"--{name} {size:g}: must be at most --capacity {options.capacity}"
+    if options.layout is not None and options.top != _TOP:
+        yield f"--top {options.top} has no effect with --layout, which is one layout; leave it out"
 
 
 def number_problems(options: argparse.Namespace) -> Iterator[str]:
@@ -178,7 +192,7 @@ def _problems(config: Config, ranks: int) -> list[str]:
 def read_packs(options: argparse.Namespace) -> Packs:
     """Return what a pack holds on average; raises as ``Reader`` if ``--data`` is no dataset."""
     if not options.data:
-        squared = options.capacity * options.sample_tokens
+        squared = options.capacity * min(options.sample_tokens, options.capacity)
         size = PackSize(
             tokens=options.capacity,
             squared_lengths=squared,

@@ -154,7 +154,7 @@ def export(
     source = _merged(ShardsFolder(folder / SHARDS, averages=averages), architecture, dialect)
     used = HuggingFaceView(source, architecture, dtype, dialect=dialect)
     unused = (
-        unused_weights.of_encoder(Path(vision), architecture.vision)
+        unused_weights.of_export(Path(vision), architecture, dialect)
         if vision
         else unused_weights.read(folder)
     )

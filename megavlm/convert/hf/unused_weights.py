@@ -39,6 +39,20 @@ def of_model(folder: Path, architecture: Architecture, dialect: Dialect) -> dict
     return {name[start:]: source[name].clone() for name in names}
 
 
+def of_export(folder: Path, architecture: Architecture, dialect: Dialect) -> dict[str, Tensor]:
+    """Read them for an export from the folder that ``--vision`` names.
+
+    Raises:
+        ValueError: files of the dialect hold none of them, or as ``of_encoder``.
+    """
+    if not unused_rows(architecture, dialect):
+        raise ValueError(
+            f"--vision {folder}: has no effect, since files of --dialect {dialect} hold no weights"
+            " that training does not use; leave it out"
+        )
+    return of_encoder(folder, architecture.vision)
+
+
 def of_encoder(folder: Path, vision: Vision) -> dict[str, Tensor]:
     """Read them from the folder of a CLIP or SigLIP, with or without its text half.
 

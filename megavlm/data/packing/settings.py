@@ -163,6 +163,11 @@ class Job:
                 f"{flag}: the image of a pair is one tile; give --tiling crop, pad or"
                 " stretch, or --max_tiles 1, which stretches it too"
             )
+        if self.system_message and "{}" not in form.system:
+            raise ValueError(
+                f"--system {self.system_message}: has no effect, since {flag} has no system turn;"
+                " leave it out"
+            )
         if form.is_of_pairs and self.alignment != 1:
             raise ValueError(
                 f"--alignment {self.alignment}: a text of {flag} ends with its last token; use 1"

@@ -80,3 +80,5 @@ def test_a_tokenizer_without_that_of_the_q_former_is_refused(tmp_path: Path, wor
     golden_words(tmp_path / "alone", "llava")
     with pytest.raises(ValueError, match="has the tokenizer of its Q-Former in qformer_tokenizer/"):
         convert.export(start, tmp_path / "out", tokenizer=tmp_path / "alone")
+    with pytest.raises(ValueError, match="--vision .* has no effect, since files of --dialect in"):
+        convert.export(start, tmp_path / "out", vision=tmp_path)

@@ -15,6 +15,7 @@ from PIL import Image as Picture
 from megavlm.data.inspect.statistics import overview_of, to_text
 from megavlm.data.store.reader import Reader
 from tests.data.samples import make_dataset
+from tools.inspect_dataset import main
 
 TOOL = Path(__file__).parents[3] / "tools" / "inspect_dataset.py"
 TOKENIZER = Path(__file__).parents[2] / "golden" / "tokenizer"
@@ -58,7 +59,9 @@ def test_text(folder):
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize(("option", "status"), [("--check", 0), ("--help", 0), ("--packs=99", 1)])
+@pytest.mark.parametrize(
+    ("option", "status"), [("--check", 0), ("--help", 0), ("--packs=99 --picture=p.png", 1)]
+)
 def test_a_reader_that_stops_early_is_no_error(folder, unbuffered, option, status):
     """As with ``| head -1``; the pipe breaks at a print, or at the last flush. Errors stay
     errors.
@@ -71,7 +74,7 @@ def test_a_reader_that_stops_early_is_no_error(folder, unbuffered, option, statu
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
-        [sys.executable, TOOL, folder, option],
+        [sys.executable, TOOL, folder, *option.split()],
         stdout=writing,
         stderr=subprocess.PIPE,
         env=environment,
@@ -107,7 +110,7 @@ def test_tool(folder, tmp_path):
         and wrong.stderr.startswith("error: ")
         and "manifest.json" in wrong.stderr
     )
-    far = run(folder, "--packs", "39", "40")
+    far = run(folder, "--packs", "39", "40", "--picture", str(tmp_path / "packs.png"))
     assert (far.returncode, far.stderr) == (1, "error: --packs 40: the packs are 0 to 39\n")
 
 
@@ -160,3 +163,9 @@ def test_letters_that_no_font_has_are_told_in_one_line(tmp_path, capsys, monkeyp
     drawing.draw(PackedDataset(tmp_path), [0], tmp_path / "packs.png")
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "2 letters that no installed font has" in told
+
+
+def test_packs_to_draw_without_a_picture_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "--packs", "1"])
+    assert "--packs: no effect without --picture" in capsys.readouterr().err

@@ -121,6 +121,10 @@ def test_an_end_is_cut_off_behind_whole_images(data: Path) -> None:
         (["--template", "clip", "--alignment", "1"], "--tiling anyres: --template clip has no"),
         (["--template", "flamingo"], "--tiling anyres: --template flamingo has no placeholder"),
         (["--capacity", "40"], "lower --grids"),
+        (
+            ["--template", "llava_plain", "--system", "Be kind."],
+            "--system Be kind.: has no effect, since --template llava_plain has no system turn",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(
