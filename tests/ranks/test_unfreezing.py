@@ -96,6 +96,10 @@ def test_a_group_counts_its_own_updates_past_skipped_steps() -> None:
     assert not early["is_frozen"] and not late["is_frozen"] and early["lr"] == 1e-2
     ratio = (1 - beta1**6) / (1 - beta1**3) * ((1 - beta2**3) / (1 - beta2**6)) ** 0.5
     assert late["lr"] == pytest.approx(1e-2 * ratio, rel=1e-12)
+    smaller = ((1 - beta2**3) / (1 - beta2**6)) ** 0.5
+    assert late["eps"] / early["eps"] == pytest.approx(smaller, rel=1e-12)
+    shrunk = early["lr"] * early["weight_decay"]
+    assert late["lr"] * late["weight_decay"] == pytest.approx(shrunk, rel=1e-12) and shrunk > 0
     set_rates(optimizer, config, step=3, skipped=1, skipped_steps=(2,))
     assert late["is_frozen"] and late["lr"] == 0.0 and early["lr"] == 1e-2
 

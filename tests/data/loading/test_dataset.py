@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megavlm.data.images.decode import decode_tiles
-from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.loading.dataset import PackedDataset, label
 from megavlm.data.loading.draws import drop_path_draws
 from megavlm.data.sample import Image, Sample
 from megavlm.data.store.manifest import Manifest, Source
@@ -145,6 +145,12 @@ def test_without_tiles_all_else_is_equal(dataset):
                 left = getattr(with_tiles, entry.name)
                 right = getattr(without, entry.name)
                 assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
+
+
+def test_the_first_token_of_a_sample_is_nobodys_label():
+    tokens = np.array([1, 2, 3, 4, 5], np.int32)
+    found = label(tokens, np.ones(5, bool), np.array([2, 3]), "sample")
+    assert [values.tolist() for values in found] == [[2, 0, 4, 5, 0], [1, 0, 0.5, 0.5, 0]]
 
 
 def test_weight_sum_does_not_depend_on_order(dataset):
