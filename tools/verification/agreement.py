@@ -60,5 +60,8 @@ class Agreement:
                 f" the highest, limit {LIMITS[self.dtype]:.2e}"
             )
         if not self.max_abs_difference <= limit:
-            wrong.append(f"logits differ by up to {self.max_abs_difference:.2e}, limit {limit:.2e}")
+            text = f"logits differ by up to {self.max_abs_difference:.2e}, limit {limit:.2e}"
+            if self.dtype != "float32":
+                text += f"; rounding to {self.dtype} may do that: compare in float32 (--dtype)"
+            wrong.append(text)
         return wrong
