@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from megavlm.checkpoint import step_folder
 from megavlm.checkpoint.step_folder import SHARDS, Checkpoint
-from megavlm.config.schema import Fp8, Parallel
+from megavlm.config.schema import Architecture, Fp8, Parallel
 from megavlm.convert.dist_checkpoint import ShardsFolder
 from megavlm.convert.hf import convert
 from megavlm.convert.hf.reference import (
@@ -147,12 +147,15 @@ def _compare_pack(
     batch = batch.to(next(theirs.parameters()).device)
     images = dataset.reader.read(pack_id, with_images=False).images
     samples = _samples(batch, images)
+    pixels = ours.vision.normalise(batch.tiles)
 
     def answer(sample: int) -> Tensor:
-        inputs = _inputs(ours, theirs, batch, images[images["sample"] == sample], samples[sample])
+        own = images[images["sample"] == sample]
+        inputs = _inputs(architecture, theirs, batch, pixels, own, samples[sample])
         start, end, *_ = samples[sample]
         return theirs(input_ids=batch.tokens[None, start:end], **inputs).logits[0].float()
 
+    # With experts each sample is computed twice: the logits of a pack are too large to keep two.
     choices = Choices(len(batch.tokens))
     with contextlib.ExitStack() as stack:
         if architecture.language.num_experts:
@@ -167,29 +170,30 @@ def _compare_pack(
 
 
 def _inputs(
-    ours: VisionLanguageModel,
+    architecture: Architecture,
     theirs: nn.Module,
     batch: Batch,
+    pixels: Tensor,
     images: np.ndarray,
     sample: tuple[int, int, int, int],
 ) -> dict[str, Tensor]:
     """Return what ``transformers`` reads beside the tokens of a sample.
 
     Args:
-        ours: the checkpoint's model.
+        architecture: of both models.
         theirs: that of ``transformers``.
         batch: the pack.
+        pixels: of its tiles, normalised.
         images: table of the sample's images.
         sample: first token, end, first tile, end.
     """
     start, end, first, last = sample
-    pixels = ours.vision.normalise(batch.tiles)
     inputs = {"pixel_values": pixels[first:last]} if last > first else {}
     inputs |= size_inputs(theirs, images[["width", "height"]].tolist())
     inputs |= instruction_inputs(batch.instructions, slice(first, last))
-    if ours.architecture.cross_attention.every:
+    if architecture.cross_attention.every:
         inputs = _read_images(batch, pixels, sample)
-    if ours.architecture.prefix_lm:
+    if architecture.prefix_lm:
         prefixes = dict(
             zip(batch.sample_ends.tolist(), batch.prefixes.ends.diff().tolist(), strict=False)
         )
