@@ -87,7 +87,7 @@ def export(
     for row in table:
         if any(_module_of(in_memory[name], modules) for name in row.names):
             parts = row.split(source[row.key]).items()
-            tensors |= {PREFIX + in_memory[name]: part.contiguous() for name, part in parts}
+            tensors |= {PREFIX + in_memory[name]: part for name, part in parts}
     with new_folder(Path(out), "--out") as growing:
         write_in_memory(tensors, growing / WEIGHTS, {"format": "pt"})
         settings = _settings(architecture.lora, targets, str(base), modules)
@@ -118,10 +118,10 @@ def _adapters(
     for row in adapted:
         for name, (a, b, magnitude) in factors(source, row).items():
             stem = PREFIX + in_memory[name].removesuffix("weight")
-            tensors[f"{stem}lora_A.weight"] = a.contiguous()
-            tensors[f"{stem}lora_B.weight"] = b.contiguous()
+            tensors[f"{stem}lora_A.weight"] = a
+            tensors[f"{stem}lora_B.weight"] = b
             if magnitude is not None:
-                tensors[f"{stem}{NORMS}"] = magnitude.contiguous()
+                tensors[f"{stem}{NORMS}"] = magnitude
     return tensors
 
 
