@@ -7,11 +7,10 @@ from pathlib import Path
 from megavlm.config import unfreezing
 from megavlm.config.checks import rules
 from megavlm.config.checks.datasets import DatasetFacts, batch_warnings, facts_problems
-from megavlm.config.checks.unread import TOLERATED, unread
+from megavlm.config.checks.unread import TOLERATED, preset_of, unread
 from megavlm.config.lora import lora_problems
 from megavlm.config.parameter_groups import name_problems, setting_problems
-from megavlm.config.recipes import RECIPES
-from megavlm.config.schema import Config, Optimizer
+from megavlm.config.schema import Config
 from megavlm.data.records.readers import is_annotation
 from megavlm.data.store.manifest import read_manifest
 from megavlm.io.remote import is_remote
@@ -50,15 +49,8 @@ def parameter_problems(config: Config) -> list[str]:
     wrong += lora_problems(config.architecture.lora, trainable, keys)
     if wrong:
         return wrong
-    wrong += name_problems(config.optimizer, trainable, keys, _usual_optimizer(config))
+    wrong += name_problems(config.optimizer, trainable, keys, preset_of(config).optimizer)
     return wrong or list(unfreezing.name_problems(config.training, keys))
-
-
-def _usual_optimizer(config: Config) -> Optimizer:
-    """Return the settings that the run's stage of its recipe has."""
-    row = RECIPES.get(config.recipe)
-    stage = row.stages.get(config.stage) if row else None
-    return stage.optimizer if stage else Optimizer()
 
 
 def dataset_facts(config: Config) -> list[DatasetFacts]:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from megavlm.config.differences import changed
 from megavlm.config.freeze_mask import matches
 from megavlm.config.optimizer import Kind
+from megavlm.config.options import shown_value
 from megavlm.config.schema import Architecture, Optimizer
 
 _LAYER = re.compile(r"(?:vision\.encoder|language\.decoder)\.layers\.(\d+)\.")
@@ -189,11 +190,11 @@ def _without_effect(optimizer: Optimizer, trained: set[str], usual: Optimizer) -
                 f"--optimizer.{name} {vars(optimizer)[name]} has no effect: nothing of {part} is in"
                 " --training.trainable; leave it out"
             )
-    asked = changed(optimizer, "no_decay", "decay", usual=usual)
-    plain = vars(Optimizer())
-    for name in (name for name in asked if asked[name] != plain[name] and not optimizer.decays):
-        value = optimizer.decay if name == "decay" else ",".join(optimizer.no_decay)
-        yield (
-            f"--optimizer.{name} {value} has no effect with --optimizer.weight_decay 0; leave it"
-            " out"
-        )
+    if optimizer.decays:
+        return
+    for name, value in changed(optimizer, "no_decay", "decay").items():
+        if value != vars(usual)[name]:
+            yield (
+                f"--optimizer.{name} {shown_value(value)} has no effect with"
+                " --optimizer.weight_decay 0; leave it out"
+            )

@@ -133,11 +133,6 @@ def _schedule(optimizer: Optimizer, training: Training) -> Iterator[str]:
             f"--optimizer.decay_steps {optimizer.decay_steps} must be more than the {warmup} steps"
             " of the warm-up, which it counts too"
         )
-    if optimizer.counted_from == "start" and not warmup:
-        yield (
-            "--optimizer.counted_from start has no effect without a warm-up, from whose end the"
-            " schedule would count; leave it out, or set --optimizer.warmup_steps"
-        )
     if schedule == "step":
         yield from at_least(1, "optimizer", optimizer, "step_interval")
         if not 0 < optimizer.step_factor < 1:
@@ -163,9 +158,4 @@ def _weight_decay(optimizer: Optimizer) -> Iterator[str]:
         yield (
             f"--optimizer.end_weight_decay {optimizer.end_weight_decay} has no effect with"
             " --optimizer.weight_decay_schedule constant; use linear or cosine"
-        )
-    elif optimizer.weight_decay_schedule != "constant" and not optimizer.decays:
-        yield (
-            f"--optimizer.weight_decay_schedule {optimizer.weight_decay_schedule} has no effect"
-            " with --optimizer.weight_decay 0 and no --optimizer.end_weight_decay; leave it out"
         )

@@ -126,6 +126,16 @@ OF_MODEL = (
         why=" with --architecture.image_text.contrast 0",
     ),
     Row(
+        keys=("optimizer.counted_from",),
+        is_read=lambda run: run.optimizer.warmup(run.training.steps) > 0,
+        why=" without a warm-up, such as of --optimizer.warmup_steps, from whose end it counts",
+    ),
+    Row(
+        keys=("optimizer.weight_decay_schedule",),
+        is_read=lambda run: run.optimizer.decays,
+        why=" with --optimizer.weight_decay 0 and no --optimizer.end_weight_decay",
+    ),
+    Row(
         keys=("training.drop_path_schedule",),
         is_read=lambda run: run.training.highest_drop_path > 0,
         why=" without --training.drop_path or --training.end_drop_path",
@@ -261,7 +271,7 @@ def unread(config: Config, rows: Sequence[Row]) -> Iterator[str]:
         config: the run.
         rows: the table.
     """
-    preset = dict(values(_preset(config)))
+    preset = dict(values(preset_of(config)))
     plain = dict(values(Config(stage="", model="")))
     given = {key: value for key, value in values(config) if value not in (preset[key], plain[key])}
     for row in rows:
@@ -278,7 +288,7 @@ def _names(row: Row, key: str) -> bool:
     return any(key == name or (name[-1] == "." and key.startswith(name)) for name in row.keys)
 
 
-def _preset(config: Config) -> Config:
+def preset_of(config: Config) -> Config:
     """Return the settings that the run's stage of its recipe has."""
     row = RECIPES.get(config.recipe)
     stage = row.stages.get(config.stage) if row else None
