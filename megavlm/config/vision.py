@@ -12,8 +12,9 @@ PIXELS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]]
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "siglip": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
-# How images are resized to tiles.
+# How images are resized to tiles, and Pillow's numbers of that, by which image processors name it.
 Resample = Literal["bicubic", "bilinear"]
+RESAMPLES: dict[Resample, int] = {"bilinear": 2, "bicubic": 3}
 
 
 @dataclass(frozen=True, kw_only=True)

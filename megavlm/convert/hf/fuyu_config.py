@@ -10,7 +10,7 @@ import torch
 
 from megavlm.config.connectors import Connector
 from megavlm.config.schema import Architecture, Vision
-from megavlm.config.vision import PIXELS
+from megavlm.config.vision import PIXELS, RESAMPLES
 from megavlm.convert.hf import json_files as shared
 from megavlm.convert.hf import language_config, tokenizer_files
 from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, write_json
@@ -157,7 +157,7 @@ def write_files(
         "image_processor_type": "FuyuImageProcessor",
         "processor_class": _PROCESSOR,
         **pixel_settings(architecture),
-        "resample": shared.RESAMPLES["bilinear"],
+        "resample": RESAMPLES["bilinear"],
         "size": {"height": height, "width": width},
         "patch_size": {"height": side, "width": side},
         **_FILLING,

@@ -8,15 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megavlm.config.vision import PIXELS
+from megavlm.config.vision import PIXELS, RESAMPLES
 
 FILE_NAME = "config.json"
 IMAGE_PROCESSOR_NAME = "preprocessor_config.json"
 PROCESSOR_NAME = "processor_config.json"
 # Sizes of a transformer, as most files of Hugging Face call them.
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
-# Pillow's numbers of ways to resize, by which image processors name them.
-RESAMPLES = {"bilinear": 2, "bicubic": 3}
 NORMS = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm"}
 
 

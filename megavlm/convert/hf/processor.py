@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from megavlm.config.schema import Architecture
+from megavlm.config.vision import RESAMPLES
 from megavlm.convert.hf import chat_config, native_config, tokenizer_files
 from megavlm.convert.hf.json_files import (
     FILE_NAME,
     IMAGE_PROCESSOR_NAME,
-    RESAMPLES,
     read_json,
     write_json,
 )

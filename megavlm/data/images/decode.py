@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image as PillowImage
 from PIL import PngImagePlugin, UnidentifiedImageError
 
+from megavlm.config.vision import RESAMPLES
 from megavlm.data.images.jpeg import decode_jpeg, is_whole, load_jpeg_decoder, plain_size
 
 # Pillow warns above 89 million pixels and refuses twice that, but scans and maps of honest data are
@@ -33,11 +34,6 @@ MAX_TEXT_BYTES = 2**26
 # Of a file that is open, in which the size is looked for first.
 HEAD_BYTES = 2**13
 PngImagePlugin.MAX_TEXT_CHUNK = MAX_TEXT_BYTES
-# How images are resized, as ``--architecture.vision.resample`` names it.
-RESAMPLES = {
-    "bicubic": PillowImage.Resampling.BICUBIC,
-    "bilinear": PillowImage.Resampling.BILINEAR,
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

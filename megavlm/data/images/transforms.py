@@ -9,8 +9,9 @@ import numpy as np
 from PIL import Image as PillowImage
 from PIL import ImageEnhance
 
+from megavlm.config.vision import RESAMPLES
 from megavlm.data.images.augment import Change
-from megavlm.data.images.decode import RESAMPLES, cut_tiles, decode_pixels
+from megavlm.data.images.decode import cut_tiles, decode_pixels
 
 
 def decode_changed(

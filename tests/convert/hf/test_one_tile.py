@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, PaliGemmaConfig
 
-from megavlm.config.vision import PIXELS
+from megavlm.config.vision import PIXELS, RESAMPLES
 from megavlm.convert.hf import one_tile
 from megavlm.convert.hf.hub_formats import HUB_FORMATS
-from megavlm.convert.hf.json_files import RESAMPLES, pixel_fields, write_json
+from megavlm.convert.hf.json_files import pixel_fields, write_json
 from megavlm.convert.hf.limits import limits
 from megavlm.convert.hf.model_config import architecture_from_hf
 from megavlm.convert.hf.preprocessing import Usage

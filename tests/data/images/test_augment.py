@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megavlm.config.vision import RESAMPLES
 from megavlm.data.images.anyres import fitted_size
 from megavlm.data.images.augment import Change, draw
 from megavlm.data.images.decode import (
-    RESAMPLES,
     cut_fitted,
     cut_tiles,
     decode_pixels,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megavlm.config.vision import RESAMPLES
 from megavlm.data.images import decode, jpeg
 
 
@@ -24,7 +25,7 @@ def picture(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     return np.clip(smooth * 2 - 128 + rng.integers(-9, 10, smooth.shape), 0, 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize("resample", decode.RESAMPLES)
+@pytest.mark.parametrize("resample", RESAMPLES)
 @pytest.mark.parametrize("seed", range(12))
 def test_resizing(seed, resample):
     resize_to_tiles = pytest.importorskip(

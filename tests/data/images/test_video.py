@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megavlm.data.images.decode import RESAMPLES, cut_tiles
+from megavlm.config.vision import RESAMPLES
+from megavlm.data.images.decode import cut_tiles
 from megavlm.data.images.frame_sampling import FrameChoice, show_frames
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.images.transforms import centre_crop
