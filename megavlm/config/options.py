@@ -11,7 +11,7 @@ import inspect
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from types import MappingProxyType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
@@ -105,7 +105,7 @@ class Option:
     kind: Any
     help: str
 
-    @property
+    @cached_property
     def flags(self) -> tuple[str, ...]:
         """All names on the command line, the full one first."""
         return f"--{self.key}", *(alias for alias, key in ALIASES.items() if key == self.key)
@@ -125,11 +125,16 @@ class Option:
         return {int: "an integer", float: "a number", bool: "true or false", str: "text"}[self.kind]
 
 
-def sections(kind: type = Config, path: str = "") -> Iterator[tuple[str, str, list[Option]]]:
-    """Yield the sections of the configuration: path, docstring, and own fields; a section comes
+@cache
+def sections() -> tuple[tuple[str, str, tuple[Option, ...]], ...]:
+    """Return the sections of the configuration: path, docstring, and own fields; a section comes
     before those inside it.
     """
-    hints = get_type_hints(kind)
+    return tuple(_sections(Config, ""))
+
+
+def _sections(kind: type, path: str) -> Iterator[tuple[str, str, tuple[Option, ...]]]:
+    hints = _field_types(kind)
     documented = docstring_parser.parse(inspect.getdoc(kind) or "")
     texts = {
         parameter.arg_name: " ".join((parameter.description or "").split())
@@ -139,11 +144,16 @@ def sections(kind: type = Config, path: str = "") -> Iterator[tuple[str, str, li
     yield (
         path,
         " ".join((inspect.getdoc(kind) or "").split("\n\n")[0].split()),
-        [Option(key=f"{path}{name}", kind=hints[name], help=texts[name]) for name in own],
+        tuple(Option(key=f"{path}{name}", kind=hints[name], help=texts[name]) for name in own),
     )
     for name in hints:
         if name not in own:
-            yield from sections(hints[name], f"{path}{name}.")
+            yield from _sections(hints[name], f"{path}{name}.")
+
+
+@cache
+def _field_types(kind: type) -> Mapping[str, Any]:
+    return MappingProxyType(get_type_hints(kind))
 
 
 @cache
@@ -247,7 +257,7 @@ def is_ready(option: Option, value: Any) -> bool:
 
 def to_config(namespace: Any, kind: type = Config) -> Any:
     """Build the dataclass ``kind`` from a parser's namespace."""
-    hints = get_type_hints(kind)
+    hints = _field_types(kind)
     values = vars(namespace)
     return kind(
         **{
