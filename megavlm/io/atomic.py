@@ -8,6 +8,7 @@ empty or cut file as an absent one.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -106,28 +107,54 @@ def make_folder(folder: Path, asked: str) -> None:
 
 
 @contextmanager
+def _alone(target: Path, flag: str) -> Iterator[None]:
+    """Keep other processes from making the same folder meanwhile, where the file system has locks;
+    one ends with its process.
+    """
+    path = target.with_name(f"{_GROWING}{target.name}.lock")
+    with open(path, "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{flag} {target}: another process is writing it; wait for it, or name another"
+                " folder"
+            ) from None
+        except OSError:  # no locks
+            pass
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
 def new_folder(target: Path, flag: str) -> Iterator[Path]:
     """Yield a folder to fill, which takes the name ``target`` when the block ends well and is
-    removed otherwise.
+    removed otherwise. What a killed process left of it is removed first.
 
     Args:
         target: the folder to make; missing or empty.
         flag: names ``target`` in errors.
 
     Raises:
-        ValueError: the target exists and is not an empty folder.
+        ValueError: the target exists and is not an empty folder, or another process makes it.
         OSError: nothing can be written there.
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{flag} {target}: exists and is not an empty folder; name another one")
-    growing = target.with_name(f"{_GROWING}{target.name}")
-    shutil.rmtree(growing, ignore_errors=True)
-    make_folder(growing, f"{flag} {target}")
-    try:
-        yield growing
-        publish(growing, target)
-    finally:
+    make_folder(target.parent, f"{flag} {target}")
+    with _alone(target, flag):
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise ValueError(
+                f"{flag} {target}: exists and is not an empty folder; name another one"
+            )
+        growing = target.with_name(f"{_GROWING}{target.name}")
         shutil.rmtree(growing, ignore_errors=True)
+        make_folder(growing, f"{flag} {target}")
+        try:
+            yield growing
+            publish(growing, target)
+        finally:
+            shutil.rmtree(growing, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -36,11 +36,20 @@ def export_finished(config: Config, state: State, start: Start, groups: Groups) 
         "step": config.training.steps,
         "averages": config.ema.export,
     }
-    try:
-        convert.export(
-            folder, files.export_hf, averages=config.ema.export, flag="--checkpoint.export_hf"
-        )
+
+    def note() -> None:
         atomic.write_text(Path(files.save) / EXPORTED, json.dumps(noted) + "\n")
+
+    try:
+        # Noted first: killed in the moment between, the export would be in the way of the same
+        # command. A note of a folder that is not there counts for nothing.
+        convert.export(
+            folder,
+            files.export_hf,
+            averages=config.ema.export,
+            flag="--checkpoint.export_hf",
+            before_named=note,
+        )
     except OSError as error:
         raise ExportError(
             f"--checkpoint.export_hf {files.export_hf}: the model could not be exported ({error});"

@@ -113,6 +113,18 @@ def test_a_new_folder_appears_complete_or_not_at_all(tmp_path: Path) -> None:
         pass
 
 
+def test_two_processes_do_not_write_into_one_new_folder(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "out", "--out") as growing:
+        (growing / "half").touch()
+        with (
+            pytest.raises(ValueError, match="--out .*out: another process is writing it"),
+            new_folder(tmp_path / "out", "--out"),
+        ):
+            pass
+        assert (growing / "half").exists()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "half"]
+
+
 def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
     with new_folder(tmp_path / "out", "--out") as growing:
         (tmp_path / "out").mkdir()

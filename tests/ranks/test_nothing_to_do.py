@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ import torch
 
 from megavlm.checkpoint.step_folder import find
 from megavlm.config.checks.saving import exported_step
+from megavlm.config.schema import Config
 from megavlm.convert.hf import convert
+from megavlm.io import atomic
 from megavlm.train.bad_steps import StepError
 from megavlm.train.unchecked_norms import UncheckedNorms
 from tests.ranks.pool import Pool
@@ -22,6 +25,20 @@ from tests.ranks.test_whole_way import packs as packs
 from tests.ranks.test_whole_way import whole_config
 
 STEPS = 3
+
+
+def export_that_is_killed(config: Config) -> str:
+    """Run a job that ends in the moment in which its export has got its name."""
+
+    def rename_and_stop(growing: Path, target: Path) -> None:
+        growing.rename(target)
+        raise KeyboardInterrupt
+
+    with mock.patch.object(atomic, "publish", rename_and_stop):
+        try:
+            return output_of_job(config)
+        except KeyboardInterrupt:
+            return "killed"
 
 
 def test_the_command_of_a_finished_run_is_no_failure_and_exports_once(
@@ -41,6 +58,10 @@ def test_the_command_of_a_finished_run_is_no_failure_and_exports_once(
     assert find(str(tmp_path / "empty")) is None
     export = tmp_path / "exported"
     wanted = whole_config(packs, save, export_hf=str(export))
+    other = whole_config(packs, save, export_hf=str(tmp_path / "other"))
+    assert ranks.run(export_that_is_killed, 1, other) == ["killed"]
+    [shown] = ranks.run(output_of_job, 1, other)
+    assert "holds the model of this run already" in shown
     [shown] = ranks.run(output_of_job, 1, wanted)
     assert f"nothing to do: step {STEPS} is done, and --training.steps is {STEPS}" in shown
     assert (export / "config.json").is_file()

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,6 +123,7 @@ def export(
     shard_bytes: int = SHARD_BYTES,
     averages: bool = False,
     flag: str = "--out",
+    before_named: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write a checkpoint as a Hugging Face folder, LoRA adapters merged, with little memory.
 
@@ -138,6 +139,7 @@ def export(
         shard_bytes: largest size of a file of weights; a larger tensor has a file of its own.
         averages: write the moving averages of the parameters.
         flag: names ``out`` in errors.
+        before_named: called when everything is written, before ``out`` has its name.
 
     Returns:
         The folder.
@@ -169,6 +171,7 @@ def export(
         HUB_FORMATS[dialect].write_files(growing, words, architecture, usage, _main_dtype(view))
         model_card.write(growing, out.name, found, usage, dialect, view.headers, licenses or {})
         write_parts(view, growing, HUB_FORMATS[dialect].folders, shard_bytes, done=progress.add)
+        before_named()
     return out
 
 
