@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -66,6 +67,9 @@ class Saver:
         self._growing = Path()
         self._start = 0.0
         self._problem = ""
+        self._dataset: dict[str, bytes] = {}
+        if job.config.checkpoint.save and job.groups.rank == 0:
+            self._dataset = _files_of_dataset(job.train.folder)
 
     def save(self, state: State) -> None:
         """Save the run as it is; if writing continues beside training, the weights may change when
@@ -216,10 +220,10 @@ class Saver:
         self._check_lock()
         config = self._job.config
         growing = self._growing
-        dataset = self._job.train.folder
         (growing / CONFIG_NAME).write_text(to_yaml(config))
-        for name in (MANIFEST_NAME, TOKENIZER):
-            open_folder(dataset).copy(name, growing / name)
+        for name, content in self._dataset.items():
+            (growing / name).parent.mkdir(parents=True, exist_ok=True)
+            (growing / name).write_bytes(content)
         unused_weights.write(self._job.unused_weights, growing)
         if self._job.usage is not None:
             preprocessing.write(self._job.usage, growing)
@@ -244,3 +248,17 @@ class Saver:
                 f"WARNING: --checkpoint.keep {files.keep}: older checkpoints of {self._root} could"
                 f" not be removed, and take up room ({'; '.join(problems)})"
             )
+
+
+def _files_of_dataset(folder: str | Path) -> dict[str, bytes]:
+    """Read what each checkpoint holds of its training set, by name. The folder of the packs may be
+    gone, or hold others, when a checkpoint is saved.
+    """
+    with tempfile.TemporaryDirectory(prefix="megavlm-") as temporary:
+        for name in (MANIFEST_NAME, TOKENIZER):
+            open_folder(folder).copy(name, Path(temporary) / name)
+        return {
+            str(path.relative_to(temporary)): path.read_bytes()
+            for path in sorted(Path(temporary).rglob("*"))
+            if path.is_file()
+        }

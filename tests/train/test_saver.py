@@ -18,11 +18,25 @@ from megavlm.train.saver import Saver
 from tests.ranks.runs import config_for
 
 
+OF_PACKS = ("manifest.json", "tokenizer/tokenizer.json")
+
+
 def _saver(folder: Path, told: list[str], lock: Lock | None = None, step: int = 0) -> Saver:
     config = dataclasses.replace(
         config_for(folder), checkpoint=Checkpoint(save=str(folder), keep=1)
     )
-    job = SimpleNamespace(config=config, lock=lock, groups=SimpleNamespace(rank=0))
+    packs = folder.parent / "packs"
+    (packs / "tokenizer").mkdir(parents=True, exist_ok=True)
+    for name in OF_PACKS:
+        (packs / name).write_text(name)
+    job = SimpleNamespace(
+        config=config,
+        lock=lock,
+        groups=SimpleNamespace(rank=0),
+        train=SimpleNamespace(folder=packs),
+        unused_weights={},
+        usage=None,
+    )
     return Saver(job, SimpleNamespace(log=told.append), step)
 
 
@@ -74,3 +88,21 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(
     _saver(tmp_path, told)._drop_old(newest)
     assert old.exists() and len(told) == 1
     assert told[0].startswith("WARNING: --checkpoint.keep 1:") and "in use" in told[0]
+
+
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_a_checkpoint_holds_the_manifest_and_the_tokenizer_that_the_run_began_with(
+    tmp_path: Path, is_gone: bool
+) -> None:
+    saver = _saver(tmp_path / "run", [])
+    shutil.rmtree(tmp_path / "packs")
+    if not is_gone:
+        (tmp_path / "packs" / "tokenizer").mkdir(parents=True)
+        (tmp_path / "packs" / "manifest.json").write_text("{")
+    saver._state = State(step=3)
+    saver._growing = tmp_path / "run" / directory.growing_name(3)
+    saver._growing.mkdir(parents=True)
+    saver._publish({})
+    assert [(tmp_path / "run" / "step_00000003" / name).read_text() for name in OF_PACKS] == [
+        *OF_PACKS
+    ]
