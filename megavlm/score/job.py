@@ -17,7 +17,7 @@ import numpy as np
 from megavlm.data.packing.executors import ordered_map
 from megavlm.data.packing.job_state import SHOWN_REJECTS, reject_lines, save_state
 from megavlm.data.packing.scan import HOPELESS_RECORDS, SAVE_INTERVAL_SECONDS
-from megavlm.data.packing.work_folder import JOB_NAME, LOCK_NAME, partial_folder
+from megavlm.data.packing.work_folder import partial_folder, publish
 from megavlm.data.records import scores
 from megavlm.data.records.readers import open_reader
 from megavlm.io import atomic
@@ -163,9 +163,7 @@ def _publish(
     (folder / "report.txt").write_text(report.text() + "\n", encoding="utf-8")
     atomic.write_text(folder / scores.FILE_NAME, _facts(job, identity, state, near))
     del marked
-    for name in (ROWS_NAME, IMAGES_NAME, _MARKED_NAME, STATE_NAME, JOB_NAME, LOCK_NAME):
-        (folder / name).unlink(missing_ok=True)
-    atomic.publish(folder, Path(job.out))
+    publish(folder, Path(job.out), (ROWS_NAME, IMAGES_NAME, _MARKED_NAME, STATE_NAME))
     return report
 
 

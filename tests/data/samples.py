@@ -218,4 +218,7 @@ def store_packs(
                 shard = stack.enter_context(ShardWriter(folder, len(shards), rules))
             shard.write(pack)
         shards.append(shard.close())
-    return complete(folder, manifest, shards)
+    completed = complete(folder, manifest, shards)
+    for records in folder.glob("*.records"):
+        records.unlink()
+    return completed

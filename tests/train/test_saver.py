@@ -17,7 +17,6 @@ from megavlm.config.schema import Checkpoint
 from megavlm.train.saver import Saver
 from tests.ranks.runs import config_for
 
-
 OF_PACKS = ("manifest.json", "tokenizer/tokenizer.json")
 
 

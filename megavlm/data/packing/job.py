@@ -9,7 +9,6 @@ resumes it.
 
 from __future__ import annotations
 
-import shutil
 import sys
 import tempfile
 import time
@@ -17,8 +16,6 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from megavlm.data.packing.encode import Images
 from megavlm.data.packing.executors import EncoderSettings, build_encoder, ordered_map
@@ -36,8 +33,9 @@ from megavlm.data.packing.settings import Job
 from megavlm.data.packing.source_list import FILE_NAME as SOURCES_NAME
 from megavlm.data.packing.source_list import write_sources
 from megavlm.data.packing.source_report import report_sources
-from megavlm.data.packing.work_folder import JOB_NAME, LOCK_NAME, partial_folder
+from megavlm.data.packing.work_folder import partial_folder, publish
 from megavlm.data.packing.write_shards import (
+    WORK_FILES,
     ShardTask,
     WrittenShard,
     find_written,
@@ -56,7 +54,6 @@ from megavlm.data.text.tokenizer import (
     load_tokenizer,
     save_tokenizer,
 )
-from megavlm.io import atomic
 from megavlm.io.progress import Progress
 
 __all__ = ["Job", "pack_dataset", "plan_dataset"]
@@ -106,9 +103,12 @@ def pack_dataset(job: Job) -> Report:
             _manifest(job, scan, plan, shards, late, facts),
             [(written.shard, written.totals) for written in shards],
         )
-        report = _report(job, scan, _gather(job, scan), plan, late, manifest.totals, start)
-        _tidy(folder, scan, late, report)
-        atomic.publish(folder, Path(job.out))
+        samples = _gather(job, scan)
+        report = _report(job, scan, samples, plan, late, shards, manifest.totals, start)
+        write_rejects(folder / REJECTS_NAME, scan, late)
+        (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
+        (folder / "report.txt").write_text(report.text() + "\n", encoding="utf-8")
+        publish(folder, Path(job.out), (SCAN_NAME, SOURCES_NAME, *WORK_FILES))
     return report
 
 
@@ -124,7 +124,7 @@ def plan_dataset(job: Job) -> Report:
         _save(tokenizer, _qformer_tokenizer(job), folder)
         scan = _scan(job, _settings(job, tokenizer, folder / TOKENIZER_NAME), folder)
         samples = _gather(job, scan)
-        return _report(job, scan, samples, _plan(job, samples), [], None, start)
+        return _report(job, scan, samples, _plan(job, samples), [], None, None, start)
 
 
 def _tokenizer(job: Job) -> Any:
@@ -299,6 +299,7 @@ def _report(
     samples: Samples,
     plan: PackPlan,
     late: list[Reject],
+    shards: list[WrittenShard] | None,
     totals: Totals | None,
     start: float,
 ) -> Report:
@@ -309,7 +310,7 @@ def _report(
         records=scan.records,
         packed_records=scan.packable - len(late),
         rejects=dict(sorted(reasons.items())),
-        sources=report_sources(job.sources, scan, plan, late),
+        sources=report_sources(job.sources, scan, plan, late, shards),
         capacity=job.capacity,
         seed=job.seed,
         tile_multiple=job.tile_multiple,
@@ -318,17 +319,6 @@ def _report(
     )
     with Progress("reporting", "samples", len(samples.rows)):
         return make_report(samples, plan, facts)
-
-
-def _tidy(folder: Path, scan: Scan, late: list[Reject], report: Report) -> None:
-    """Leave in the folder what belongs to a dataset."""
-    write_rejects(folder / REJECTS_NAME, scan, late)
-    (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
-    (folder / "report.txt").write_text(report.text() + "\n", encoding="utf-8")
-    remove_markers(folder)
-    shutil.rmtree(folder / SCAN_NAME)
-    for name in (JOB_NAME, LOCK_NAME, SOURCES_NAME):
-        (folder / name).unlink()
 
 
 def _manifest(
@@ -340,8 +330,9 @@ def _manifest(
     tokenizer_facts: dict[str, Any],
 ) -> Manifest:
     """Return the manifest of the dataset, without shards and totals."""
-    taken = np.bincount(scan.rows["source"][plan.order], minlength=len(job.sources)).tolist()
-    lost = Counter(each.source for written in shards for each in written.rejects)
+    taken: Counter[int] = Counter()
+    for written in shards:
+        taken.update({index: packed.samples for index, packed in written.sources.items()})
     lost_packs = [
         number * plan.packs_per_shard + pack
         for number, written in enumerate(shards)
@@ -374,13 +365,11 @@ def _manifest(
                 annotations=source.path,
                 root=source.root,
                 records=counts.records,
-                samples=samples - lost[index],
+                samples=taken[index],
                 repeat_time=source.repeat_time,
                 augment=source.augment,
             )
-            for index, (source, counts, samples) in enumerate(
-                zip(job.sources, scan.sources, taken, strict=True)
-            )
+            for index, (source, counts) in enumerate(zip(job.sources, scan.sources, strict=True))
         ),
         levels=plan.levels_without(lost_packs),
         rejects=dict(sorted(reasons.items())),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import numpy as np
 
 from megavlm.data.packing.plan import PackPlan
 from megavlm.data.packing.scan import Scan
+from megavlm.data.packing.write_shards import SourceTotals, WrittenShard
 from megavlm.data.records.meta_file import Annotations
 from megavlm.data.records.reject import Reject
 from megavlm.io.record_file import RecordFile
@@ -29,8 +31,9 @@ class SourceReport:
         text_only: of them, without an image or a video.
         tokens: of the samples.
         share: of all tokens.
-        images: of its packable records, repeats not counted.
-        deep_images: of them, those with more than 8 bits a channel.
+        tiles: of the samples.
+        images: of the samples; None in a dry run.
+        deep_images: of them, those with more than 8 bits a channel; 0 in a dry run.
         unread: how many records have a key that was not read, for each key.
     """
 
@@ -41,17 +44,19 @@ class SourceReport:
     text_only: int
     tokens: int
     share: float
-    images: int
+    tiles: int
+    images: int | None
     deep_images: int
     unread: dict[str, int]
 
     def lines(self) -> list[str]:
         """Return the figures as lines of text."""
         deep = f", {self.deep_images:,} of more than 8 bits a channel" if self.deep_images else ""
+        images = "" if self.images is None else f"{self.images:,} images{deep} of "
         lines = [
             f"source    {self.name}: {self.records:,} records, {self.rejected:,} rejected;"
             f" {self.samples:,} samples ({self.text_only:,} without images) of {self.tokens:,}"
-            f" tokens, {self.share:.1%} of all; {self.images:,} images{deep}"
+            f" tokens, {self.share:.1%} of all; {images}{self.tiles:,} tiles"
         ]
         if self.unread:
             most = sorted(self.unread.items(), key=lambda each: (-each[1], each[0]))
@@ -62,18 +67,29 @@ class SourceReport:
 
 
 def report_sources(
-    sources: Sequence[Annotations], scan: Scan, plan: PackPlan, late: Sequence[Reject]
+    sources: Sequence[Annotations],
+    scan: Scan,
+    plan: PackPlan,
+    late: Sequence[Reject],
+    shards: Sequence[WrittenShard] | None,
 ) -> tuple[SourceReport, ...]:
     """Return the figures of each source, in the order of the meta file.
 
     Args:
         sources: annotation files.
         scan: their records.
-        plan: the samples that are taken.
+        plan: the samples that were to be packed.
         late: records that the second pass rejected.
+        shards: what it wrote; None: a dry run.
     """
-    samples, text_only, tokens = _taken(scan.rows, plan, late, len(sources))
-    all_tokens = max(1, int(tokens.sum()))
+    if shards is None:
+        taken = _planned(scan.rows, plan, len(sources))
+    else:
+        taken = [
+            sum_totals([shard.sources[index] for shard in shards if index in shard.sources])
+            for index in range(len(sources))
+        ]
+    all_tokens = max(1, sum(each.tokens for each in taken))
     lost = Counter(reject.source for reject in late)
     reports = []
     files: dict[str, list[int]] = {}
@@ -84,42 +100,44 @@ def report_sources(
         for index in own:
             unread.update(scan.sources[index].unread)
         counts = [scan.sources[index] for index in own]
-        own_tokens = int(tokens[own].sum())
+        packed = dataclasses.asdict(sum_totals([taken[index] for index in own]))
+        if shards is None:
+            packed["images"] = None
         reports.append(
             SourceReport(
                 name=name,
                 records=sum(each.records for each in counts),
                 rejected=sum(sum(each.rejects.values()) for each in counts)
                 + sum(lost[index] for index in own),
-                samples=int(samples[own].sum()),
-                text_only=int(text_only[own].sum()),
-                tokens=own_tokens,
-                share=own_tokens / all_tokens,
-                images=sum(each.images for each in counts),
-                deep_images=sum(each.deep_images for each in counts),
+                share=packed["tokens"] / all_tokens,
                 unread=dict(sorted(unread.items())),
+                **packed,
             )
         )
     return tuple(reports)
 
 
-def _taken(
-    rows: RecordFile, plan: PackPlan, late: Sequence[Reject], sources: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return samples, samples without tiles, and tokens of each source, int64 [sources] each."""
+def sum_totals(parts: Sequence[SourceTotals]) -> SourceTotals:
+    """Add up what is in several shards, or of several sources."""
+    names = [field.name for field in dataclasses.fields(SourceTotals)]
+    return SourceTotals(**{name: sum(vars(part)[name] for part in parts) for name in names})
+
+
+def _planned(rows: RecordFile, plan: PackPlan, sources: int) -> list[SourceTotals]:
+    """Return what would be packed of each source; nothing is known of its images."""
     times = np.bincount(plan.order, minlength=len(rows))
     source = rows["source"]
-    if late:
-        lost = [_record(np.int64(reject.source), np.int64(reject.line)) for reject in late]
-        times[np.isin(_record(source, rows["line"]), lost)] = 0
-    samples = np.bincount(source, weights=times, minlength=sources)
-    text_only = np.bincount(
-        source, weights=np.where(rows["tiles"] == 0, times, 0), minlength=sources
-    )
-    tokens = np.bincount(source, weights=times * rows["tokens"], minlength=sources)
-    return samples.astype(np.int64), text_only.astype(np.int64), tokens.astype(np.int64)
 
+    def total(weights: np.ndarray) -> list[int]:
+        return np.bincount(source, weights, sources).astype(np.int64).tolist()
 
-def _record(source: np.ndarray, line: np.ndarray) -> np.ndarray:
-    """Return a number for each record, int64, from the 32 bits of its source and of its line."""
-    return source.astype(np.int64) << 32 | line
+    columns = {
+        "samples": total(times),
+        "text_only": total(np.where(rows["tiles"] == 0, times, 0)),
+        "tokens": total(times * rows["tokens"]),
+        "tiles": total(times * rows["tiles"]),
+    }
+    return [
+        SourceTotals(**{name: column[index] for name, column in columns.items()})
+        for index in range(sources)
+    ]

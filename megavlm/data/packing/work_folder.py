@@ -7,8 +7,8 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +43,48 @@ def partial_folder(folder: Path, identity: dict[str, Any], *, flag: str) -> Iter
 
     Raises:
         FileExistsError: another process works there, or another job was stopped there.
+        OSError: nothing can be written there, or nothing locked.
     """
     atomic.make_folder(folder, flag)
     identity = json.loads(json.dumps(identity))
     with open(folder / LOCK_NAME, "w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise FileExistsError(
                 f"{flag}: another process is at work in {folder}; wait for it, or give"
                 " another folder"
             ) from None
+        except OSError as error:
+            raise OSError(
+                f"{flag}: the file system of {folder} has no locks ({error.strerror}); give a"
+                " folder on another one"
+            ) from None
         _same_job(folder, identity, flag)
         yield folder
+
+
+def publish(folder: Path, out: Path, only_to_resume: Sequence[str]) -> None:
+    """Give the folder of a job its name, and remove from it what only a job that resumes needs.
+    In this order, a job that is stopped at any moment resumes, or is done; in the moment between,
+    some of those files stay in the result, where they do no harm.
+
+    Args:
+        folder: with all that the job has made.
+        out: the name.
+        only_to_resume: names or patterns of files and folders, beside those of this module.
+
+    Raises:
+        OSError: the disk is full, or ``out`` holds something.
+    """
+    atomic.publish(folder, out)
+    for pattern in (*only_to_resume, JOB_NAME, LOCK_NAME):
+        for entry in out.glob(pattern):
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                with suppress(OSError):  # the result is complete with it, too
+                    entry.unlink()
 
 
 def _same_job(folder: Path, identity: dict[str, Any], flag: str) -> None:

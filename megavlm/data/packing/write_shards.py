@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from pathlib import Path
 
@@ -29,6 +29,8 @@ from megavlm.data.store.manifest import Shard, Totals
 from megavlm.data.store.pack_format import PackRules, ShardWriter
 from megavlm.io import atomic
 
+# Patterns of what only a packing that resumes needs beside the shards.
+WORK_FILES = ("packs-*.json", "packs-*.records")
 # Of documents that a worker keeps while it writes a shard.
 DOCUMENT_BYTES = 2**28
 
@@ -58,6 +60,36 @@ class ShardTask:
     decode_images: bool
 
 
+@dataclass(kw_only=True)
+class SourceTotals:
+    """What of one source is in packs.
+
+    Args:
+        samples: repeats counted.
+        text_only: of them, without an image or a video.
+        tokens: of the samples.
+        tiles: of the samples.
+        images: of the samples.
+        deep_images: of them, those with more than 8 bits a channel.
+    """
+
+    samples: int = 0
+    text_only: int = 0
+    tokens: int = 0
+    tiles: int = 0
+    images: int = 0
+    deep_images: int = 0
+
+    def count(self, sample: Sample) -> None:
+        """Add a sample."""
+        self.samples += 1
+        self.text_only += not sample.tiles
+        self.tokens += sample.length
+        self.tiles += sample.tiles
+        self.images += len(sample.images)
+        self.deep_images += sum(image.deep for image in sample.images)
+
+
 @dataclass(frozen=True, kw_only=True)
 class WrittenShard:
     """A finished shard.
@@ -67,12 +99,14 @@ class WrittenShard:
         totals: what is in it.
         rejects: samples that the scan let through and that could not be packed.
         lost_packs: planned packs that lost all of their samples.
+        sources: what is in it, by the number of the source.
     """
 
     shard: Shard
     totals: Totals
     rejects: tuple[Reject, ...]
     lost_packs: tuple[int, ...] = ()
+    sources: dict[int, SourceTotals] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the content of the shard's marker."""
@@ -113,6 +147,7 @@ def write_shard(task: ShardTask) -> WrittenShard:
     """
     rejects = []
     lost_packs = []
+    sources: dict[int, SourceTotals] = {}
     documents = Documents()
     with ShardWriter(task.folder, task.number, task.rules) as writer:
         for pack, (first, end) in enumerate(pairwise(task.starts.tolist())):
@@ -122,13 +157,18 @@ def write_shard(task: ShardTask) -> WrittenShard:
                     rejects.append(sample)
                 else:
                     samples.append(sample)
+                    sources.setdefault(sample.source, SourceTotals()).count(sample)
             if samples:
                 writer.write(samples)
             else:
                 lost_packs.append(pack)
         shard, totals = writer.close()
     written = WrittenShard(
-        shard=shard, totals=totals, rejects=tuple(rejects), lost_packs=tuple(lost_packs)
+        shard=shard,
+        totals=totals,
+        rejects=tuple(rejects),
+        lost_packs=tuple(lost_packs),
+        sources=sources,
     )
     atomic.write_text(_marker(task.folder, task.number), written.to_json())
     return written
@@ -139,7 +179,7 @@ def find_written(folder: Path, number: int) -> WrittenShard | None:
     missing or damaged media is not finished: the files may have been restored.
     """
     facts = atomic.read_json(_marker(folder, number))
-    if facts is None:
+    if facts is None or "sources" not in facts:  # none, or an earlier version's
         return None
     shard = Shard(**facts["shard"])
     sizes = {
@@ -159,6 +199,7 @@ def find_written(folder: Path, number: int) -> WrittenShard | None:
         totals=Totals(**facts["totals"]),
         rejects=rejects,
         lost_packs=tuple(facts["lost_packs"]),
+        sources={int(key): SourceTotals(**entry) for key, entry in facts["sources"].items()},
     )
 
 

@@ -143,8 +143,8 @@ class PackRules:
 
 
 class ShardWriter:
-    """Writes the packs of one shard: ``NAME.bin``, and their records as ``NAME.records`` until
-    ``complete`` joins those of all shards.
+    """Writes the packs of one shard: ``NAME.bin``, and their records as ``NAME.records``, which
+    ``complete`` joins to the index.
 
     Args:
         folder: where the files go.
@@ -206,7 +206,8 @@ class ShardWriter:
 
 def complete(folder: Path, manifest: Manifest, shards: Sequence[tuple[Shard, Totals]]) -> Manifest:
     """Make a dataset of its shards: join their records to the index, then write the manifest, and
-    return it with shards and totals.
+    return it with shards and totals. The records of the shards, ``NAME.records``, stay: a job that
+    is stopped now does the same again.
     """
     packs = sum(shard.packs for shard, _ in shards)
     with open(folder / INDEX_NAME, "wb") as index:
@@ -219,8 +220,6 @@ def complete(folder: Path, manifest: Manifest, shards: Sequence[tuple[Shard, Tot
         manifest, shards=tuple(shard for shard, _ in shards), idx_crc32=crc, totals=Totals(**sums)
     )
     manifest.write(folder)
-    for shard, _ in shards:
-        (folder / f"{shard.name}.records").unlink()
     return manifest
 
 

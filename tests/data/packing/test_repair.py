@@ -106,6 +106,7 @@ def test_the_report_lists_sources_and_keys_that_were_not_read(folder: Path):
     assert pictures.tokens + texts.tokens == report.tokens
     assert pictures.share + texts.share == pytest.approx(1)
     assert "keys not read: id 4" in report.text()
+    assert "of all; 4 images of 4 tiles" in report.text()
     facts["pictures"]["length"] = 5
     meta.write_text(json.dumps(facts))
     with pytest.raises(ValueError, match="'pictures' has 4 records, but its length is 5"):
@@ -113,6 +114,27 @@ def test_the_report_lists_sources_and_keys_that_were_not_read(folder: Path):
     del facts["pictures"]["length"]
     meta.write_text(json.dumps(facts))
     assert pack_dataset(job(folder, "other", sources=read_meta(meta))).records == 6
+
+
+def test_the_figures_of_sources_add_up_to_those_of_all_if_the_second_pass_rejects(folder: Path):
+    save(folder / "1.png")
+    (folder / "2.png").write_bytes(save(folder / "1.png")[:-30])
+    (folder / "b.jsonl").write_text('{"text": "hello"}\n')
+    facts = {
+        "pictures": {"annotation": str(folder / "a.jsonl"), "root": str(folder), "repeat_time": 2},
+        "texts": {"annotation": str(folder / "b.jsonl")},
+    }
+    (folder / "meta.json").write_text(json.dumps(facts))
+    wanted = job(folder, sources=read_meta(folder / "meta.json"), max_rejects=0.5)
+    planned = plan_dataset(wanted)
+    assert [each.samples for each in planned.sources] == [8, 1]
+    report = pack_dataset(wanted)
+    pictures, texts = report.sources
+    assert (pictures.rejected, pictures.samples, pictures.images, texts.samples) == (1, 6, 6, 1)
+    for name in ("samples", "tokens", "tiles", "images"):
+        assert sum(vars(each)[name] for each in report.sources) == vars(report)[name], name
+    written = json.loads((folder / "out" / "manifest.json").read_text())["sources"]
+    assert [each["samples"] for each in written] == [6, 1]
 
 
 def test_images_of_more_than_eight_bits(folder: Path, capfd):

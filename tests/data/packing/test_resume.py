@@ -4,6 +4,7 @@ as one that was not.
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -15,8 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megavlm.data.packing import job, scan
+from megavlm.data.packing import job, scan, work_folder
 from megavlm.data.packing.job import pack_dataset, plan_dataset
+from megavlm.data.store.reader import Reader
+from megavlm.io import atomic
 from tests.data.packing.test_job import _job, data  # noqa: F401  (a fixture)
 
 ROOT = Path(__file__).parents[3]
@@ -138,6 +141,43 @@ def test_a_state_file_that_a_power_cut_emptied_is_as_good_as_absent(
     pack_dataset(_job(data, tmp_path / "out"))
     pack_dataset(_job(data, tmp_path / "whole"))
     assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_packing_that_is_stopped_when_all_is_written_does_none_of_it_again(
+    data,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    def stopped(folder, target):
+        if target.name == "renamed":
+            os.replace(folder, target)
+        raise Stop
+
+    for name in ("out", "renamed"):
+        with monkeypatch.context() as patch:
+            patch.setattr(atomic, "publish", stopped)
+            with pytest.raises(Stop):
+                pack_dataset(_job(data, tmp_path / name))
+    # In the moment after, what only a job that resumes needs is still there, and does no harm.
+    assert Reader(tmp_path / "renamed").check() > 1
+    before = (tmp_path / "out.partial" / "packs-00001.bin").stat().st_ino
+    pack_dataset(_job(data, tmp_path / "out"))
+    assert (tmp_path / "out" / "packs-00001.bin").stat().st_ino == before
+    pack_dataset(_job(data, tmp_path / "whole"))
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_a_file_system_without_locks_is_not_taken_for_another_process(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(work_folder.fcntl, "flock", refuse)
+    with (
+        pytest.raises(OSError, match="--out x: the file system of .* has no locks"),
+        work_folder.partial_folder(tmp_path / "out.partial", {}, flag="--out x"),
+    ):
+        pass
 
 
 @pytest.mark.slow
