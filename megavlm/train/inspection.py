@@ -15,6 +15,7 @@ from megavlm.convert.hf.hub_formats import HUB_FORMATS
 from megavlm.convert.weights.families import family_of
 from megavlm.data.store.manifest import read_manifest
 from megavlm.data.store.reader import Reader, check_shards
+from megavlm.io.remote import is_remote
 from megavlm.model import precision
 from megavlm.train import base_weights, resume, start_point
 from megavlm.train.start_point import Start
@@ -53,6 +54,8 @@ def inspect_job(config: Config, world_size: int) -> None:
         family_of(language)  # else the trained model could not be exported
     _check_tokenizer(config)
     if torchrun.local_rank() == 0:  # machines may have copies of their own
+        for packs in _packs(config):
+            Reader(packs, with_shards=False)  # looks at the index
         check_shards(_packs(config))
     if torchrun.rank() == 0:  # it reads the whole index, and all ranks hear of what it finds
         _check_lengths(config)
@@ -80,10 +83,21 @@ def _packs(config: Config) -> list[str]:
 
 
 def _check_tokenizer(config: Config) -> None:
-    """Raise ValueError for packs with a tokenizer that the format of the export cannot have."""
+    """Raise ValueError for packs without the tokenizer that an export needs, or with one that the
+    format of the export cannot have.
+    """
+    folder = config.data.train_folders[0]
+    if not config.checkpoint.export_hf or is_remote(folder):
+        return
     row = HUB_FORMATS[recipe(config.recipe).format_for(config.architecture.objective)]
-    tokenizer = Path(config.data.train_folders[0]) / "tokenizer"
-    if config.checkpoint.export_hf and row.check_tokenizer and tokenizer.is_dir():
+    tokenizer = Path(folder) / "tokenizer"
+    if not tokenizer.is_dir():
+        raise ValueError(
+            f"--checkpoint.export_hf {config.checkpoint.export_hf}: --data.train {folder} has no"
+            " folder tokenizer, which the exported model needs; copy or pack the dataset again, or"
+            " leave the option out"
+        )
+    if row.check_tokenizer:
         row.check_tokenizer(tokenizer)
 
 

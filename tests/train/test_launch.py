@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,26 @@ def test_packs_of_a_larger_vocabulary_are_refused(tmp_path: Path) -> None:
 def test_missing_packs_are_named(tmp_path: Path) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=f"--data.train.*{tmp_path / 'none'}"):
         inspect(_config(tmp_path / "none"), 1)
+
+
+@pytest.mark.parametrize("name", ["train", "valid"])
+def test_packs_without_their_index_are_named_before_anything_is_built(
+    dataset: Path, tmp_path: Path, name: str
+) -> None:
+    packs = tmp_path / "packs"
+    shutil.copytree(dataset, packs)
+    (packs / "packs.idx").unlink()
+    data = dataclasses.replace(_config(dataset).data, **{name: str(packs)})
+    with pytest.raises(FileNotFoundError, match=f"{packs}/packs.idx: missing"):
+        inspect(dataclasses.replace(_config(dataset), data=data), 1)
+
+
+def test_an_export_is_refused_before_training_if_the_packs_have_no_tokenizer(
+    dataset: Path, tmp_path: Path
+) -> None:
+    files = dict(save=str(tmp_path / "run"), export_hf=str(tmp_path / "hf"))
+    with pytest.raises(ValueError, match=r"--checkpoint.export_hf .*/train has no folder token"):
+        inspect(_config(dataset, **files), 1)
 
 
 def test_a_save_folder_with_something_else_is_refused(dataset: Path, tmp_path: Path) -> None:

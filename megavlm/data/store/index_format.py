@@ -116,6 +116,10 @@ def read_header(path: str, start: bytes, packs: int) -> IndexForm:
             f" {', '.join(map(str, FORMS))}; update megavlm, or pack the dataset again"
         )
     form = FORMS[version]
+    if len(start) < form.header_bytes:
+        raise ValueError(
+            f"{path}: ends inside its header; the file is cut off, copy or pack the dataset again"
+        )
     description = start[HEADER.size : HEADER.size + len(form.description)]
     sizes = (header_bytes, record_bytes)
     if sizes != (form.header_bytes, form.record.itemsize) or description != form.description:

@@ -229,6 +229,9 @@ def test_cut_off(damaged, name):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=rf"{name}: \d+ bytes, written were \d+"):
         Reader(damaged)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=rf"{name}: .*the file is cut off"):
+        Reader(damaged)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=f"{name}: missing"):
         Reader(damaged)
