@@ -125,7 +125,8 @@ def export(
     flag: str = "--out",
     before_named: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write a checkpoint as a Hugging Face folder, LoRA adapters merged, with little memory.
+    """Write a checkpoint as a Hugging Face folder, LoRA adapters merged, with little memory, and
+    return the folder.
 
     Args:
         checkpoint: folder of a step, or a run's save folder.
@@ -140,9 +141,6 @@ def export(
         averages: write the moving averages of the parameters.
         flag: names ``out`` in errors.
         before_named: called when everything is written, before ``out`` has its name.
-
-    Returns:
-        The folder.
 
     Raises:
         FileNotFoundError: the checkpoint, or its tokenizer, is missing.
