@@ -50,8 +50,8 @@ def export_finished(config: Config, state: State, start: Start, groups: Groups) 
             flag="--checkpoint.export_hf",
             before_named=note,
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:  # such as a folder that somebody has filled meanwhile
         raise ExportError(
             f"--checkpoint.export_hf {files.export_hf}: the model could not be exported ({error});"
-            f" the checkpoint {folder} is whole, and the same command exports it"
+            f" the checkpoint is in {folder}, and the same command exports it when that is mended"
         ) from error

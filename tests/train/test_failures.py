@@ -58,18 +58,27 @@ def test_an_evaluation_that_ends_has_no_checkpoint_to_resume_from(
         assert ("the last checkpoint in runs/a" in capsys.readouterr().err) == resumes
 
 
-def test_a_full_disk_at_the_export_leaves_the_way_to_export_again(
-    config: Config, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        ValueError("exports/a: exists and is not an empty folder"),
+    ],
+)
+def test_an_export_that_fails_leaves_the_way_to_export_again(
+    config: Config, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     files = Checkpoint(save="runs/a", export_hf="exports/a")
     config = dataclasses.replace(config, checkpoint=files)
 
     def fail(*_: object, **options: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr(export.convert, "export", fail)
     done = State(step=config.training.steps)
-    with pytest.raises(export.ExportError, match="--checkpoint.export_hf exports/a: .*No space"):
+    with pytest.raises(
+        export.ExportError, match="--checkpoint.export_hf exports/a: .*same command"
+    ):
         export.export_finished(config, done, None, SimpleNamespace(rank=0))
 
 
