@@ -26,6 +26,7 @@ from megavlm.data.text.tokenizer import (
     load_tokenizer,
     save_tokenizer,
 )
+from megavlm.io.atomic import new_folder
 
 
 def main() -> int:
@@ -51,16 +52,13 @@ def main() -> int:
     )
     options = parser.parse_args()
     try:
-        if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
-            raise ValueError(
-                f"--out {options.out}: exists and is not an empty folder; name another one"
-            )
         tokenizer = load_tokenizer(options.language, "--init.language")
         new = extend(tokenizer)
         tokenizer.chat_template = chat_format(DEFAULT).hf_template(
             bos=bool(first_tokens(tokenizer))
         )
-        save_tokenizer(tokenizer, options.out)
+        with new_folder(options.out, "--out") as growing:
+            save_tokenizer(tokenizer, growing)
     except (ValueError, OSError) as error:
         print(f"extend_tokenizer: error: {error}", file=sys.stderr)
         return 2

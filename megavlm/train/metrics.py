@@ -111,7 +111,7 @@ class Metrics:
 
     def _append(self, line: str) -> None:
         """Add a line to the file, whole or not at all. A full disk does not end the run for it, and
-        is told once, until there is room again.
+        is told once, until the file can be written again.
         """
         try:
             if not os.fstat(self._file.fileno()).st_nlink:  # somebody removed it
@@ -127,7 +127,7 @@ class Metrics:
             if not self._is_file_full:
                 self.log(
                     f"ERROR: {self._file.name}: the record above is on the console only, and so are"
-                    f" the next ones until there is room ({error})"
+                    f" the next ones until it can be written ({error})"
                 )
             self._is_file_full = True
 

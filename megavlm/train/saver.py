@@ -220,7 +220,7 @@ class Saver:
         self._check_lock()
         config = self._job.config
         growing = self._growing
-        (growing / CONFIG_NAME).write_text(to_yaml(config))
+        (growing / CONFIG_NAME).write_text(to_yaml(config), encoding="utf-8")
         for name, content in self._dataset.items():
             (growing / name).parent.mkdir(parents=True, exist_ok=True)
             (growing / name).write_bytes(content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megavlm.checkpoint import directory, train_state
+from megavlm.checkpoint import directory, step_folder, train_state
 from megavlm.checkpoint.lock import FILE_NAME, Lock, held
 from megavlm.checkpoint.train_state import State
 from megavlm.config.schema import Checkpoint
@@ -91,17 +92,19 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(
 
 @pytest.mark.parametrize("is_gone", [True, False])
 def test_a_checkpoint_holds_the_manifest_and_the_tokenizer_that_the_run_began_with(
-    tmp_path: Path, is_gone: bool
+    tmp_path: Path, is_gone: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saver = _saver(tmp_path / "run", [])
+    monkeypatch.setattr(io, "text_encoding", lambda encoding, *_: encoding or "latin-1")
+    run = tmp_path / "Übung"  # and a machine whose locale is not UTF-8
+    saver = _saver(run, [])
     shutil.rmtree(tmp_path / "packs")
     if not is_gone:
         (tmp_path / "packs" / "tokenizer").mkdir(parents=True)
         (tmp_path / "packs" / "manifest.json").write_text("{")
     saver._state = State(step=3)
-    saver._growing = tmp_path / "run" / directory.growing_name(3)
+    saver._growing = run / directory.growing_name(3)
     saver._growing.mkdir(parents=True)
     saver._publish({})
-    assert [(tmp_path / "run" / "step_00000003" / name).read_text() for name in OF_PACKS] == [
-        *OF_PACKS
-    ]
+    made = step_folder.read(run / "step_00000003")
+    assert made.config.checkpoint.save == str(run)
+    assert [(made.folder / name).read_text() for name in OF_PACKS] == [*OF_PACKS]
