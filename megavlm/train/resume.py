@@ -191,7 +191,16 @@ def _tokenizer_problems(config: Config, start: Checkpoint) -> list[str]:
 
 
 def _pack_problems(config: Config, start: Checkpoint) -> list[str]:
-    if not has_packs(config) or start.state.packs in ((), pack_counts(config)):
+    if not has_packs(config):
+        return []
+    indexes = index_sums(config)
+    if start.state.indexes != indexes and sorted(start.state.indexes) == sorted(indexes):
+        return [
+            f"--data.train {config.data.train}: names the folders in another order than the run"
+            f" began with, {start.config.data.train}; the order of their packs, and what"
+            " --data.weights says, would be another"
+        ]
+    if start.state.packs in ((), pack_counts(config)):
         return []
     before, now = (
         " + ".join(f"{count:,}" for count in packs)

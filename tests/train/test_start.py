@@ -18,7 +18,7 @@ from megavlm.pack_first import problems
 from megavlm.start_check import check_start
 from megavlm.train.inspection import inspect
 from megavlm.train.resume import index_sums
-from tests.ranks.runs import config_for
+from tests.ranks.runs import config_for, make_packs
 from tests.train.test_launch import _fake_checkpoint, dataset  # noqa: F401
 
 
@@ -110,6 +110,22 @@ def test_packs_that_were_replaced_by_as_many_others_are_told(
         inspect(config, 1)
         said = capsys.readouterr().err
         assert (f"--data.train {config.data.train}: its packs are others" in said) == is_other
+
+
+def test_folders_in_another_order_are_refused(command: list[str]) -> None:
+    make_packs(Path("second"), packs=4, seed=1)
+    [config] = parsed([*command, "--save", "run"])
+    first = config.data.train
+    [config] = parsed([*command, "--save", "run", "--data.train", f"{first},second"])
+    path = Path("run/step_00000001/state.json")
+    facts = {"packs": [4, 4], "indexes": index_sums(config)}
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+    inspect(config, 1)
+    [config] = parsed([*command, "--save", "run", "--data.train", f"second,{first}"])
+    with pytest.raises(
+        ValueError, match=f"--data.train second,{first}: names the folders in anoth"
+    ):
+        inspect(config, 1)
 
 
 @pytest.mark.parametrize(
