@@ -2,6 +2,8 @@
 how.
 """
 
+import gc
+import os
 import sys
 
 from megavlm.config.stages import parse_stages
@@ -13,7 +15,16 @@ if __name__ == "__main__":
     stages = parse_stages(sys.argv[1:], read_model, problems, check_start)
     runs = [pack_annotations(run, stages[0]) for run in stages]
     # Only now, since it takes seconds: help and mistakes in the configuration should not wait for
-    # torch and megatron-core.
+    # torch and megatron-core. What is imported stays, so nobody has to look for garbage in it, then
+    # or in training.
+    gc.disable()
+    import torch
+
+    if not torch.cuda.is_available():
+        # Nothing is compiled for a CPU, but megatron-core's decorators would load torch's compiler.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     from megavlm.train.stages import launch_all
 
+    gc.freeze()
+    gc.enable()
     launch_all(runs)

@@ -6,6 +6,7 @@ tested in ``test_torchrun.py`` and ``test_crash.py``.
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
 import socket
@@ -67,6 +68,7 @@ def _train(rank: int, ranks: int, port: int, output: Path, arguments: list[str])
     become_rank(rank, ranks, port, output)
     sys.argv = [str(PROGRAM), *arguments]
     runpy.run_path(str(PROGRAM), run_name="__main__")
+    assert gc.isenabled()  # not while it imports
 
 
 def wait(processes: Sequence[ForkServerProcess], output: Path) -> subprocess.CompletedProcess:
