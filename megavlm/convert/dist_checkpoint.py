@@ -247,7 +247,9 @@ class _Writer(FileSystemWriter):
             for item in plan.items:
                 start = file.tell()
                 if item.type == WriteItemType.BYTE_IO:
-                    write(planner.resolve_data(item).getbuffer(), file)
+                    # Not getbuffer: Python 3.12.0 and 3.12.1 crash when a view of a buffer is in
+                    # the traceback of an error (https://github.com/python/cpython/issues/111049).
+                    write(planner.resolve_data(item).getvalue(), file)
                 else:
                     self._write_tensor(item, file)
                 length = file.tell() - start
@@ -301,7 +303,7 @@ def write_shards(tensors: Tensors, folder: Path, done: Done = ignore) -> None:
             raise _cause(error) from error
     common = io.BytesIO()
     torch.save({}, common)
-    (folder / _COMMON_NAME).write_bytes(common.getbuffer())
+    (folder / _COMMON_NAME).write_bytes(common.getvalue())
     (folder / _METADATA_NAME).write_text(json.dumps(_FORMAT), encoding="utf-8")
 
 
