@@ -31,6 +31,12 @@ def _as_asked(loss: LossOf, batch: Batch, output: Tensor) -> tuple[Tensor, Tenso
     return found, torch.zeros((), dtype=torch.int, device=found.device), found.detach()
 
 
+def on_device(batches: Iterator[Batch], backend: Backend) -> Iterator[Batch]:
+    """Yield batches on the device, for whose copies the host does not wait where it need not."""
+    for batch in batches:
+        yield batch.to(backend.device, non_blocking=backend.asynchronous)
+
+
 def run_pipeline(
     model: Sequence[DistributedDataParallel],
     batches: Iterator[Batch],
@@ -69,7 +75,7 @@ def run_pipeline(
     chunks = [chunk.module for chunk in model]
     groups = model[0].module.groups
     packs = SharedBatches(
-        (batch.to(backend.device, non_blocking=backend.asynchronous) for batch in batches),
+        on_device(batches, backend),
         len(chunks),
     )
     communicator = _communicator(chunks, packs, count) if groups.pipeline_size > 1 else None

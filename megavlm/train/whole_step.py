@@ -26,7 +26,7 @@ from megavlm.model.objective.objective import Objective, Output
 from megavlm.model.objective.stand_ins import stand_in_for
 from megavlm.parallel.backend import Backend
 from megavlm.train.meters import Meter
-from megavlm.train.pipeline import run_pipeline
+from megavlm.train.pipeline import on_device, run_pipeline
 
 _LossFrom = Callable[[int, Sequence[Output]], Tensor]
 """Makes the part of the loss that some packs have, of the number of the first and of what they
@@ -61,7 +61,7 @@ def run_whole_step(
     Returns:
         This rank's part of the loss; 0 but in the last chunk.
     """
-    packs = [batch.to(backend.device) for batch in islice(batches, count)]
+    packs = list(on_device(islice(batches, count), backend))
     objective = model[-1].module.objective
     at_once = objective.packs_at_once(count)
 

@@ -188,11 +188,27 @@ def build(config: Config):
     )
 
 
+def batch_options(job: Any) -> dict[str, Any]:
+    """Return what a run reads its packs with, arguments of ``PackedDataset.batch``."""
+    from megavlm.model.precision import tile_multiple
+
+    config = job.config
+    vision = config.architecture.vision
+    return dict(
+        reduction=config.data.loss_reduction,
+        vision_layers=vision.num_layers,
+        patches=vision.patch_choice,
+        with_pair_ids=config.architecture.needs_pair_ids,
+        seed=config.training.seed,
+        tile_multiple=tile_multiple(config),
+        rank_slice=job.groups.rank_slice,
+    )
+
+
 def train_curve(config: Config, pack_ids: tuple[int, ...] = ()) -> Curve:
     """Loss and gradient norm of every step, on every rank; ``pack_ids`` replaces the order of the
     packs by this one, again and again.
     """
-    from megavlm.model.precision import tile_multiple
     from megavlm.train.optimizer import set_rates
     from megavlm.train.step import train_step
 
@@ -200,7 +216,6 @@ def train_curve(config: Config, pack_ids: tuple[int, ...] = ()) -> Curve:
     size = config.training.global_batch_size
     rank = job.groups.data_rank
     world = job.groups.data_size
-    vision = config.architecture.vision
     steps = config.training.steps
     order = np.resize(pack_ids, size * steps) if pack_ids else job.plan.pack_ids(0, size * steps)
     losses = []
@@ -208,15 +223,7 @@ def train_curve(config: Config, pack_ids: tuple[int, ...] = ()) -> Curve:
     for step in range(steps):
         ids = order[step * size : (step + 1) * size]
         positions = range(step * size + rank, (step + 1) * size, world)
-        options = dict(
-            reduction=config.data.loss_reduction,
-            vision_layers=vision.num_layers,
-            patches=vision.patch_choice,
-            with_pair_ids=config.architecture.needs_pair_ids,
-            seed=config.training.seed,
-            tile_multiple=tile_multiple(config),
-            rank_slice=job.groups.rank_slice,
-        )
+        options = batch_options(job)
         arriving = iter([job.train.batch(int(order[p]), p, **options) for p in positions])
         set_rates(job.optimizer, config, step)
         weight = job.train.weight_sum(ids, config.data.loss_reduction)

@@ -62,6 +62,10 @@ class Nothing:
     def __getattr__(self, name: str) -> Any:
         return lambda *args, **settings: None
 
+    def record_event(self, *args: Any) -> Nothing:
+        """Return an event."""
+        return Nothing()
+
     def __enter__(self) -> Nothing:
         return self
 
@@ -160,14 +164,22 @@ def _answer_for_others(dist: Any) -> None:
     dist.new_group = fake_group
 
 
-def _move(module: Any, device: Any) -> Any:
+def _move(module: Any, *given: Any) -> Any:
     """Stand for ``Module.to``, which cannot exchange fake parameters."""
     import torch
 
+    (device, dtype, *_) = torch._C._nn._parse_to(*given)
+
+    def moved_to(tensor: Any) -> Any:
+        kind = dtype if tensor.is_floating_point() else None
+        return torch.empty_like(tensor, device=device, dtype=kind)
+
     for inner in module.modules():
         for name, weight in list(inner._parameters.items()):
-            if weight is not None and weight.device != device:
-                fresh = torch.empty_like(weight, device=device)
+            if weight is None:
+                continue
+            fresh = moved_to(weight)
+            if (fresh.device, fresh.dtype) != (weight.device, weight.dtype):
                 moved = torch.nn.Parameter(fresh, requires_grad=weight.requires_grad)
                 marks = vars(weight).items()
                 kept = {key: value for key, value in marks if not key.startswith(("fake", "const"))}
@@ -175,5 +187,5 @@ def _move(module: Any, device: Any) -> Any:
                 inner._parameters[name] = moved
         for name, buffer in inner._buffers.items():
             if buffer is not None:
-                inner._buffers[name] = torch.empty_like(buffer, device=device)
+                inner._buffers[name] = moved_to(buffer)
     return module

@@ -109,21 +109,33 @@ class _Counts:
         return list(TOKENS)
 
 
-def main() -> None:
-    """Run every setting and print what was found."""
-    waits = prepare()
+def install(products: GroupedProducts) -> None:
+    """Replace the compiled functions of experts for the whole process."""
     import transformer_engine_torch as tex
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformer_engine.pytorch import quantization
+    from megatron.core.transformer.moe import token_dispatcher
 
-    products = GroupedProducts()
-    # Hopper has no MXFP8.
-    quantization.check_recipe_support = lambda recipe: None
-    quantization.FP8GlobalStateManager.is_mxfp8_available = lambda: (True, "")
+    # One rank's chunks are in order; which order that is, is a value of the device.
+    token_dispatcher.sort_chunks_by_idxs = lambda rows, sizes, order, probs=None, **settings: (
+        rows,
+        probs,
+    )
     tex.te_general_grouped_gemm = products
     tex.split_quantize = split_quantize
     # They write into a tensor that the caller has made.
     tex.fused_multi_row_padding = tex.fused_multi_row_unpadding = lambda *given: None
+
+
+def main() -> None:
+    """Run every setting and print what was found."""
+    waits = prepare()
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformer_engine.pytorch import quantization
+
+    products = GroupedProducts()
+    install(products)
+    # Hopper has no MXFP8.
+    quantization.check_recipe_support = lambda recipe: None
+    quantization.FP8GlobalStateManager.is_mxfp8_available = lambda: (True, "")
     found = {}
     for name, fp8 in SETTINGS.items():
         with FakeTensorMode(allow_non_fake_inputs=True), waits:

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megavlm.config.schema import Fp8
 from tests.te import fake_cuda
 
@@ -47,6 +49,7 @@ def prepare() -> Any:
     from torch._subclasses.fake_tensor import FakeTensor
 
     from megavlm.model import attention
+    from megavlm.model.connector import heads
     from tests.te import shape_kernels
     from tests.te.host_waits import HostWaits
 
@@ -55,7 +58,8 @@ def prepare() -> Any:
     torch.tensor = waits.make_tensor(torch.tensor)
     FakeTensor.tolist = waits.list_reader()
     # torch's own asks the device for the best kernel.
-    attention.scaled_dot_product_attention = lambda q, k, v, **settings: q + (k.sum() + v.sum()) * 0
+    attention.scaled_dot_product_attention = shape_kernels.attend
+    heads.scaled_dot_product_attention = shape_kernels.attend
     return waits
 
 
@@ -70,31 +74,23 @@ def run(config: Any, waits: Any, planted: Sequence[Any], packs_a_step: int) -> d
     """
     from torch.utils._python_dispatch import _disable_current_modes
 
-    from megavlm.model.precision import tile_multiple
+    from megavlm.train import loop
+    from megavlm.train.meters import Clock
     from megavlm.train.optimizer import set_rates
-    from megavlm.train.source_losses import SourceLosses
     from megavlm.train.step import train_step
-    from tests.ranks.runs import build
+    from tests.ranks.runs import batch_options, build
 
     job = build(config)
-    meters = [SourceLosses(job.train.source_names, job.backend.device), *planted]
+    meters = [*loop._meters(job, Clock()), *planted]
     weights = [weight for chunk in job.chunks for weight in chunk.named_parameters()]
     tensors = [*weights, *(buffer for chunk in job.chunks for buffer in chunk.named_buffers())]
     stray = [name for name, tensor in tensors if tensor.device.type != "cuda"]
     for step in range(STEPS):
         with _disable_current_modes():
-            multiple = tile_multiple(config)
-            layers = config.architecture.vision.num_layers
-            packs = [
-                job.train.batch(
-                    n,
-                    n,
-                    vision_layers=layers,
-                    tile_multiple=multiple,
-                    rank_slice=job.groups.rank_slice,
-                )
-                for n in range(packs_a_step)
-            ]
+            options = batch_options(job)
+            packs = [job.train.batch(n, n, **options) for n in range(packs_a_step)]
+            ids = np.resize(np.arange(packs_a_step), packs_a_step * job.groups.data_size)
+            records = job.train.index[ids]
 
         def arriving(packs: list[Any] = packs) -> Iterator[Any]:
             for pack in packs:
@@ -114,6 +110,8 @@ def run(config: Any, waits: Any, planted: Sequence[Any], packs_a_step: int) -> d
             1.0,
             job.backend,
             meters,
+            samples=job.samples_of_ranks(records),
+            part_norms=job.part_norms,
         )
         waits.watching = False
         results = (result.loss, result.grad_norm)
@@ -146,18 +144,26 @@ def measure(
     planted: Sequence[Any] = (),
     packs_a_step: int = PACKS,
 ) -> dict[str, Any]:
-    """Run one setting and return what was found, or the error that ended it."""
+    """Run one setting of the small model, as ``watch`` does."""
+    from tests.gpu.models import small
+
+    config = small(folder, **dict(kernels="transformer_engine") | settings)
+    return watch(config, waits, planted, packs_a_step)
+
+
+def watch(
+    config: Any, waits: Any, planted: Sequence[Any] = (), packs_a_step: int = PACKS
+) -> dict[str, Any]:
+    """Run a configuration and return what was found, or the error that ended it."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from megavlm.parallel import process_groups
-    from tests.gpu.models import small
 
     waits.found.clear()
-    config = small(folder, **dict(kernels="transformer_engine") | settings)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), waits:
             found = run(config, waits, planted, packs_a_step)
-    except RuntimeError as error:
+    except Exception as error:
         found = {"error": "".join(traceback.format_exception(error))[-3000:]}
     finally:
         process_groups.destroy()

@@ -41,8 +41,10 @@ def _caller() -> str:
 class HostWaits(TorchDispatchMode):
     """Collects waits in ``found``: how often each was seen, by its kind and place.
 
-    Args:
+    Attributes:
         lengths: lengths of the samples of the pack at hand: the numbers that local attention reads.
+        experts: of a layer, and how many a token goes to; those of the pack at hand get as many
+            tokens each as can be.
     """
 
     def __init__(self) -> None:
@@ -50,6 +52,8 @@ class HostWaits(TorchDispatchMode):
         self.found: Counter[str] = Counter()
         self.watching = False
         self.lengths: list[int] = []
+        self.experts = (0, 0)
+        self._rows = 0
 
     def tell(self, what: str) -> None:
         """Count a wait."""
@@ -63,7 +67,10 @@ class HostWaits(TorchDispatchMode):
         kwargs = kwargs or {}
         first = args[0] if args and isinstance(args[0], Tensor) else None
         on_device = first is not None and first.device.type == "cuda"
-        if func in READS and isinstance(first, FakeTensor):
+        if func in READS and not isinstance(first, FakeTensor):
+            with _disable_current_modes():
+                return func(*args, **kwargs)
+        if func in READS:
             if on_device:
                 self.tell(str(func))
             if first.dtype == torch.bool:
@@ -71,6 +78,10 @@ class HostWaits(TorchDispatchMode):
             return 1.0 if first.dtype.is_floating_point else 1
         if func in SIZES and on_device:
             self.tell(str(func))
+            if func is aten.masked_select.default and self.experts[0]:
+                (experts, each) = self.experts
+                self._rows = first.numel() // experts * each
+                return first.new_empty(self._rows)
         if func in COPIES and first is not None:
             self._look_at_copy(func, args, kwargs)
         if func is aten.convolution.default:
@@ -107,13 +118,18 @@ class HostWaits(TorchDispatchMode):
         return made
 
     def list_reader(self) -> Callable[[Tensor], list[int]]:
-        """Return what stands for ``Tensor.tolist``: it reads lengths of samples, or ones."""
+        """Return what stands for ``Tensor.tolist``: it reads lengths of samples, tokens of
+        experts, or ones.
+        """
 
         def tolist(tensor: Tensor) -> list[int]:
             if tensor.device.type == "cuda":
                 self.tell("tolist")
             if tensor.numel() == len(self.lengths):
                 return list(self.lengths)
+            if tensor.numel() == self.experts[0]:
+                (fewest, more) = divmod(self._rows, self.experts[0])
+                return [fewest + (place < more) for place in range(self.experts[0])]
             return [1] * tensor.numel()
 
         return tolist

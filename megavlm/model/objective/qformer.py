@@ -206,13 +206,13 @@ class QFormerObjective(Objective):
         counts = [sum(of_rank) for of_rank in samples]
         group = self.groups.collection.dp_cp
         order = in_pack_order(samples)
+        is_in_order = order == list(range(len(order)))
+        places = torch.tensor(order).to(packs[0].ids.device, non_blocking=True)
 
         def gather(name: str) -> Tensor:
             rows = torch.cat([vars(pack)[name] for pack in packs])
             found = gather_rows(rows, counts, group)
-            if order == list(range(len(order))):
-                return found
-            return found.index_select(0, torch.tensor(order, device=found.device))
+            return found if is_in_order else found.index_select(0, places)
 
         return _Pairs(**{one.name: gather(one.name) for one in fields(_Pairs)})
 
@@ -345,4 +345,5 @@ def similarities(images: Tensor, texts: Tensor) -> Tensor:
 
 
 def _counted(hits: Tensor) -> Reading:
-    return hits.sum(), hits.new_tensor(hits.numel(), dtype=torch.int64)
+    # Filled on the device: a copy from the host would wait for it.
+    return hits.sum(), hits.new_full((), hits.numel(), dtype=torch.int64)
