@@ -77,10 +77,13 @@ def run(config: Any, waits: Any, planted: Sequence[Any], packs_a_step: int) -> d
     from megavlm.train import loop
     from megavlm.train.meters import Clock
     from megavlm.train.optimizer import set_rates
+    from megavlm.train.part_norms import NORM_PARTS
     from megavlm.train.step import train_step
     from tests.ranks.runs import batch_options, build
 
     job = build(config)
+    # Which parts the other ranks hold shards of, they are not there to say.
+    job.part_norms.parts = list(NORM_PARTS)
     meters = [*loop._meters(job, Clock()), *planted]
     weights = [weight for chunk in job.chunks for weight in chunk.named_parameters()]
     tensors = [*weights, *(buffer for chunk in job.chunks for buffer in chunk.named_buffers())]
