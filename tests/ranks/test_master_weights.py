@@ -32,6 +32,8 @@ WIDE = dataclasses.replace(
         kv_channels=32,
     ),
 )
+# Enough to learn something.
+_FEW_STEPS = 2
 _PARAM = "optimizer.state.param."
 
 
@@ -160,6 +162,7 @@ TENSOR = dict(tensor_model_parallel_size=2)
 
 
 HALF = dict(precision="bfloat16")
+_SHORT = dict(steps=_FEW_STEPS, save_interval=_FEW_STEPS, global_batch_size=6)
 
 
 @pytest.mark.parametrize(
@@ -199,10 +202,10 @@ def write_refused(
     """Save a run with a fault on two ranks, and see its checkpoint refused at each of some layouts;
     return its save folder.
     """
-    settings = dict(precision=precision, save_interval=STEPS, global_batch_size=6)
+    settings = dict(precision=precision) | _SHORT
     old = folder / "old"
     assert ranks.run(fault, 2, wide_job(dataset, old, **settings)) == ["", ""]
-    [tensors] = ranks.run(saved_tensors, 1, old / f"step_{STEPS:08d}")
+    [tensors] = ranks.run(saved_tensors, 1, old / f"step_{_FEW_STEPS:08d}")
     found = different(tensors)
     assert found and (
         fault is _uncorrected_and_unchecked or found == ["model.connector.mlp.linear_fc1.bias"]
@@ -213,7 +216,8 @@ def write_refused(
             assert text.startswith("MismatchError")
             assert f"{len(found)} tensors, rounded, are not the weights" in text
             assert (
-                f"--checkpoint.load {old}/step_{STEPS:08d} --checkpoint.weights_only true" in text
+                f"--checkpoint.load {old}/step_{_FEW_STEPS:08d} --checkpoint.weights_only true"
+                in text
             )
     return old
 
@@ -223,7 +227,7 @@ def test_shifted_master_weights_are_refused_when_they_are_loaded_but_their_weigh
 ) -> None:
     fault = (_uncorrected_and_unchecked, "bfloat16", [(2, TENSOR), (3, dict())])
     old = write_refused(ranks, dataset, tmp_path, *fault)
-    settings = dict(precision="bfloat16", save_interval=STEPS, global_batch_size=6)
+    settings = dict(precision="bfloat16") | _SHORT
     fresh = wide_job(dataset, tmp_path / "fresh", old, weights_only=True, **settings)
     assert ranks.run(_error_of, 2, fresh) == ["", ""]
     assert losses(tmp_path / "fresh")[0] < losses(old)[0]

@@ -64,7 +64,7 @@ def make_job(
     names = {field.name for field in dataclasses.fields(Checkpoint)}
     chosen = {name: settings.pop(name) for name in list(settings) if name in names}
     files = Checkpoint(**dict(save=str(save), load=str(load), save_interval=3, keep=0) | chosen)
-    config = config_for(dataset, steps=STEPS, **settings)
+    config = config_for(dataset, **dict(steps=STEPS) | settings)
     quick = Health(speed_check=False)
     return dataclasses.replace(
         config, stage=stage, checkpoint=files, logging=Logging(interval=1), health=quick
