@@ -26,7 +26,6 @@ from megavlm import job_checks
 from megavlm.config import torchrun
 from megavlm.config.schema import ANY, Config
 from megavlm.config.stages import is_of_start, starting_like
-from megavlm.data.images.anyres import LLAVA_GRIDS
 from megavlm.data.records.readers import is_annotation
 from megavlm.io import atomic
 from megavlm.io.remote import file_state, is_remote, open_file
@@ -241,7 +240,7 @@ def _job(config: Config, name: str) -> Job:
             fail(f"--{option} is not for a training run")
     if not Path(asked.tokenizer).is_dir():
         fail(f"--tokenizer {asked.tokenizer}: there is no such folder")
-    return make_job(asked, config.architecture, image_grids(config.model) or LLAVA_GRIDS)
+    return make_job(asked, config.architecture, image_grids(config.model))
 
 
 def _tokenizer(config: Config) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from megavlm.data.images.anyres import LLAVA_GRIDS
 from megavlm.data.packing.asked_job import make_job
 from megavlm.data.packing.command_line import parse
 from megavlm.io.early_end import allow_early_end
@@ -20,7 +19,7 @@ def main() -> int:
     options = parse()
     try:
         model = image_model(options.model)
-        job = make_job(options, model, image_grids(options.model) or LLAVA_GRIDS)
+        job = make_job(options, model, image_grids(options.model))
         # Only now: help and mistakes on the command line should not wait for transformers.
         from megavlm.data.packing.job import pack_dataset, plan_dataset
 

@@ -7,6 +7,7 @@ one is known here, so that a run that could not export its model is refused befo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from megavlm.config.architecture import Architecture
 
@@ -51,8 +52,9 @@ def _causal(arch: Architecture) -> Iterator[str]:
 def _no_newline(arch: Architecture) -> Iterator[str]:
     if arch.connector.newline:
         yield (
-            "only LlavaNextForConditionalGeneration ends rows of features with a learned embedding;"
-            " this model has --architecture.connector.newline true"
+            "only LlavaNextForConditionalGeneration and LlavaOnevisionForConditionalGeneration end"
+            " rows of features with a learned embedding; this model has"
+            " --architecture.connector.newline true"
         )
 
 
@@ -125,8 +127,8 @@ def _llava(arch: Architecture) -> Iterator[str]:
     yield from _llava_parts("LlavaForConditionalGeneration", arch)
 
 
-def _llava_next(arch: Architecture) -> Iterator[str]:
-    name = "LlavaNextForConditionalGeneration"
+def _llava_with_rows(name: str, arch: Architecture) -> Iterator[str]:
+    """Yield what a class of LLaVA-NeXT's kind has no place for."""
     yield from _no_crosses(arch)
     yield from _one_way(arch)
     yield from _llava_parts(name, arch)
@@ -364,7 +366,8 @@ HOLDS: dict[str, Callable[[Architecture], Iterator[str]]] = {
     "native": _native,
     "chat": _chat,
     "llava": _llava,
-    "llava_next": _llava_next,
+    "llava_next": partial(_llava_with_rows, "LlavaNextForConditionalGeneration"),
+    "llava_onevision": partial(_llava_with_rows, "LlavaOnevisionForConditionalGeneration"),
     "paligemma": _paligemma,
     "fuyu": _fuyu,
     "clip": _clip,

@@ -1,7 +1,7 @@
 """The table of models, which ``--model`` picks from.
 
 They are InternVL 2.5 (arXiv 2412.05271), 3 (arXiv 2504.10479) and 3.5 (arXiv 2508.18265), and
-LLaVA-NeXT, for ``--recipe llava_next``.
+LLaVA-NeXT and LLaVA-OneVision, for ``--recipe llava_next`` and ``llava_onevision``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from megavlm.config.recipes import llava_next, paligemma
+from megavlm.config.recipes import llava_next, llava_onevision, paligemma
 from megavlm.config.schema import NO_LANGUAGE, Architecture, Init, Language, Vision
 
 ReadModel = Callable[[str, Init, Architecture | None], Architecture]
@@ -226,6 +226,7 @@ MODELS: dict[str, Architecture] = {
     ),
     "internvl3_5-gpt-oss-20b": Architecture(vision=_INTERNVIT_300M, language=_GPT_OSS_20B),
     **llava_next.MODELS,
+    **llava_onevision.MODELS,
     "digits": _DIGITS,
     **paligemma.MODELS,
 }

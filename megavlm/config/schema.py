@@ -96,7 +96,9 @@ class Data:
     loss_reduction: Literal["token", "sample", "square"] = "square"
     loss_weights: tuple[float, ...] = ()
     template: tuple[str, ...] = (ANY,)
-    tiling: Literal["any", "dynamic", "pad", "crop", "stretch", "patches", "anyres"] = ANY
+    tiling: Literal[
+        "any", "dynamic", "pad", "crop", "stretch", "patches", "anyres", "anyres_max_9"
+    ] = ANY
     augment: tuple[str, ...] = ()
     next_image: float = 0.0
     workers: int = 4

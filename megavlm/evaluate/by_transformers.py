@@ -22,7 +22,7 @@ from megavlm.evaluate.task import Task
 from megavlm.io import atomic
 
 # Dialects whose classes take the prompt and the pixels of its images, as below.
-_ANSWERING = ("native", "llava", "llava_next", "paligemma", "fuyu")
+_ANSWERING = ("native", "llava", "llava_next", "llava_onevision", "paligemma", "fuyu")
 
 
 def answer_tasks(

@@ -132,7 +132,7 @@ def image_of(path: Path, tiling: Tiling, images: int, where: str) -> Image:
         height=height,
         columns=columns,
         rows=rows,
-        tiles=tiling.count(columns, rows),
+        tiles=tiling.count(columns, rows, images),
         name=str(path),
     )
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from megavlm.config.architecture import Architecture
-from megavlm.data.loading.batch import Batch
+from megavlm.data.loading.batch import Batch, Mixed
 
 
 def place_features(embeddings: Tensor, features: Tensor, batch: Batch) -> Tensor:
@@ -34,9 +34,22 @@ def place_features(embeddings: Tensor, features: Tensor, batch: Batch) -> Tensor
             f"the pack has {batch.num_features} image placeholder tokens, but its tiles give"
             f" {len(features)} features"
         )
-    return embeddings.index_copy(
+    placed = embeddings.index_copy(
         0, batch.feature_positions, features.index_select(0, batch.feature_numbers)
     )
+    if batch.mixed is None:
+        return placed
+    return placed.index_copy(0, batch.mixed.positions, mix(features, batch.mixed))
+
+
+def mix(features: Tensor, mixed: Mixed) -> Tensor:
+    """Return weighted sums of features [I * F, 1, D]: [M, 1, D], computed in float32."""
+    # One after the other, so that no tensor is four times as long.
+    parts = (
+        features.index_select(0, numbers).float() * weights[:, None, None]
+        for numbers, weights in zip(mixed.numbers.T, mixed.weights.T, strict=True)
+    )
+    return sum(parts).to(features.dtype)
 
 
 def make_newline(architecture: Architecture, dtype: torch.dtype) -> nn.Parameter | None:

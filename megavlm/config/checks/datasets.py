@@ -177,10 +177,11 @@ def _form(config: Config, facts: DatasetFacts, where: str) -> Iterator[str]:
             f" {tiling}; pack with --tiling {tiling}, or give --data.tiling"
             f" {ANY if is_blend else facts.tiling} to train on these packs as they are"
         )
-    if facts.has_images and facts.tiling == "anyres" and not config.architecture.connector.newline:
+    has_rows = facts.has_images and facts.tiling.startswith("anyres")
+    if has_rows and not config.architecture.connector.newline:
         yield (
-            f"{where}: packed with --tiling anyres, which needs --architecture.connector.newline"
-            " true; this model has false"
+            f"{where}: packed with --tiling {facts.tiling}, which needs"
+            " --architecture.connector.newline true; this model has false"
         )
 
 

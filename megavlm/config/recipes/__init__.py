@@ -12,6 +12,7 @@ from megavlm.config.recipes import (
     internvl_c,
     llava,
     llava_next,
+    llava_onevision,
     paligemma,
     siglip,
 )
@@ -23,6 +24,7 @@ RECIPES: dict[str, Recipe] = {
         internvl,
         llava,
         llava_next,
+        llava_onevision,
         paligemma,
         fuyu,
         blip2,

@@ -11,7 +11,7 @@ from typing import Literal
 from megavlm.config.sampling import Sampling
 from megavlm.config.schema import ANY, Architecture, Data, Optimizer, Training
 
-Tiling = Literal["any", "dynamic", "pad", "crop", "stretch", "patches", "anyres"]
+Tiling = Literal["any", "dynamic", "pad", "crop", "stretch", "patches", "anyres", "anyres_max_9"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -127,6 +127,7 @@ EXAMPLES: dict[Dialect, Example] = {
     "chat": Example(text=_ORIGINAL),
     "llava": Example(text=_CHATTING),
     "llava_next": Example(text=_CHATTING),
+    "llava_onevision": Example(text=_CHATTING),
     "paligemma": Example(text=_ASKING.format(prompt="<image>What is it?")),
     "fuyu": Example(text=_READING_PATCHES),
     "clip": _comparing(

@@ -33,6 +33,7 @@ _IMAGES: Mapping[Dialect, _Images] = {
     "native": _Images(tilings=("stretch",), makes_grids=True),
     "chat": _Images(tilings=("pad", "stretch"), makes_grids=True, leaves_thumbnails=True),
     "llava_next": _Images(needs=("anyres", "It also makes a grid of tiles")),
+    "llava_onevision": _Images(needs=("anyres_max_9", "It also makes a grid of tiles")),
     "fuyu": _Images(needs=("patches", "It makes patches of images of any size")),
     "idefics": _Images(tilings=("stretch",)),
 }
@@ -44,7 +45,8 @@ def limits(usage: Usage, dialect: Dialect) -> Iterator[str]:
     if images.needs is not None:
         tiling, does = images.needs
         if usage.tiling != tiling:
-            yield f"{does}; training made one tile (--tiling {usage.tiling})."
+            made = "other tiles" if usage.grids else "one tile"
+            yield f"{does}; training made {made} (--tiling {usage.tiling})."
     elif usage.crops and not images.makes_grids:
         yield f"It makes one tile of an image; training made up to {usage.max_tiles}."
     elif usage.crops and not usage.thumbnail and not images.leaves_thumbnails:

@@ -26,8 +26,26 @@ _USUAL_SIDE = 336
 def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
     """Read the architecture; arguments and errors as in ``native_config``."""
     settings = llava_config.complete("LlavaNextConfig", CLASS_NAME, raw, folder)
+    usual = pinpoints(LLAVA_GRIDS, _USUAL_SIDE)
+    return architecture_of(settings, folder, usual, has_head=has_head)
+
+
+def architecture_of(
+    settings: dict[str, Any], folder: Path, usual: list[list[int]], *, has_head: bool | None
+) -> Architecture:
+    """Return the architecture of complete settings of a class of LLaVA-NeXT's kind.
+
+    Args:
+        settings: content of config.json.
+        folder: of the model.
+        usual: the grids of the class's image processor, heights and widths in pixels.
+        has_head: as in ``native_config``.
+
+    Raises:
+        ValueError: our model does not support them.
+    """
     shared.refuse(folder / shared.FILE_NAME, list(_problems(settings)))
-    shared.refuse(shared.image_processor_file(folder), list(_other_grids(settings, folder)))
+    shared.refuse(shared.image_processor_file(folder), list(_other_grids(settings, folder, usual)))
     found = llava_config.architecture_of(settings, folder, has_head=has_head)
     return replace(found, connector=replace(found.connector, newline=True))
 
@@ -43,11 +61,10 @@ def _problems(settings: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _other_grids(settings: dict[str, Any], folder: Path) -> Iterator[str]:
+def _other_grids(settings: dict[str, Any], folder: Path, usual: list[list[int]]) -> Iterator[str]:
     """Yield in what the image processor makes other grids than the model reads."""
     processor = shared.image_processor(folder)
     # Where its file does not say, transformers takes the usual ones, whatever config.json says.
-    usual = pinpoints(LLAVA_GRIDS, _USUAL_SIDE)
     grids = settings[PINPOINTS]
     if processor and processor.get(PINPOINTS, usual) != grids:
         found = processor.get(PINPOINTS, f"missing, which means {usual}")

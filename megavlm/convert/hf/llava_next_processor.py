@@ -29,8 +29,13 @@ def read_usage(folder: Path) -> Usage:
     """Read how a model is to be used: the conversations of its kind of language model, and the
     grids of its config.json.
     """
+    return usage_of(folder, "LlavaNextConfig")
+
+
+def usage_of(folder: Path, form: str) -> Usage:
+    """``read_usage`` of a class of LLaVA-NeXT's kind, whose settings are of the class ``form``."""
     path = folder / FILE_NAME
-    settings = complete("LlavaNextConfig", read_config(path), path)
+    settings = complete(form, read_config(path), path)
     template = _TEMPLATES.get(settings["text_config"]["model_type"], _USUAL)
     grids = llava_next_config.grids_of(settings)
     return Usage(

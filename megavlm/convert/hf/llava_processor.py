@@ -71,6 +71,7 @@ def write_folder(
     kind: str,
     settings: Callable[[TokenIds, torch.dtype], dict[str, Any]],
     image_processor: dict[str, Any],
+    processor: dict[str, Any] | None = None,
 ) -> None:
     """Write everything but weights of a class of LLaVA's kind.
 
@@ -79,6 +80,7 @@ def write_folder(
         kind: class of the processor.
         settings: makes the content of config.json, of ids of tokens and the dtype of weights.
         image_processor: settings of the image processor.
+        processor: settings of the processor; none: LLaVA's.
     """
     markers = FORMATS[usage.template].markers if usage.template in FORMATS else ()
     if not usage.is_trained and not set(markers) <= _vocabulary(tokenizer).keys():
@@ -96,14 +98,13 @@ def write_folder(
     if template is not None:
         (folder / tokenizer_files.TEMPLATE_NAME).write_text(template, encoding="utf-8")
     write_json(folder / IMAGE_PROCESSOR_NAME, {"processor_class": kind, **image_processor})
-    processor = {
-        "processor_class": kind,
+    usual = {
         "patch_size": architecture.vision.patch_size,
         "vision_feature_select_strategy": llava_config.select_strategy(architecture.vision),
         "image_token": context,
         "num_additional_image_tokens": int(architecture.vision.has_class_token),
     }
-    write_json(folder / "processor_config.json", processor)
+    write_json(folder / "processor_config.json", {"processor_class": kind, **(processor or usual)})
 
 
 def _vocabulary(tokenizer: Path) -> dict[str, int]:

@@ -22,7 +22,7 @@ from megavlm.convert.hf.limits import limits
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.weights.tables import Dialect, rows, unused_rows
 from megavlm.convert.weights.views import Header
-from megavlm.data.images.anyres import grids_text
+from megavlm.data.images.anyres import BOUNDED, USUAL_GRIDS, grids_text
 from megavlm.data.store.manifest import FILE_NAME as MANIFEST_NAME
 from megavlm.data.store.manifest import Manifest, read_manifest
 
@@ -231,9 +231,11 @@ def _usage(usage: Usage, dialect: Dialect) -> Iterator[str]:
     elif usage.tiling == "patches":
         width, height = usage.image_limit
         yield f"- patches of an image: as many as cover it, up to {width} x {height} pixels"
-    elif usage.tiling == "anyres":
+    elif usage.tiling in USUAL_GRIDS:
         grids = grids_text(usage.grids)
         yield f"- tiles of an image: the whole image, and one of the grids {grids}"
+        if usage.tiling == BOUNDED:
+            yield "- tiles of each of several images: 1, padded to a square"
     else:
         squares = {
             "pad": ", padded to a square",

@@ -44,9 +44,9 @@ class Usage:
         max_tiles: most tiles of an image, thumbnail not counted.
         thumbnail: whether an image of several tiles gets its thumbnail as one more tile.
         tiling: ``dynamic``, or how each image becomes one tile: ``pad``, ``crop`` or ``stretch``;
-            or ``patches``, or ``anyres``.
+            or ``patches``, or ``anyres`` or ``anyres_max_9``.
         image_limit: for ``patches``: width and height that larger images are made smaller to.
-        grids: for ``anyres``: columns and rows of the grids that images may have.
+        grids: for the last two: columns and rows of the grids that images may have.
         is_trained: whether the model was trained here; otherwise a chat template that comes with
             the tokenizer is kept.
     """

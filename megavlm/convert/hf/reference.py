@@ -29,13 +29,18 @@ def instruction_inputs(instructions: Instructions | None, tiles: slice) -> dict[
 
 
 def size_inputs(model: nn.Module, sizes: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
-    """Return what ``LlavaNextForConditionalGeneration`` reads beside the tiles of images: their
+    """Return what ``LlavaNextForConditionalGeneration`` and
+    ``LlavaOnevisionForConditionalGeneration`` read beside the tiles of a sample's images: their
     widths and heights, the other way round; nothing for other classes, or without images.
     """
-    if model.config.model_type != "llava_next" or not len(sizes):
+    kind = model.config.model_type
+    if kind not in ("llava_next", "llava_onevision") or not len(sizes):
         return {}
     device = next(model.parameters()).device
-    return {"image_sizes": torch.tensor([(height, width) for width, height in sizes]).to(device)}
+    found = {"image_sizes": torch.tensor([(height, width) for width, height in sizes]).to(device)}
+    if kind == "llava_onevision":
+        found["batch_num_images"] = torch.tensor([len(sizes)]).to(device)
+    return found
 
 
 def refuse_other_tiles(flag: str, packs: Manifest, folder: Path) -> None:
@@ -54,8 +59,10 @@ def refuse_other_tiles(flag: str, packs: Manifest, folder: Path) -> None:
                 f"{flag}: has tiles of {packed} {name}, and the model's have {needed}; name packs"
                 " that the model was trained on"
             )
-    grids = hub_format_of(folder).read_usage(folder).grids
-    if packs.grids == grids:  # none, if no image has a grid
+    usage = hub_format_of(folder).read_usage(folder)
+    grids = usage.grids
+    is_same = packs.grids == grids and packs.tiling == usage.tiling
+    if is_same or not (packs.grids or grids):  # no image has a grid
         return
     of_packs = f"{flag}: packs of --tiling {packs.tiling}"
     if packs.grids:
@@ -65,8 +72,8 @@ def refuse_other_tiles(flag: str, packs: Manifest, folder: Path) -> None:
             f"{of_packs}, and {folder} makes other tiles; name packs of another --tiling"
         )
     raise ValueError(
-        f"{of_packs}, and {folder} makes a grid of tiles of every image; name packs of --tiling"
-        f" anyres --grids {grids_text(grids)}"
+        f"{of_packs}, and {folder} makes a grid of tiles of an image; name packs of --tiling"
+        f" {usage.tiling} --grids {grids_text(grids)}"
     )
 
 

@@ -3,10 +3,11 @@ both directions.
 
 Dialects are ``native``, the names of ``InternVLForConditionalGeneration`` of transformers,
 ``chat``, those of ``InternVLChatModel``, in which OpenGVLab publishes its models, and ``llava``,
-``llava_next``, ``paligemma`` and ``fuyu``, those of ``LlavaForConditionalGeneration``,
-``LlavaNextForConditionalGeneration``, ``PaliGemmaForConditionalGeneration`` and
-``FuyuForCausalLM``, ``idefics`` those of
-``IdeficsForVisionText2Text``; ``pairs`` has those of contrastive models.
+``llava_next``, ``llava_onevision``, ``paligemma`` and ``fuyu``, those of
+``LlavaForConditionalGeneration``, ``LlavaNextForConditionalGeneration``,
+``LlavaOnevisionForConditionalGeneration``, ``PaliGemmaForConditionalGeneration`` and
+``FuyuForCausalLM``, ``idefics`` those of ``IdeficsForVisionText2Text``; ``pairs``
+has those of contrastive models.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ Dialect = Literal[
     "chat",
     "llava",
     "llava_next",
+    "llava_onevision",
     "paligemma",
     "fuyu",
     "clip",
@@ -93,6 +95,13 @@ _NAMES: dict[Dialect, _Names] = {
         unused_rows=clip.unused_rows,
     ),
     "llava_next": _Names(
+        vision="vision_tower.vision_model.",
+        vision_rows=clip.rows,
+        connector="",
+        connector_rows=llava_next_rows,
+        unused_rows=clip.unused_rows,
+    ),
+    "llava_onevision": _Names(
         vision="vision_tower.vision_model.",
         vision_rows=clip.rows,
         connector="",

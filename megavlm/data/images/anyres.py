@@ -1,22 +1,40 @@
 """AnyRes, the tiles of LLaVA-NeXT (Liu et al., 2024; a blog post, no paper): an image is resized to
-a grid of tiles of its own shape, filled up at two edges, and is also one tile as a whole.
+a grid of tiles of its own shape, filled up at two edges, and is also one tile as a whole. In
+LLaVA-OneVision (Li et al., 2024, arXiv 2408.03326) grids are larger, the features of a large grid
+are made fewer, and several images of one sample have no grids.
 
-The rules are those of transformers' ``LlavaNextImageProcessor``, to the last pixel; what it calls
-``image_grid_pinpoints`` are the grids here, in tiles.
+The rules are those of transformers' ``LlavaNextImageProcessor`` and
+``LlavaOnevisionImageProcessor``, to the last pixel; what they call ``image_grid_pinpoints`` are the
+grids here, in tiles.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+
+import numpy as np
 
 Grid = tuple[int, int]
 """Columns and rows of tiles."""
 
 # LLaVA-NeXT's, in its order: the first of two that fit an image equally well is taken.
 LLAVA_GRIDS: tuple[Grid, ...] = ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1))
+ONEVISION_GRIDS: tuple[Grid, ...] = tuple(
+    (columns, rows) for rows in range(1, 7) for columns in range(1, 7)
+)
+# LLaVA-OneVision's rule; its authors and transformers name it so.
+BOUNDED = "anyres_max_9"
+USUAL_GRIDS: Mapping[str, tuple[Grid, ...]] = {"anyres": LLAVA_GRIDS, BOUNDED: ONEVISION_GRIDS}
+"""By the modes of ``Tiling`` in which images have grids: those of the models that had them first.
+"""
+
+# Of a grid with more features than so many tiles have, there are made fewer.
+_BOUND = 9
+# Not of one that has a little more: the root of how many times as many it may have.
+_SLACK = 1.1
 
 # Far more than a model can read, and few enough to be held in memory.
 _MOST_TILES = 1024
@@ -100,3 +118,31 @@ def unpadded(width: int, height: int, across: int, down: int) -> tuple[range, ra
     kept = int(round(width * (down / height), 7))
     cut = (across - kept) // 2
     return range(cut, across - cut), range(down)
+
+
+def bounded(across: int, down: int, side: int) -> tuple[int, int]:
+    """Return how many columns and rows a table of features is made smaller to, or its own if it is
+    not.
+
+    Args:
+        across, down: columns and rows of the table, without those of the padding.
+        side: columns of the features of one tile.
+    """
+    ratio = math.sqrt(across * down / (_BOUND * side**2))
+    return (int(across // ratio), int(down // ratio)) if ratio > _SLACK else (across, down)
+
+
+def mixture(count: int, wanted: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return of which two of ``count`` features in a row each of fewer is made by linear
+    interpolation, int64 [wanted, 2], and their weights, float32 [wanted, 2].
+
+    They are those of ``torch.nn.functional.interpolate`` with ``align_corners=False``, in its
+    arithmetic.
+    """
+    scale = np.float32(count) / np.float32(wanted)
+    middle = scale * (np.arange(wanted, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5)
+    middle = np.maximum(middle, np.float32(0))
+    first = np.minimum(middle.astype(np.int64), count - 1)
+    share = middle - first.astype(np.float32)
+    second = np.minimum(first + 1, count - 1)
+    return np.stack([first, second], 1), np.stack([1 - share, share], 1)

@@ -8,16 +8,18 @@ without looking at pixels. Shapes: F features of a tile, P placeholder tokens of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from megavlm.data.images.anyres import unpadded
+from megavlm.data.images.anyres import BOUNDED, bounded, mixture, unpadded
 from megavlm.data.text.image_rows import Shown
 
 NEWLINE = -1
 """Stands for the connector's learned embedding at the end of a row, in the place of a feature."""
+MIXED = -2
+"""Stands for a weighted sum of four features, in the place of a feature."""
 
 
 class Tiled(Protocol):
@@ -56,9 +58,24 @@ class FeatureLayout(Protocol):
         """Return P."""
 
     def numbers(self, image: Tiled) -> np.ndarray:
-        """Return the index of each placeholder's feature among the image's, or ``NEWLINE``; int64
-        [P].
+        """Return the index of each placeholder's feature among the image's, or ``NEWLINE`` or
+        ``MIXED``; int64 [P].
         """
+
+    def mixed(self, image: Tiled) -> Mixed | None:
+        """Return what goes to the placeholders of ``MIXED``; none if there are none."""
+
+
+class Mixed(NamedTuple):
+    """Weighted sums of features, for M placeholders.
+
+    Args:
+        numbers: int64 [M, 4], indices of the features.
+        weights: float32 [M, 4].
+    """
+
+    numbers: np.ndarray
+    weights: np.ndarray
 
 
 class TileByTile:
@@ -78,6 +95,10 @@ class TileByTile:
     def numbers(self, image: Tiled) -> np.ndarray:
         """See ``FeatureLayout``."""
         return np.arange(self.count(image))
+
+    def mixed(self, image: Tiled) -> Mixed | None:
+        """See ``FeatureLayout``."""
+        return None
 
 
 class UnpaddedRows:
@@ -109,17 +130,72 @@ class UnpaddedRows:
         """See ``FeatureLayout``."""
         columns, rows = self._shown(image)
         row = np.array(rows, np.int64)[:, None]
-        column = np.array(columns, np.int64)[None]
+        return self._in_rows(self._in_grid(image, row, np.array(columns, np.int64)[None]))
+
+    def mixed(self, image: Tiled) -> Mixed | None:
+        """See ``FeatureLayout``."""
+        return None
+
+    def _in_grid(self, image: Tiled, row: np.ndarray, column: np.ndarray) -> np.ndarray:
+        """Return the indices of the features at rows and columns of the grid's table."""
         side = self.side
         tile = 1 + row // side * image.columns + column // side
-        table = np.full((len(rows), len(columns) + 1), NEWLINE, np.int64)
-        table[:, :-1] = (tile * side + row % side) * side + column % side
-        return np.concatenate([np.arange(side**2), table.ravel()])
+        return (tile * side + row % side) * side + column % side
+
+    def _in_rows(self, table: np.ndarray) -> np.ndarray:
+        """Put the whole image's features before a table, and a newline behind each of its rows."""
+        rows = np.pad(table, ((0, 0), (0, 1)), constant_values=NEWLINE)
+        return np.concatenate([np.arange(self.side**2), rows.ravel()])
 
     def _shown(self, image: Tiled) -> tuple[range, range]:
         """Return columns and rows of the grid's features that show the image."""
         across = image.columns * self.side
         return unpadded(image.width, image.height, across, image.rows * self.side)
+
+
+class BoundedRows(UnpaddedRows):
+    """``UnpaddedRows`` with fewer features of a large grid, by bilinear interpolation; and of an
+    image without a grid the features of its one tile and a newline (LLaVA-OneVision).
+    """
+
+    def count(self, image: Tiled) -> int:
+        """See ``FeatureLayout``."""
+        if image.tiles == 1:
+            return self.side**2 + 1
+        columns, rows = bounded(*map(len, self._shown(image)), self.side)
+        return self.side**2 + rows * (columns + 1)
+
+    def numbers(self, image: Tiled) -> np.ndarray:
+        """See ``FeatureLayout``."""
+        if image.tiles == 1:
+            return np.append(np.arange(self.side**2), NEWLINE)
+        shown = tuple(map(len, self._shown(image)))
+        columns, rows = bounded(*shown, self.side)
+        if (columns, rows) == shown:
+            return super().numbers(image)
+        return self._in_rows(np.full((rows, columns), MIXED, np.int64))
+
+    def mixed(self, image: Tiled) -> Mixed | None:
+        """See ``FeatureLayout``."""
+        across, down = self._shown(image)
+        shown = len(across), len(down)
+        columns, rows = bounded(*shown, self.side)
+        if image.tiles == 1 or (columns, rows) == shown:
+            return None
+        row, of_row = mixture(len(down), rows)
+        column, of_column = mixture(len(across), columns)
+        # [rows, columns, 2, 2]
+        row = down.start + row[:, None, :, None]
+        column = across.start + column[None, :, None, :]
+        weights = of_row[:, None, :, None] * of_column[None, :, None, :]
+        numbers = self._in_grid(image, row, column)
+        return Mixed(numbers.reshape(-1, 4), weights.reshape(-1, 4))
+
+
+_LAYOUTS: Mapping[str, Callable[[int], FeatureLayout]] = {
+    "anyres": UnpaddedRows,
+    BOUNDED: BoundedRows,
+}
 
 
 def feature_layout(tiling: str, features_per_tile: int) -> FeatureLayout:
@@ -128,7 +204,7 @@ def feature_layout(tiling: str, features_per_tile: int) -> FeatureLayout:
     Raises:
         ValueError: the mode has none for so many features.
     """
-    return (UnpaddedRows if tiling == "anyres" else TileByTile)(features_per_tile)
+    return _LAYOUTS.get(tiling, TileByTile)(features_per_tile)
 
 
 def sizes_in_text(images: Sequence[Tiled], layout: FeatureLayout) -> tuple[list[int], list[Shown]]:
@@ -143,7 +219,7 @@ def numbers_in_pack(
     images: np.ndarray, layout: FeatureLayout, features_per_tile: int
 ) -> np.ndarray:
     """Return the index of each placeholder's feature among those of all tiles of a pack, or
-    ``NEWLINE``; int64 [sum of P].
+    ``NEWLINE`` or ``MIXED``; int64 [sum of P].
 
     Args:
         images: the pack's table of images.
@@ -151,10 +227,30 @@ def numbers_in_pack(
         features_per_tile: F.
     """
     found = []
+    for image, first in _of_pack(images, features_per_tile):
+        numbers = layout.numbers(image)
+        found.append(np.where(numbers < 0, numbers, numbers + first))
+    return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+
+def mixed_in_pack(
+    images: np.ndarray, layout: FeatureLayout, features_per_tile: int
+) -> Mixed | None:
+    """Return what goes to a pack's placeholders of ``MIXED``, with indices among the features of
+    all its tiles; none if there are none. Arguments are those of ``numbers_in_pack``.
+    """
+    found = []
+    for image, first in _of_pack(images, features_per_tile):
+        mixed = layout.mixed(image)
+        if mixed is not None:
+            found.append(Mixed(mixed.numbers + first, mixed.weights))
+    return Mixed(*map(np.concatenate, zip(*found, strict=True))) if found else None
+
+
+def _of_pack(images: np.ndarray, features_per_tile: int) -> Iterator[tuple[Tiled, int]]:
+    """Yield the images of a pack, each with the index of its first feature."""
     tiles = 0
     for row in images[list(_Row._fields)].tolist():
         image = _Row(*row)
-        numbers = layout.numbers(image)
-        found.append(np.where(numbers == NEWLINE, NEWLINE, numbers + tiles * features_per_tile))
+        yield image, tiles * features_per_tile
         tiles += image.tiles
-    return np.concatenate(found) if found else np.zeros(0, np.int64)

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
 
-from megavlm.data.images.anyres import LLAVA_GRIDS, Grid, best_grid
+from megavlm.data.images.anyres import BOUNDED, LLAVA_GRIDS, USUAL_GRIDS, Grid, best_grid
 from megavlm.data.images.patches import fitted_size, patch_grid
 
-Mode = Literal["dynamic", "pad", "crop", "stretch", "patches", "anyres"]
+Mode = Literal["dynamic", "pad", "crop", "stretch", "patches", "anyres", "anyres_max_9"]
 
 
 # Fuyu's, in pixels.
@@ -35,12 +35,13 @@ class Tiling:
             in its middle (``crop``), as LLaVA has them, or all of it with another shape
             (``stretch``), as PaliGemma. ``patches``: a tile is a patch, and an image has as many as
             cover it, as in Fuyu. ``anyres``: the whole image, then a grid of tiles that it is
-            fitted into, as in LLaVA-NeXT.
-        pixel_mean: mean of red, green and blue, from 0 to 1: what ``pad`` fills with.
+            fitted into, as in LLaVA-NeXT. ``anyres_max_9``: the same for a record of one image, and
+            those of several are one tile each, filled up to a square, as in LLaVA-OneVision.
+        pixel_mean: mean of red, green and blue, from 0 to 1: what squares are filled with.
         resample: how images are resized to tiles: ``bicubic`` or ``bilinear``; those of
             ``patches`` are always bilinear.
         limit: for ``patches``: width and height in pixels that larger images are made smaller to.
-        grids: for ``anyres``: the grids that images may have.
+        grids: for ``anyres`` and ``anyres_max_9``: the grids that images may have.
     """
 
     tile_size: int
@@ -63,8 +64,8 @@ class Tiling:
             )
         if self.mode not in get_args(Mode):
             raise ValueError(f"--tiling {self.mode}: must be one of {', '.join(get_args(Mode))}")
-        if self.mode == "anyres" and not self.grids:
-            raise ValueError("--grids: --tiling anyres needs at least one grid")
+        if self.has_grids and not self.grids:
+            raise ValueError(f"--grids: --tiling {self.mode} needs at least one grid")
         if self.mode == "patches" and any(side < 1 or side % self.tile_size for side in self.limit):
             width, height = self.limit
             raise ValueError(
@@ -73,14 +74,21 @@ class Tiling:
             )
 
     @property
+    def has_grids(self) -> bool:
+        """Whether images are fitted into grids, and are one more tile as a whole."""
+        return self.mode in USUAL_GRIDS
+
+    @property
     def size_flag(self) -> str:
         """The option that makes images smaller."""
-        return {"patches": "--image_limit", "anyres": "--grids"}.get(self.mode, "--max_tiles")
+        if self.has_grids:
+            return "--grids"
+        return "--image_limit" if self.mode == "patches" else "--max_tiles"
 
     @property
     def takes_frames(self) -> bool:
         """Whether a frame of a video can be one tile."""
-        return self.mode not in ("patches", "anyres")
+        return self.mode != "patches" and not self.has_grids
 
     @property
     def pad_colour(self) -> tuple[int, int, int] | None:
@@ -97,16 +105,22 @@ class Tiling:
         """
         if self.mode == "patches":
             return patch_grid(fitted_size(width, height, self.limit), self.tile_size)
-        if self.mode == "anyres":
+        if self.mode == BOUNDED and images > 1:
+            return 1, 1
+        if self.has_grids:
             return best_grid(width, height, self.grids, self.tile_size)
         if self.mode != "dynamic":
             return 1, 1
         most = image_max_tiles(self.max_tiles if max_tiles is None else max_tiles, images)
         return choose_grid(width, height, self.min_tiles, most, self.tile_size)
 
-    def count(self, columns: int, rows: int) -> int:
-        """Tiles of an image with this grid, the whole image as one of its own counted."""
-        if self.mode == "anyres":
+    def count(self, columns: int, rows: int, images: int = 1) -> int:
+        """Tiles of an image with this grid, one of ``images`` in its record, the whole image as one
+        of its own counted.
+        """
+        if self.mode == BOUNDED and images > 1:
+            return 1
+        if self.has_grids:
             return columns * rows + 1
         return tile_count(columns, rows, self.thumbnail and self.mode != "patches")
 
@@ -167,7 +181,12 @@ def choose_grid(
 
 def pad_colour(mode: str, pixel_mean: tuple[float, float, float]) -> tuple[int, int, int] | None:
     """Return the mean colour, from 0 to 255, if images are padded to squares; else None."""
-    return tuple(int(255 * value) for value in pixel_mean) if mode == "pad" else None
+    return colour_of(pixel_mean) if mode == "pad" else None
+
+
+def colour_of(pixel_mean: tuple[float, float, float]) -> tuple[int, int, int]:
+    """Return the mean colour, from 0 to 255, which images are filled up with to squares."""
+    return tuple(int(255 * value) for value in pixel_mean)
 
 
 def tile_count(columns: int, rows: int, thumbnail: bool) -> int:

@@ -114,6 +114,26 @@ class Instructions:
         return torch.equal(self.tokens, other.tokens) and torch.equal(self.lengths, other.lengths)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Mixed:
+    """Weighted sums of features, for tokens of a rank; see ``data/images/feature_layout``.
+
+    Args:
+        positions: int64 [M], where among this rank's tokens they go, ascending.
+        numbers: int64 [M, 4], which of the features of the whole pack each is made of.
+        weights: float32 [M, 4].
+    """
+
+    positions: torch.Tensor
+    numbers: torch.Tensor
+    weights: torch.Tensor
+
+    @classmethod
+    def of(cls, **values: np.ndarray) -> Mixed:
+        """Make them of arrays, of the dtypes and shapes above, whose memory they share."""
+        return cls(**_as_tensors(values))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
     """The tensors of one pack.
@@ -142,6 +162,7 @@ class Batch:
         feature_positions: int64 [placeholders], where in ``tokens`` image features go, ascending.
         feature_numbers: int64 [placeholders], which of the features of the whole pack (those of all
             its tiles, in their order) goes there.
+        mixed: weighted sums of features that go to tokens too; none if the pack has none.
         newline_positions: int64 [newlines], where in ``tokens`` the connector's embedding of the
             end of a row goes; see ``data/images/feature_layout``.
         num_features: features of the whole pack, those of padding tiles not counted.
@@ -176,6 +197,7 @@ class Batch:
     feature_positions: torch.Tensor
     feature_numbers: torch.Tensor
     newline_positions: torch.Tensor
+    mixed: Mixed | None = None
     num_features: int
     drop_path_draws: torch.Tensor
     pair_draws: torch.Tensor | None = None
@@ -191,7 +213,9 @@ class Batch:
     cached: Any = None
 
     @classmethod
-    def of(cls, **values: np.ndarray | float | Prefixes | Media | Instructions | None) -> Batch:
+    def of(
+        cls, **values: np.ndarray | float | Prefixes | Media | Mixed | Instructions | None
+    ) -> Batch:
         """Make a batch whose tensors share memory with the given arrays, of the dtypes and shapes
         above.
         """

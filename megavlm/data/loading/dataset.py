@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from megavlm.data.images.feature_layout import (
+    MIXED,
     NEWLINE,
     FeatureLayout,
     feature_layout,
+    mixed_in_pack,
     numbers_in_pack,
 )
-from megavlm.data.loading.batch import Batch, Media
+from megavlm.data.loading.batch import Batch, Media, Mixed
 from megavlm.data.loading.draws import (
     drop_path_draws,
     next_image_draws,
@@ -211,23 +213,34 @@ class PackedDataset:
 
     def _features(
         self, pack: Pack, positions: np.ndarray, local: np.ndarray
-    ) -> dict[str, np.ndarray | int]:
+    ) -> dict[str, np.ndarray | Mixed | int | None]:
         """Return where image features and newlines go among the rank's tokens, and which of the
-        pack's features these are, int64; and how many the pack has.
+        pack's features these are or are mixed of, int64; and how many the pack has.
 
         Args:
             pack: the pack.
             positions: of its stored tokens.
             local: where each token of the pack is among the rank's tokens; -1: nowhere.
         """
-        numbers = numbers_in_pack(pack.images, self._layout, self.manifest.features_per_tile)
+        features = self.manifest.features_per_tile
+        numbers = numbers_in_pack(pack.images, self._layout, features)
         found = local[self._placeholders(pack, positions, len(numbers))]
-        is_feature = (found >= 0) & (numbers != NEWLINE)
+        is_feature = (found >= 0) & (numbers >= 0)
+        of_mixed = found[numbers == MIXED]
+        is_mixed = of_mixed >= 0
+        mixed = mixed_in_pack(pack.images, self._layout, features)
         return dict(
             feature_positions=found[is_feature],
             feature_numbers=numbers[is_feature],
             newline_positions=found[(found >= 0) & (numbers == NEWLINE)],
-            num_features=pack.tiles * self.manifest.features_per_tile,
+            num_features=pack.tiles * features,
+            mixed=None
+            if mixed is None
+            else Mixed.of(
+                positions=of_mixed[is_mixed],
+                numbers=mixed.numbers[is_mixed],
+                weights=mixed.weights[is_mixed],
+            ),
         )
 
     @cached_property

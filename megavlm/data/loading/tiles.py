@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from megavlm.data.images import anyres, patches
 from megavlm.data.images.augment import draw
 from megavlm.data.images.decode import cut_fitted, decode_tiles
-from megavlm.data.images.tiling import pad_colour
+from megavlm.data.images.tiling import colour_of, pad_colour
 from megavlm.data.images.transforms import decode_changed
 from megavlm.data.store.manifest import Manifest
 from megavlm.data.store.reader import Pack
@@ -46,7 +46,8 @@ class TileDecoder:
         mode = manifest.tiling
         self.pad_colour = pad_colour(mode, manifest.pixel_mean)
         self.crops = mode == "crop"
-        self.cut = {"patches": self._patches, "anyres": self._fitted}.get(mode)
+        self.has_grids = mode in anyres.USUAL_GRIDS
+        self.cut = {"patches": self._patches}.get(mode, self._fitted if self.has_grids else None)
         # Whether an image is only resized to its grid.
         self.is_plain = mode in ("dynamic", "stretch")
 
@@ -109,7 +110,10 @@ class TileDecoder:
         width = int(row["width"])
         height = int(row["height"])
         cut = None
-        if self.cut is not None:
+        colour = self.pad_colour
+        if self.has_grids and count == 1:  # one of several images of its record
+            colour = colour_of(self.manifest.pixel_mean)
+        elif self.cut is not None:
             cut = partial(self.cut, (width, height), (columns, rows))
         decode_changed(
             pack.image(index),
@@ -117,7 +121,7 @@ class TileDecoder:
             rows,
             size,
             has_thumbnail,
-            pad_colour=self.pad_colour,
+            pad_colour=colour,
             crops=self.crops,
             cut=cut,
             change=draw(

@@ -8,7 +8,7 @@ import re
 
 from megavlm.config.architecture import Architecture
 from megavlm.config.vision import PIXELS
-from megavlm.data.images.anyres import LLAVA_GRIDS, Grid, read_grids
+from megavlm.data.images.anyres import LLAVA_GRIDS, USUAL_GRIDS, Grid, read_grids
 from megavlm.data.images.frame_sampling import FrameChoice
 from megavlm.data.images.tiling import FUYU_LIMIT, Tiling
 from megavlm.data.packing.settings import Job
@@ -35,15 +35,14 @@ PASSED_ON = (
 )
 
 
-def make_job(
-    args: argparse.Namespace, model: Architecture, grids: tuple[Grid, ...] = LLAVA_GRIDS
-) -> Job:
+def make_job(args: argparse.Namespace, model: Architecture, grids: tuple[Grid, ...] = ()) -> Job:
     """Return the job that a command line asks for.
 
     Args:
         args: the command line.
         model: what packs are for.
-        grids: that images may have for AnyRes, unless the command line says it.
+        grids: that images may have for AnyRes, unless the command line says it; none: those of the
+            models that had its rule first.
 
     Raises:
         ValueError, FileNotFoundError: it cannot be done; names the flag.
@@ -74,7 +73,9 @@ def make_job(
             pixel_mean=mean,
             resample=args.resample or model.vision.resample,
             limit=_limit(args.image_limit, args.tiling),
-            grids=_grids(args.grids, args.tiling) or grids,
+            grids=_grids(args.grids, args.tiling)
+            or grids
+            or USUAL_GRIDS.get(args.tiling, LLAVA_GRIDS),
             **_of_dynamic_tiling(args),
         ),
         pixel_std=std,
@@ -127,8 +128,10 @@ def _grids(text: str, tiling: str) -> tuple[Grid, ...]:
     """
     if not text:
         return ()
-    if tiling != "anyres":
-        raise ValueError(f"--grids {text}: goes with --tiling anyres; leave it out")
+    if tiling not in USUAL_GRIDS:
+        raise ValueError(
+            f"--grids {text}: goes with --tiling {' or '.join(USUAL_GRIDS)}; leave it out"
+        )
     return read_grids(text)
 
 

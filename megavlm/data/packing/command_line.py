@@ -70,7 +70,9 @@ IMAGES = (
             "dynamic; or each image is one tile: padded to a square (pad), the square in its"
             " middle (crop), or stretched to a square (stretch); or each patch is one tile, for"
             " images of any size (patches); or the whole image and a grid that it is fitted into"
-            " (anyres) (default: %(default)s)"
+            " (anyres), or that for records of one image, with fewer features of large grids, and"
+            " one padded tile for each image of a record of several (anyres_max_9) (default:"
+            " %(default)s)"
         ),
     ),
     Option(
@@ -78,8 +80,9 @@ IMAGES = (
         default="",
         metavar="CxR,...",
         text=(
-            "for --tiling anyres: columns and rows of the grids that images may have (default:"
-            f" those of a LLaVA-NeXT's folder that --model names, else {grids_text(LLAVA_GRIDS)})"
+            "for --tiling anyres and anyres_max_9: columns and rows of the grids that images may"
+            " have (default: those of the folder that --model names, if its model has grids, else"
+            f" {grids_text(LLAVA_GRIDS)}, and with anyres_max_9 all from 1x1 to 6x6)"
         ),
     ),
     Option(

@@ -330,7 +330,7 @@ class Encoder:
             height=header.height,
             columns=columns,
             rows=rows,
-            tiles=self.tiling.count(columns, rows),
+            tiles=self.tiling.count(columns, rows, images),
             name=file.path,
             deep=header.deep,
         )

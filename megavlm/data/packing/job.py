@@ -351,7 +351,7 @@ def _manifest(
         thumbnail=job.tiling.thumbnail,
         tiling=job.tiling.mode,
         image_limit=job.tiling.limit,
-        grids=job.tiling.grids if job.tiling.mode == "anyres" else (),
+        grids=job.tiling.grids if job.tiling.has_grids else (),
         pixel_mean=job.tiling.pixel_mean,
         pixel_std=job.pixel_std,
         resample=job.tiling.resample,

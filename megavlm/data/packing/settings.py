@@ -203,7 +203,7 @@ class Job:
                 f"--tiling {self.tiling.mode}: {flag} has a token behind each row of patches; use"
                 " --tiling patches"
             )
-        if self.tiling.mode == "anyres":
+        if self.tiling.has_grids:
             self._check_anyres()
         least = 0 if form.is_of_pairs else 1
         if self.features_per_tile < least or (form.is_of_pairs and self.features_per_tile):
@@ -217,8 +217,8 @@ class Job:
         form = chat_format(self.template)
         if form.is_of_pairs or form.images.is_single:
             raise ValueError(
-                f"--tiling anyres: --template {self.template} has no placeholder token for each"
-                " feature of an image; use another --tiling"
+                f"--tiling {self.tiling.mode}: --template {self.template} has no placeholder token"
+                " for each feature of an image; use another --tiling"
             )
         feature_layout(self.tiling.mode, self.features_per_tile)
 

@@ -118,10 +118,12 @@ class Manifest:
         min_tiles: fewest tiles of an image, thumbnail not counted.
         max_tiles: most tiles of an image, thumbnail not counted.
         thumbnail: whether an image of several tiles gets its thumbnail as one more tile.
-        tiling: how images become tiles: dynamic, pad, crop, stretch, patches or anyres; frames of
-            videos are always one tile, and there are none with the last two.
+        tiling: how images become tiles: dynamic, pad, crop, stretch, patches, anyres or
+            anyres_max_9; frames of videos are always one tile, and there are none with the last
+            three.
         image_limit: for patches: width and height in pixels that larger images are made smaller to.
-        grids: for anyres: columns and rows of the grids that images may have, the first of equals.
+        grids: for anyres and anyres_max_9: columns and rows of the grids that images may have, the
+            first of equals.
         pixel_mean: mean that the model subtracts from each channel, of values in [0, 1].
         pixel_std: value that the model divides each channel by.
         resample: how images are resized to tiles: bicubic or bilinear.

@@ -11,9 +11,14 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 )
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
+)
+from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
+from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
 from megavlm.data.images import anyres, decode
-from megavlm.data.images.feature_layout import NEWLINE, feature_layout
+from megavlm.data.images.feature_layout import MIXED, NEWLINE, feature_layout
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.sample import Image as StoredImage
 
@@ -41,16 +46,20 @@ def two_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image.Image, "resize", in_turn)
 
 
-def stored(size: tuple[int, int], grids: tuple[anyres.Grid, ...]) -> StoredImage:
-    tiling = Tiling(tile_size=SIDE, mode="anyres", grids=grids)
-    columns, rows = tiling.grid(*size)
-    facts = dict(columns=columns, rows=rows, tiles=tiling.count(columns, rows))
+def stored(
+    size: tuple[int, int], grids: tuple[anyres.Grid, ...], mode: str = "anyres", images: int = 1
+) -> StoredImage:
+    tiling = Tiling(tile_size=SIDE, mode=mode, grids=grids)
+    columns, rows = tiling.grid(*size, images)
+    facts = dict(columns=columns, rows=rows, tiles=tiling.count(columns, rows, images))
     return StoredImage(encoded=b"", width=size[0], height=size[1], **facts)
 
 
 # In the large grid a thin image leaves whole tiles empty.
 @pytest.mark.parametrize(
-    "grids", [anyres.LLAVA_GRIDS, MORE_GRIDS, ((4, 4),)], ids=["usual", "more", "large"]
+    "grids",
+    [anyres.LLAVA_GRIDS, MORE_GRIDS, ((4, 4),), anyres.ONEVISION_GRIDS],
+    ids=["usual", "more", "large", "onevision"],
 )
 @pytest.mark.parametrize("resizer", ["pillow", "numba"])
 def test_pixels_are_those_of_transformers(
@@ -58,13 +67,13 @@ def test_pixels_are_those_of_transformers(
 ) -> None:
     resize = decode.load_decoders() if resizer == "numba" else decode._resize_with_pillow
     monkeypatch.setattr(decode, "_resizer", lambda: resize)
-    processor = LlavaNextImageProcessorPil(
-        size={"shortest_edge": SIDE},
-        crop_size={"height": SIDE, "width": SIDE},
-        image_grid_pinpoints=pinpoints(grids),
-        do_rescale=False,
-        do_normalize=False,
-    )
+    shape = dict(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    kind = LlavaNextImageProcessorPil
+    if grids == anyres.ONEVISION_GRIDS:
+        shape = dict(size={"height": SIDE, "width": SIDE})
+        kind = LlavaOnevisionImageProcessorPil
+    plain = dict(do_rescale=False, do_normalize=False)
+    processor = kind(image_grid_pinpoints=pinpoints(grids), **shape, **plain)
     for size in SIZES:
         pixels = RNG.integers(0, 256, (size[1], size[0], 3), np.uint8)
         theirs = processor(images=Image.fromarray(pixels), return_tensors="np")["pixel_values"][0]
@@ -97,6 +106,47 @@ def test_features_stand_where_transformers_puts_them() -> None:
         assert found.tolist() == expected.flatten().tolist(), (width, height)
         count = LlavaNextProcessor._get_number_of_features(Parts(), height, width, SIDE, SIDE)
         assert layout.count(image) == len(found) == count - 1
+
+
+def test_features_of_large_grids_are_mixed_as_transformers_does() -> None:
+    class Parts:
+        """What the functions of transformers read of their processor and their model."""
+
+        patch_size = PATCH
+        num_image_tokens = FEATURES
+        vision_aspect_ratio = "anyres_max_9"
+        image_grid_pinpoints = pinpoints(anyres.ONEVISION_GRIDS)
+        image_size = SIDE
+        image_processor = vision_config = config = property(lambda self: self)
+        _get_unpadded_features = LlavaOnevisionProcessor._get_unpadded_features
+
+    layout = feature_layout("anyres_max_9", FEATURES)
+    newline = torch.full((3,), 7.0)
+    smaller = 0
+    for width, height in SIZES:
+        image = stored((width, height), anyres.ONEVISION_GRIDS, "anyres_max_9")
+        features = torch.from_numpy(RNG.normal(size=(image.tiles, FEATURES, 3)).astype(np.float32))
+        [expected], _ = LlavaOnevisionModel.pack_image_features(
+            Parts(), [features], [[height, width]], newline
+        )
+        numbers = torch.from_numpy(layout.numbers(image))
+        found = torch.where((numbers == NEWLINE)[:, None], newline, features.flatten(0, 1)[numbers])
+        mixed = layout.mixed(image)
+        assert (mixed is None) == (MIXED not in numbers)
+        if mixed is not None:
+            smaller += 1
+            parts = (
+                features.flatten(0, 1)[mixed.numbers] * torch.from_numpy(mixed.weights)[..., None]
+            )
+            found[numbers == MIXED] = parts.sum(1)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        count = LlavaOnevisionProcessor._get_number_of_features(Parts(), height, width, SIDE, SIDE)
+        assert layout.count(image) == len(found) == count
+    assert 3 < smaller < len(SIZES) - 3
+    one = stored((50, 20), anyres.ONEVISION_GRIDS, "anyres_max_9", images=2)
+    assert (one.columns, one.rows, one.tiles, layout.mixed(one)) == (1, 1, 1, None)
+    assert layout.numbers(one).tolist() == [*range(FEATURES), NEWLINE]
+    assert layout.count(one) == FEATURES + 1
 
 
 @pytest.mark.parametrize("text", ["", "2x", "0x1", "2x1,", "1X2"])

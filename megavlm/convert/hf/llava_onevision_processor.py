@@ -1,0 +1,77 @@
+"""Everything in a folder of ``LlavaOnevisionForConditionalGeneration`` but the weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from megavlm.config.schema import Architecture
+from megavlm.convert.hf import (
+    llava_config,
+    llava_next_processor,
+    llava_onevision_config,
+    llava_processor,
+)
+from megavlm.convert.hf.json_files import write_json
+from megavlm.convert.hf.llava_next_config import PINPOINTS, pinpoints
+from megavlm.convert.hf.preprocessing import Usage
+from megavlm.convert.hf.processor import pixel_settings
+from megavlm.data.images.anyres import BOUNDED, ONEVISION_GRIDS
+from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS, load_tokenizer
+
+_PROCESSOR = "LlavaOnevisionProcessor"
+# The published tokenizers have it; nothing here makes it.
+_VIDEO = "<video>"
+
+
+def read_usage(folder: Path) -> Usage:
+    """Read how a model is to be used: as a LLaVA-NeXT, with the larger grids."""
+    found = llava_next_processor.usage_of(folder, llava_onevision_config.SETTINGS)
+    return replace(found, tiling=BOUNDED)
+
+
+def write(
+    folder: Path, tokenizer: Path, architecture: Architecture, usage: Usage, dtype: torch.dtype
+) -> None:
+    """Write everything but weights, as ``AutoProcessor`` and
+    ``LlavaOnevisionForConditionalGeneration`` read it; arguments and errors as of
+    ``processor.write_native``.
+    """
+    grids = usage.grids or ONEVISION_GRIDS
+    video = load_tokenizer(tokenizer).get_vocab().get(_VIDEO, -1)
+    vision = architecture.vision
+    side = vision.image_size
+    pixels = {**pixel_settings(architecture), "size": {"height": side, "width": side}}
+    image_processor = {
+        "image_processor_type": "LlavaOnevisionImageProcessor",
+        **pixels,
+        "do_pad": True,
+        PINPOINTS: pinpoints(grids, side),
+    }
+    processor = {
+        "num_image_tokens": architecture.placeholders_per_tile + vision.has_class_token,
+        "vision_feature_select_strategy": llava_config.select_strategy(vision),
+        "image_token": IMAGE_TOKEN_SETS[architecture.image_tokens].context,
+        "video_token": _VIDEO,
+        "vision_aspect_ratio": BOUNDED,
+    }
+    llava_processor.write_folder(
+        folder,
+        tokenizer,
+        architecture,
+        usage,
+        dtype,
+        _PROCESSOR,
+        partial(llava_onevision_config.write, architecture, grids, video),
+        image_processor,
+        processor,
+    )
+    video_processor = {
+        "video_processor_type": "LlavaOnevisionVideoProcessor",
+        "processor_class": _PROCESSOR,
+        **pixels,
+    }
+    write_json(folder / "video_preprocessor_config.json", video_processor)
