@@ -38,6 +38,7 @@ def test_every_class_that_names_a_token_of_images_is_compared(tmp_path: Path) ->
     for dialect, name in (
         ("llava", "image_token_index"),
         ("llava_next", "image_token_index"),
+        ("llava_onevision", "image_token_index"),
         ("paligemma", "image_token_index"),
         ("blip2", "image_token_index"),
         ("instructblip", "image_token_index"),

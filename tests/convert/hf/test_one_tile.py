@@ -165,6 +165,12 @@ GRID = Usage(thumbnail=False)
         ("idefics", Usage(tiling="pad"), "training padded them"),
         ("llava_next", Usage(tiling="crop"), "also makes a grid of tiles; training made one tile"),
         ("llava_next", Usage(tiling="anyres"), ""),
+        (
+            "llava_onevision",
+            Usage(tiling="anyres", grids=((1, 2),)),
+            "also makes a grid of tiles; training made other tiles",
+        ),
+        ("llava_onevision", Usage(tiling="anyres_max_9"), ""),
         ("fuyu", Usage(tiling="patches"), ""),
     ],
 )

@@ -31,7 +31,7 @@ from tests.convert.blip2_models import make_blip2, make_instructblip
 from tests.convert.fuyu_models import make_fuyu
 from tests.convert.idefics_models import make_idefics
 from tests.convert.llava_models import make_llava
-from tests.convert.llava_next_models import make_llava_next
+from tests.convert.llava_next_models import make_llava_next, make_llava_onevision
 from tests.convert.models import NATIVE_KINDS, SMALL, make_hf
 from tests.convert.pair_models import make_pair_model
 from tests.convert.paligemma_models import make_paligemma
@@ -286,6 +286,7 @@ def make_pairs(folder: Path, kind: str, dtype: torch.dtype) -> Path:
 CLASSES: dict[str, tuple[Callable[..., Path], str, str]] = {
     "llava": (make_llava, CONNECTOR, "model.multi_modal_projector"),
     "llava_next": (make_llava_next, CONNECTOR, "model.multi_modal_projector"),
+    "llava_onevision": (make_llava_onevision, CONNECTOR, "model.multi_modal_projector"),
     "paligemma": (make_paligemma, "connector.linear.weight", "model.multi_modal_projector"),
     "fuyu": (make_fuyu, "connector.linear.weight", "model.vision_embed_tokens"),
     "blip2": (make_blip2, "connector.output.weight", "language_projection"),

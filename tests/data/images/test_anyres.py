@@ -35,8 +35,7 @@ def pinpoints(grids: tuple[anyres.Grid, ...]) -> list[list[int]]:
     return [[rows * SIDE, columns * SIDE] for columns, rows in grids]
 
 
-@pytest.fixture
-def two_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+def resize_along_rows_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let Pillow resize along rows first, as all versions up to 12 do."""
     resize = Image.Image.resize
 
@@ -63,8 +62,9 @@ def stored(
 )
 @pytest.mark.parametrize("resizer", ["pillow", "numba"])
 def test_pixels_are_those_of_transformers(
-    two_passes: None, monkeypatch: pytest.MonkeyPatch, grids: tuple, resizer: str
+    monkeypatch: pytest.MonkeyPatch, grids: tuple, resizer: str
 ) -> None:
+    resize_along_rows_first(monkeypatch)
     resize = decode.load_decoders() if resizer == "numba" else decode._resize_with_pillow
     monkeypatch.setattr(decode, "_resizer", lambda: resize)
     shape = dict(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})

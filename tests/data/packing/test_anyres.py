@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
+)
 
 from megavlm.config.recipes.llava_next import VICUNA_7B
 from megavlm.data.images import anyres, decode
@@ -20,6 +23,7 @@ from megavlm.data.packing.asked_job import make_job
 from megavlm.data.packing.command_line import parse
 from megavlm.data.packing.job import pack_dataset
 from tests.convert.round_trip import golden_words
+from tests.data.images.test_anyres import resize_along_rows_first
 
 SIZES = [(50, 20), (15, 40), (31, 31), (64, 45), (90, 4)]
 GRIDS = ((1, 1), (3, 2), (2, 2), (1, 3))
@@ -81,6 +85,41 @@ def test_packs_have_the_tokens_and_tiles_of_their_images(data: Path) -> None:
         first += len(expected)
     assert first == len(batch.tiles) == manifest.totals.tiles
     assert manifest.totals.tokens == int(stored.lengths.sum())
+
+
+def test_packs_have_the_tiles_of_llava_onevision(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resize_along_rows_first(monkeypatch)
+    packs = pack(data, "--tiling", "anyres_max_9", "--pixels", "siglip")
+    manifest = packs.manifest
+    assert (manifest.tiling, manifest.grids) == ("anyres_max_9", GRIDS)
+    processor = LlavaOnevisionImageProcessorPil(
+        size={"height": 28, "width": 28},
+        image_mean=[0.5] * 3,
+        image_grid_pinpoints=[[28 * rows, 28 * columns] for columns, rows in GRIDS],
+        do_rescale=False,
+        do_normalize=False,
+        do_pad=False,
+    )
+    batch = packs.batch(0, 0)
+    stored = packs.reader.read(0)
+    first = 0
+    for sample in range(len(stored.lengths)):
+        places = np.flatnonzero(stored.images["sample"] == sample)
+        shown = [decode.decode_pixels(stored.image(place)) for place in places]
+        expected = processor(images=[[Image.fromarray(pixels) for pixels in shown]])["pixel_values"]
+        for place, tiles in zip(places, expected, strict=True):
+            assert len(tiles) == stored.images["tiles"][place]
+            found = batch.tiles[first : first + len(tiles)].numpy()
+            assert np.array_equal(found, tiles), (sample, place)
+            first += len(tiles)
+        if len(places) > 1:
+            layout = feature_layout("anyres_max_9", 16)
+            assert (stored.images["tiles"][places] == 1).all()
+            numbers = numbers_in_pack(stored.images[places], layout, 16)
+            assert numbers.tolist() == [*range(16), NEWLINE, *range(16, 32), NEWLINE]
+    assert first == len(batch.tiles)
 
 
 def test_slices_of_ranks_hold_every_feature_and_newline_once(data: Path) -> None:
