@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from megavlm.config.schema import Architecture, Config, Eval
-from megavlm.data.images.anyres import LLAVA_GRIDS
+from megavlm.data.images.anyres import USUAL_GRIDS
 from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS, add_special_tokens, load_tokenizer
 from tests.convert import fuyu_models, llava_models, llava_next_models, paligemma_models
 from tests.convert.fuyu_models import make_fuyu
 from tests.convert.llava_models import make_llava
-from tests.convert.llava_next_models import make_llava_next
+from tests.convert.llava_next_models import make_llava_next, make_llava_onevision
 from tests.convert.paligemma_models import make_paligemma
 from tests.convert.part_folders import make_fuyu_tokenizer, make_gemma_tokenizer
 from tests.convert.round_trip import golden_words
@@ -36,6 +36,7 @@ TEMPLATES = {
     "fuyu": "fuyu",
     "llava": "llava_v1",
     "llava_next": "llava_v1",
+    "llava_onevision": "llava_v1",
 }
 CASES: dict[str, tuple[Architecture, Callable, Callable, str, tuple[str, ...]]] = {
     "paligemma": (
@@ -71,6 +72,13 @@ CASES: dict[str, tuple[Architecture, Callable, Callable, str, tuple[str, ...]]] 
         make_llava_next,
         partial(golden_words, image_tokens="llava"),
         "anyres",
+        ("vision", "connector", "language"),
+    ),
+    "llava_onevision": (
+        llava_next_models.ONEVISION,
+        make_llava_onevision,
+        partial(golden_words, image_tokens="llava"),
+        "anyres_max_9",
         ("vision", "connector", "language"),
     ),
 }
@@ -127,7 +135,7 @@ def test_answers_equal_those_of_transformers(ranks: Pool, tmp_path: Path, name: 
         pixel_mean=architecture.vision.pixel_mean,
         pixel_std=architecture.vision.pixel_std,
         image_limit=(6 * size, 6 * size),
-        grids=LLAVA_GRIDS,
+        grids=USUAL_GRIDS.get(tiling, ()),
     ).write(tmp_path / "packs")
     tokenizer.save_pretrained(words)
     folder = make_model(tmp_path / "hf", architecture, torch.float32, image_token_id=context)
