@@ -2,8 +2,8 @@
 
 A batch scheduler, torchrun and Ctrl-C signal the whole process group. The training process then
 saves a checkpoint, for which it needs the batches that its workers still have to make. So workers
-obey SIGTERM and SIGINT from their parent only; one whose parent is gone ends by itself, since
-PyTorch's workers look after their parent every few seconds.
+obey SIGTERM and SIGINT from their parent only; one whose parent is gone ends by itself. PyTorch's
+workers look after that, too, but not those that a fork server has started.
 """
 
 from __future__ import annotations
@@ -48,9 +48,12 @@ def starting_workers(start_method: str | None = None) -> Iterator[list[BaseProce
 
 
 def ignore_signals_but_from_parent() -> None:
-    """Ignore ``ENDING`` in this worker unless the parent sends it, as it does to a stuck one."""
+    """Ignore ``ENDING`` in this worker unless the parent sends it, as it does to a stuck one. End
+    with the parent.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-    threading.Thread(target=_exit_when_parent_signals, daemon=True).start()
+    for wait in (_exit_when_parent_signals, _exit_when_parent_ends):
+        threading.Thread(target=wait, daemon=True).start()
 
 
 def _exit_when_parent_signals() -> None:
@@ -59,6 +62,11 @@ def _exit_when_parent_signals() -> None:
     while signal.sigwaitinfo(ENDING).si_pid != parent:
         pass
     os._exit(0)
+
+
+def _exit_when_parent_ends() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 class WorkerFailureWatcher:

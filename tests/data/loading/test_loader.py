@@ -214,7 +214,7 @@ if sys.argv[3] == "crash":
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("start_method", "end"), [("fork", "crash"), ("fork", "leave"), ("forkserver", "leave")]
+    ("start_method", "end"), [("fork", "crash"), ("fork", "leave"), ("forkserver", "crash")]
 )
 def test_workers_outlive_signals_to_the_process_group_and_not_the_training_process(
     dataset, start_method, end
