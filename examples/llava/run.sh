@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# LLaVA 1.5, or LLaVA-NeXT (1.6), from its parts: bash run.sh pack | 1 | 2 [option...]. `pack` runs on one node; the others run on every node of the job. Options
+# LLaVA 1.5, LLaVA-NeXT (1.6) or LLaVA-OneVision, from its parts: bash run.sh pack | 1 | 1.5 | 2 | 3 [option...]. `pack` runs on one node; the others run on every node of the job. Options
 # after the stage go to the trainer (to the packer, for `pack`): bash run.sh 1 --parallel.tensor_model_parallel_size 2
 #
 #   export VISION=clip-vit-large-patch14-336/ LANGUAGE=vicuna-7b-v1.5/
@@ -11,11 +11,11 @@
 # VISION LANGUAGE  folders of CLIP (or SigLIP: docs/recipes.md) and of the language model with its tokenizer, as they are published. Weights must be in safetensors files; a
 #             folder with pytorch_model*.bin only is turned into one with (AutoModelForCausalLM for a language model)
 #             python -c "import sys, transformers as t; getattr(t, sys.argv[1]).from_pretrained(sys.argv[2], dtype='auto').save_pretrained(sys.argv[2])" CLIPModel DIR
-# RECIPE      llava (the default), or llava_next: images as grids of tiles, everything trained in stage 2
+# RECIPE      llava (the default), llava_next: images as grids of tiles, everything trained in stage 2; or llava_onevision: larger grids, stages 1.5 and 3 too
 # DATA        holds blip_laion_cc_sbu_558k.json with images/, and llava_v1_5_mix665k.json with the image folders that it names; for llava_next
-#             llava_1_6.json in its place
-# TEMPLATE    of stage 2: llava_v1 (Vicuna, Llama, Mistral), llava_chatml for language models that end an answer with <|im_end|>, or
-#             llava_mistral for Mistral's [INST] (llava_next)
+#             llava_1_6.json in its place; for llava_onevision stage1.5.json, stage2.json and stage3.json, meta files of its sources (docs/data.md)
+# TEMPLATE    behind stage 1: llava_v1 (Vicuna, Llama, Mistral), llava_chatml (the default of llava_onevision) for language models that end an answer with
+#             <|im_end|>, or llava_mistral for Mistral's [INST] (llava_next)
 # PACKS RUNS  where packs and checkpoints go
 # NNODES MASTER_ADDR MASTER_PORT JOB_ID GPUS_PER_NODE  as in examples/internvl2_5_8b/run.sh
 #
@@ -32,13 +32,13 @@ stage="${1:-}"
 shift || true
 options=("$@")
 
-# pack NAME FILE ROOT OPTION...
+# pack NAME OPTION...
 pack() {
-    local name="$1" file="$2" images="$3"
-    shift 3
+    local name="$1"
+    shift
     if [[ ! -f "$PACKS/$name/manifest.json" ]]; then
         python "$root/tools/pack_dataset.py" --model "${VISION:?name the folder of CLIP}" --tokenizer "${LANGUAGE:?name the language model}" \
-            --jsonl "$file" --root "$images" --out "$PACKS/$name" "$@" "${options[@]}"
+            --out "$PACKS/$name" "$@" "${options[@]}"
     fi
 }
 
@@ -55,18 +55,31 @@ train() {
 case "$stage" in
     pack)
         : "${DATA:?name the folder of the annotation files}"
+        captions=(--jsonl "$DATA/blip_laion_cc_sbu_558k.json" --root "$DATA/images" --template llava_plain)
         case "$RECIPE" in
             llava) second=(llava_v1_5_mix665k.json --tiling pad --capacity 4096 --truncate 2048) ;;
             llava_next) second=(llava_1_6.json --tiling anyres --capacity 8192 --truncate 4096) ;;
-            *) echo "RECIPE=$RECIPE: must be llava or llava_next" >&2 && exit 2 ;;
+            llava_onevision)
+                pack stage1 "${captions[@]}" --tiling stretch --capacity 6144 --truncate 2048
+                for name in stage1.5 stage2 stage3; do
+                    pack "$name" --meta "$DATA/$name.json" --template "${TEMPLATE:-llava_chatml}" --tiling anyres_max_9 --capacity 32768 --truncate 16384
+                done
+                exit
+                ;;
+            *) echo "RECIPE=$RECIPE: must be llava, llava_next or llava_onevision" >&2 && exit 2 ;;
         esac
-        pack stage1 "$DATA/blip_laion_cc_sbu_558k.json" "$DATA/images" --template llava_plain --tiling crop --capacity 4864 --truncate 2048
-        pack stage2 "$DATA/${second[0]}" "$DATA" --template "${TEMPLATE:-llava_v1}" "${second[@]:1}"
+        pack stage1 "${captions[@]}" --tiling crop --capacity 4864 --truncate 2048
+        pack stage2 --jsonl "$DATA/${second[0]}" --root "$DATA" --template "${TEMPLATE:-llava_v1}" "${second[@]:1}"
         ;;
     1) train stage1 --stage 1 --init.vision "${VISION:?name the folder of CLIP}" --init.language "${LANGUAGE:?name the language model}" ;;
-    2) train stage2 --stage 2 --model "$RUNS/stage1-hf" --checkpoint.load "$RUNS/stage1" ;;
+    1.5 | 2 | 3)
+        before=stage1
+        [[ "$RECIPE $stage" == "llava_onevision 2" ]] && before=stage1.5
+        [[ "$stage" == 3 ]] && before=stage2
+        train "stage$stage" --stage "$stage" --model "$RUNS/$before-hf" --checkpoint.load "$RUNS/$before"
+        ;;
     *)
-        echo "usage: bash run.sh pack | 1 | 2 [option...]" >&2
+        echo "usage: bash run.sh pack | 1 | 1.5 | 2 | 3 [option...]" >&2
         exit 2
         ;;
 esac

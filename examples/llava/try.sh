@@ -2,18 +2,19 @@
 # LLaVA's two stages, small, on two CPU cores, in a few minutes.
 #
 #   bash examples/llava/try.sh [OUT]      OUT: folder to make (default: llava)
-#   RECIPE=llava_next bash examples/llava/try.sh OUT      LLaVA-NeXT: images as grids of tiles
+#   RECIPE=llava_next bash examples/llava/try.sh OUT      LLaVA-NeXT: images as grids of tiles; or llava_onevision: larger grids
 #
-# It makes boards of digits, a small CLIP that can read them and a fresh language model, packs the boards as LLaVA does (crop, then pad or anyres),
-# trains the connector, then connector and language model (LLaVA-NeXT: everything), exports both stages, compares the second with transformers, and lets transformers answer
+# It makes boards of digits, a small CLIP that can read them and a fresh language model, packs the boards as LLaVA does (crop, then pad or anyres, or stretch and anyres_max_9),
+# trains the connector, then connector and language model (LLaVA-NeXT and OneVision: everything), exports both stages, compares the second with transformers, and lets transformers answer
 # held-out questions after each. It ends with OUT/summary.json. Learning rates are higher than LLaVA's, since the language model starts fresh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../start_try.sh"
 
 RECIPE="${RECIPE:-llava}"
-tiling=pad steps=400
+first=crop tiling=pad steps=400
 # A pack holds fewer of the larger samples.
 [[ "$RECIPE" == llava_next ]] && tiling=anyres steps=1200
+[[ "$RECIPE" == llava_onevision ]] && first=stretch tiling=anyres_max_9 steps=1200
 
 step "data, a CLIP, a language model"
 OMP_NUM_THREADS=2 "$python" "$here/make_parts.py" "$out/data"
@@ -24,7 +25,7 @@ pack() {
         --template "$2" --tiling "$3" --capacity 512 --truncate 256 --workers 0 --out "$out/packs/$1" >"$out/pack_$1.log" 2>&1 || { cat "$out/pack_$1.log" >&2; exit 1; }
 }
 step "packs"
-pack stage1 llava_plain crop
+pack stage1 llava_plain "$first"
 pack stage2 llava_chatml "$tiling"
 
 # train STAGE STEPS LR OPTION...
