@@ -10,8 +10,8 @@ import torch
 
 from megavlm.config.cli import from_yaml
 from tests.ranks.pool import Pool
+from tests.ranks.test_resume import LAST, first_moments, losses, make_job, run_job, saved_tensors
 from tests.ranks.test_resume import dataset as dataset
-from tests.ranks.test_resume import first_moments, losses, make_job, run_job, saved_tensors
 
 HALF = "step_00000003"
 
@@ -25,7 +25,7 @@ def interrupted(ranks: Pool, dataset: Path, tmp_path: Path, **settings) -> Path:
     """Run until the checkpoint of step 3, and keep that one alone."""
     save = tmp_path / "begun"
     ranks.run(run_job, 1, make_job(dataset, save, **settings))
-    shutil.rmtree(save / "step_00000006")
+    shutil.rmtree(save / LAST)
     (save / "metrics.jsonl").unlink()
     (save / "latest").write_text(f"{HALF}\n")
     return save
@@ -48,7 +48,7 @@ def test_other_betas_count_and_are_what_the_configuration_says(
     for key, moment in before.items():
         gradient = (same[key] - 0.9 * moment) / 0.1
         assert torch.allclose(other[key], 0.5 * moment + 0.5 * gradient, rtol=1e-3, atol=1e-6), key
-    written = from_yaml(tmp_path / "other" / "step_00000006" / "config.yaml")
+    written = from_yaml(tmp_path / "other" / LAST / "config.yaml")
     assert written.optimizer.adam_beta1 == 0.5
 
 

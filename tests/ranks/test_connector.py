@@ -20,8 +20,8 @@ from megavlm.model.connector import register
 from megavlm.model.transformer import connector_config
 from tests.ranks.pool import Pool
 from tests.ranks.runs import TINY, Curve, config_for, train_curve, whole_weights
+from tests.ranks.test_resume import LAST, STEPS, forget_the_end, losses, make_job, run_job
 from tests.ranks.test_resume import dataset as dataset
-from tests.ranks.test_resume import forget_the_end, losses, make_job, run_job
 
 ARCHITECTURE = dataclasses.replace(TINY, connector=Connector(kind="average"))
 LAYOUT = dict(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, layout="v*2|v,c,t*3,h")
@@ -136,8 +136,8 @@ def test_it_is_saved_and_resumed_at_another_layout(
     forget_the_end(tmp_path / "whole", tmp_path / "killed")
     ranks.run(run, 1, averaged(make_job(dataset, tmp_path / "killed")))
     assert losses(tmp_path / "killed") == pytest.approx(losses(tmp_path / "whole")[3:], rel=1e-5)
-    state = json.loads((tmp_path / "killed" / "step_00000006" / "state.json").read_text())
-    assert state["step"] == 6
+    state = json.loads((tmp_path / "killed" / LAST / "state.json").read_text())
+    assert state["step"] == STEPS
 
 
 def test_an_export_is_refused_with_a_sentence(ranks: Pool, dataset: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(ranks: Pool, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run to the end, with checkpoints of steps 3 and 6."""
+    """Run to the end, with checkpoints of step 3 and of the last one."""
     save = tmp_path_factory.mktemp("whole") / "run"
     ranks.run(run_job, 1, make_job(dataset, save))
     return save
@@ -162,7 +162,7 @@ def test_a_damaged_checkpoint_that_the_user_names_is_an_error_on_every_rank(
         config, checkpoint=dataclasses.replace(config.checkpoint, verify="size")
     )
     [(words, error)] = ranks.run(told, 1, by_size)
-    assert not error and "resuming after step 6" in words
+    assert not error and f"resuming after step {STEPS}" in words
 
 
 def with_small_files(config: Config, spare_bytes: int, rank: int) -> tuple[str, str]:
@@ -217,11 +217,11 @@ def test_a_full_disk_costs_the_checkpoint_that_was_being_written_and_no_other(
     )
     for _, error in answers:
         assert (
-            f"--checkpoint.save {tmp_path / 'run'}: the checkpoint of step 6 could not be saved"
-            f" (rank {rank}: " in error
+            f"--checkpoint.save {tmp_path / 'run'}: the checkpoint of step {STEPS} could not be"
+            f" saved (rank {rank}: " in error
         )
         assert "MiB are free there); the last checkpoint is of step 3" in error
-    assert answers[0][0].count("could not be saved") == 3
+    assert answers[0][0].count("could not be saved") == STEPS - 3
     assert len(losses(tmp_path / "run")) == STEPS
     assert sorted(entry.name for entry in (tmp_path / "run").iterdir()) == [
         "latest",
@@ -272,7 +272,10 @@ def test_shards_that_cannot_be_described_are_a_failed_save_on_every_rank(
 ) -> None:
     config = make_job(dataset, tmp_path / "run", tensor_model_parallel_size=2)
     for _, error in ranks.run(without_description, 2, config, name):
-        assert f"--checkpoint.save {tmp_path / 'run'}: the checkpoint of step 6 could not" in error
+        assert (
+            f"--checkpoint.save {tmp_path / 'run'}: the checkpoint of step {STEPS} could not"
+            in error
+        )
         assert f"(rank 0: {reason}" in error and name.removesuffix(".tmp") in error
 
 

@@ -18,7 +18,7 @@ from tests.ranks.runs import Curve, assert_same_part_norms, train_curve, whole_w
 from tests.ranks.test_experts import LAYOUTS, LIMIT, MODEL, Layout, compare, expert_config
 from tests.ranks.test_experts import dataset as dataset
 from tests.ranks.test_lora import Held, logits_of, logits_with_and_without
-from tests.ranks.test_resume import forget_the_end, losses, make_job, run_job, saved_tensors
+from tests.ranks.test_resume import LAST, forget_the_end, losses, make_job, run_job, saved_tensors
 
 ADAPTED = dataclasses.replace(MODEL, lora=Lora(rank=2, targets=("language.*.experts",)))
 # The adapters of the experts train, and nothing else of the language model.
@@ -95,7 +95,7 @@ def test_a_run_starts_from_experts_without_adapters_and_resumes_bit_for_bit(
     job = job_of(dataset, tmp_path / "whole", base, trainable=mask, **layout.settings)
     ranks.run(run_job, layout.ranks, job)
     [start], [whole] = (
-        ranks.run(saved_tensors, 1, tmp_path / name / "step_00000006") for name in ("base", "whole")
+        ranks.run(saved_tensors, 1, tmp_path / name / LAST) for name in ("base", "whole")
     )
     frozen = [key for key in start if key.startswith("model.language.")]
     assert frozen and all(torch.equal(start[key], whole[key]) for key in frozen)
@@ -106,7 +106,7 @@ def test_a_run_starts_from_experts_without_adapters_and_resumes_bit_for_bit(
         forget_the_end(tmp_path / "whole", resumed)
         job = job_of(dataset, resumed, base, trainable=mask, **other.settings)
         ranks.run(run_job, other.ranks, job)
-        [found] = ranks.run(saved_tensors, 1, resumed / "step_00000006")
+        [found] = ranks.run(saved_tensors, 1, resumed / LAST)
         assert found.keys() == whole.keys()
         if other is layout:
             assert losses(resumed) == losses(tmp_path / "whole")[3:]

@@ -13,7 +13,7 @@ from tests.ranks.pool import Pool
 from tests.ranks.runs import train_curve
 from tests.ranks.test_experts import LIMIT, Layout, compare, expert_config, expert_job
 from tests.ranks.test_experts import dataset as dataset
-from tests.ranks.test_resume import forget_the_end, losses, run_job, saved_tensors
+from tests.ranks.test_resume import LAST, forget_the_end, losses, run_job, saved_tensors
 
 EXPERTS = "language.decoder.layers.*.mlp.experts"
 ROUTERS = "language.decoder.layers.*.mlp.router"
@@ -32,8 +32,7 @@ def test_experts_alone_resume_bit_for_bit(
             forget_the_end(tmp_path / "whole", tmp_path / "killed")
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")[3:]
     whole, killed = (
-        ranks.run(saved_tensors, 1, tmp_path / name / "step_00000006")[0]
-        for name in ("whole", "killed")
+        ranks.run(saved_tensors, 1, tmp_path / name / LAST)[0] for name in ("whole", "killed")
     )
     moments = [key for key in whole if "exp_avg_sq" in key]
     assert len(moments) == 2 * 8 * 2 and all(".mlp.experts." in key for key in moments)

@@ -38,7 +38,7 @@ from tests.ranks.test_answers import CONTEXT, answers, configure
 from tests.ranks.test_answers import folders as folders
 from tests.ranks.test_cost import counted_by_torch
 from tests.ranks.test_layouts import compare
-from tests.ranks.test_resume import forget_the_end, make_job, run_job, saved_tensors
+from tests.ranks.test_resume import LAST, forget_the_end, make_job, run_job, saved_tensors
 
 # Four layers, so that a pipeline can have two chunks on each of two ranks.
 MODEL = dataclasses.replace(
@@ -215,7 +215,7 @@ def test_a_run_resumes_bit_for_bit_and_at_other_layouts(
 ) -> None:
     layout = Layout(expert=2, pipeline=2, data=2).settings
     ranks.run(run_job, 4, expert_job(dataset, tmp_path / "whole", **layout))
-    [whole] = ranks.run(saved_tensors, 1, tmp_path / "whole" / "step_00000006")
+    [whole] = ranks.run(saved_tensors, 1, tmp_path / "whole" / LAST)
     experts = [key for key in whole if ".mlp.experts.7.linear_fc1.weight" in key]
     assert len(experts) == 2 * 4, "of two layers: weight, master weight, both moments"
     others = [Layout(), Layout(expert=2, tensor=2), Layout(shared=2, data=2), Layout(tensor=2)]
@@ -225,7 +225,7 @@ def test_a_run_resumes_bit_for_bit_and_at_other_layouts(
         resumed = tmp_path / str(number)
         forget_the_end(tmp_path / "whole", resumed)
         ranks.run(run_job, other.ranks, expert_job(dataset, resumed, **other.settings))
-        [found] = ranks.run(saved_tensors, 1, resumed / "step_00000006")
+        [found] = ranks.run(saved_tensors, 1, resumed / LAST)
         assert found.keys() == whole.keys()
         for key, tensor in found.items():
             if number == 0:

@@ -9,8 +9,8 @@ import pytest
 
 from megavlm.checkpoint import checksums
 from tests.ranks.pool import Pool
+from tests.ranks.test_resume import LAST, forget_the_end, losses, make_job, run_job
 from tests.ranks.test_resume import dataset as dataset
-from tests.ranks.test_resume import forget_the_end, losses, make_job, run_job
 
 MASK = ("connector", "language.decoder.layers.[02].*")
 
@@ -40,7 +40,7 @@ def test_a_run_of_format_1_resumes_to_the_same_losses(
     layout = dict(tensor_model_parallel_size=2)
     ranks.run(run_job, 2, make_job(dataset, tmp_path / "old", trainable=MASK, **layout))
     assert losses(tmp_path / "old") == pytest.approx(losses(tmp_path / "whole")[3:], rel=1e-5)
-    state = json.loads((tmp_path / "old" / "step_00000006" / "state.json").read_text())
+    state = json.loads((tmp_path / "old" / LAST / "state.json").read_text())
     assert state["format"] == 2
 
 
@@ -48,7 +48,7 @@ def test_the_next_stage_keeps_moments_of_format_1(
     ranks: Pool, dataset: Path, tmp_path: Path
 ) -> None:
     ranks.run(run_job, 1, make_job(dataset, tmp_path / "one", stage="1", trainable=MASK))
-    step = tmp_path / "one" / "step_00000006"
+    step = tmp_path / "one" / LAST
     following = dict(load=step, moments="keep", trainable=MASK)
     ranks.run(run_job, 1, make_job(dataset, tmp_path / "new", **following))
     write_as_format_1(step)
@@ -60,7 +60,7 @@ def test_weights_of_format_1_have_todays_names(ranks: Pool, dataset: Path, tmp_p
     from megavlm.convert.dist_checkpoint import ShardsFolder
 
     ranks.run(run_job, 1, make_job(dataset, tmp_path / "run", trainable=MASK))
-    step = tmp_path / "run" / "step_00000006"
+    step = tmp_path / "run" / LAST
     key = "connector.mlp.linear_fc1.weight"
     weight = ShardsFolder(step / "shards")[key]
     write_as_format_1(step)

@@ -23,7 +23,7 @@ from tests.ranks.pool import Pool
 from tests.ranks.runs import TINY, Curve, config_for, train_curve
 from tests.ranks.test_experts import Layout, assert_trains_alike, trained_alone
 from tests.ranks.test_layouts import compare
-from tests.ranks.test_resume import forget_the_end, make_job, run_job, saved_tensors
+from tests.ranks.test_resume import LAST, forget_the_end, make_job, run_job, saved_tensors
 
 MODEL = dataclasses.replace(
     TINY,
@@ -115,7 +115,7 @@ def test_a_run_resumes_bit_for_bit_at_its_layout_and_closely_at_another(
 
     layout = Layout(tensor=2, pipeline=2)
     ranks.run(run_job, 4, job("whole", layout))
-    [whole] = ranks.run(saved_tensors, 1, tmp_path / "whole" / "step_00000006")
+    [whole] = ranks.run(saved_tensors, 1, tmp_path / "whole" / LAST)
     norms = [
         key for key in whole if key.endswith(("post_attention_norm.weight", "mlp_norm.weight"))
     ]
@@ -123,7 +123,7 @@ def test_a_run_resumes_bit_for_bit_at_its_layout_and_closely_at_another(
     for name, other in (("same", layout), ("other", Layout())):
         forget_the_end(tmp_path / "whole", tmp_path / name)
         ranks.run(run_job, other.ranks, job(name, other))
-        [found] = ranks.run(saved_tensors, 1, tmp_path / name / "step_00000006")
+        [found] = ranks.run(saved_tensors, 1, tmp_path / name / LAST)
         assert found.keys() == whole.keys()
         for key, tensor in found.items():
             if name == "same":

@@ -20,7 +20,7 @@ from tests.ranks.pool import Pool
 from tests.ranks.runs import TINY, Curve, build, config_for, train_curve
 from tests.ranks.test_experts import LOSSES, Layout, assert_trains_alike, trained_alone
 from tests.ranks.test_packs import _samples
-from tests.ranks.test_resume import forget_the_end, make_job, run_job, saved_tensors
+from tests.ranks.test_resume import LAST, forget_the_end, make_job, run_job, saved_tensors
 
 SINKS = "language.decoder.layers.*.self_attention.core_attention"
 MODEL = dataclasses.replace(
@@ -119,12 +119,12 @@ def test_a_run_resumes_bit_for_bit_at_its_layout_and_closely_at_another(
 
     layout = Layout(expert=2, pipeline=2, data=2)
     ranks.run(run_job, 4, job("whole", layout))
-    [whole] = ranks.run(saved_tensors, 1, tmp_path / "whole" / "step_00000006")
+    [whole] = ranks.run(saved_tensors, 1, tmp_path / "whole" / LAST)
     assert len([key for key in whole if "layers.1" in key and "softmax_offset" in key]) == 4
     for name, other in (("same", layout), ("other", Layout(tensor=2))):
         forget_the_end(tmp_path / "whole", tmp_path / name)
         ranks.run(run_job, other.ranks, job(name, other))
-        [found] = ranks.run(saved_tensors, 1, tmp_path / name / "step_00000006")
+        [found] = ranks.run(saved_tensors, 1, tmp_path / name / LAST)
         assert found.keys() == whole.keys()
         for key, tensor in found.items():
             if name == "same":

@@ -91,7 +91,7 @@ def are_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
 def job_with_rules(dataset: Path, save: Path, **layout) -> Config:
     """Configure a job with all rules, a checkpoint in the middle and one at the end."""
     rising = dict(drop_path=0.1, drop_path_schedule="linear", end_drop_path=0.6)
-    config = make_job(dataset, save, **rising, **layout)
+    config = make_job(dataset, save, steps=6, **rising, **layout)
     rules = BadSteps(skip=True, spike_factor=1.5, spike_action="skip", window=4)
     files = dataclasses.replace(config.checkpoint, save_epochs=1)
     profile = Profile(folder=f"{save}_traces", first_step=2, step_count=2, memory=True)

@@ -24,7 +24,7 @@ from megavlm.model.objective.objective import Objective, of_tokens
 from tests.ranks.pool import Pool
 from tests.ranks.runs import TINY, Curve, config_for, train_curve, whole_weights
 from tests.ranks.test_contrastive import assert_same, pack_pairs
-from tests.ranks.test_resume import forget_the_end, losses, run_job
+from tests.ranks.test_resume import LAST, STEPS, forget_the_end, losses, run_job
 
 SIZE = 24
 WEIGHTS = {"squared": 1.0, "absolute": 0.5}
@@ -128,7 +128,7 @@ def test_it_is_saved_and_resumed_at_another_layout(
 ) -> None:
     def job(save: str, **layout: Any) -> Config:
         checkpoint = Checkpoint(save=str(tmp_path / save), save_interval=3)
-        config = guessing(pairs, steps=6, **layout)
+        config = guessing(pairs, steps=STEPS, **layout)
         data = dataclasses.replace(config.data, valid=str(pairs))
         logging = Logging(interval=1, tensorboard=True)
         return dataclasses.replace(config, data=data, checkpoint=checkpoint, logging=logging)
@@ -137,10 +137,10 @@ def test_it_is_saved_and_resumed_at_another_layout(
     forget_the_end(tmp_path / "whole", tmp_path / "killed")
     ranks.run(run, 1, job("killed"))
     assert losses(tmp_path / "killed") == pytest.approx(losses(tmp_path / "whole")[3:], rel=1e-5)
-    state = json.loads((tmp_path / "killed" / "step_00000006" / "state.json").read_text())
-    assert state["step"] == 6
+    state = json.loads((tmp_path / "killed" / LAST / "state.json").read_text())
+    assert state["step"] == STEPS
     whole = records_of(tmp_path / "whole")
-    assert len(whole) == 6 and all(0 <= record["hits"] <= 1 for record in whole)
+    assert len(whole) == STEPS and all(0 <= record["hits"] <= 1 for record in whole)
     for record in whole:
         parts = record["squared_loss"] + 0.5 * record["absolute_loss"]
         assert record["loss"] == pytest.approx(parts, rel=1e-5)

@@ -32,7 +32,7 @@ from tests.ranks.layouts import asks_for_all
 from tests.ranks.pool import Pool
 from tests.ranks.runs import Curve, build, config_for, train_curve, whole_weights
 from tests.ranks.test_contrastive import assert_same, pack_pairs
-from tests.ranks.test_resume import forget_the_end, run_job
+from tests.ranks.test_resume import STEPS, forget_the_end, run_job
 
 # Odd sizes: three heads, three layers, a vocabulary that is no multiple of anything.
 MODEL = Architecture(
@@ -279,7 +279,7 @@ def test_two_passes_are_the_three_of_the_authors(ranks: Pool, pairs: Path) -> No
 
 def test_it_resumes_bit_for_bit(ranks: Pool, pairs: Path, tmp_path: Path) -> None:
     def of(folder: Path, **layout: Any) -> Config:
-        config = config_of(pairs, {"pool_packs": 2}, steps=6, **layout)
+        config = config_of(pairs, {"pool_packs": 2}, steps=STEPS, **layout)
         data = dataclasses.replace(config.data, valid=str(pairs))
         checkpoint = Checkpoint(save=str(folder), save_interval=3)
         logging = Logging(interval=1)
@@ -295,7 +295,7 @@ def test_it_resumes_bit_for_bit(ranks: Pool, pairs: Path, tmp_path: Path) -> Non
     names = ("loss", "itc_loss", "itm_loss", "itg_loss", "grad_norm", "itm_accuracy", "temperature")
     steps = [{name: one[name] for name in names} for one in whole if "grad_norm" in one]
     again = [{name: one[name] for name in names} for one in killed if "grad_norm" in one]
-    assert len(steps) == 6 and again == steps[3:]
+    assert len(steps) == STEPS and again == steps[3:]
     [*_, valid] = [one for one in whole if "valid_loss" in one]
     parts = sum(valid[f"valid_{name}_loss"] for name in ("itc", "itm", "itg"))
     assert valid["valid_loss"] == pytest.approx(parts, rel=1e-5)

@@ -21,7 +21,7 @@ from tests.ranks.runs import Curve, build, train_curve
 from tests.ranks.test_experts import LAYOUTS, Layout, compare, expert_config, expert_job
 from tests.ranks.test_experts import MODEL as DROPLESS
 from tests.ranks.test_experts import dataset as dataset
-from tests.ranks.test_resume import forget_the_end, losses, run_job, saved_tensors
+from tests.ranks.test_resume import LAST, forget_the_end, losses, run_job, saved_tensors
 
 SETTINGS = dict(balance_over="global_batch", bias_update_rate=0.01, global_batch_size=6)
 MODEL = dataclasses.replace(
@@ -217,8 +217,7 @@ def test_a_run_resumes_bit_for_bit(ranks: Pool, dataset: Path, tmp_path: Path) -
             forget_the_end(tmp_path / "whole", tmp_path / "killed")
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")[3:]
     whole, killed = (
-        ranks.run(saved_tensors, 1, tmp_path / name / "step_00000006")[0]
-        for name in ("whole", "killed")
+        ranks.run(saved_tensors, 1, tmp_path / name / LAST)[0] for name in ("whole", "killed")
     )
     assert len(set(whole["routers.1.shares"].tolist())) > 2
     assert whole[f"model.{BIAS}"].abs().max() > 0.01, "moved more than once"
