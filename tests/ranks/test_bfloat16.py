@@ -15,8 +15,8 @@ from megavlm.config.schema import Architecture, Config
 from tests.convert.blip2_models import OPT
 from tests.convert.fuyu_models import SMALL as FUYU
 from tests.convert.llava_models import SMALL as LLAVA
+from tests.convert.llava_next_models import ONEVISION, make_anyres_packs, make_onevision_packs
 from tests.convert.llava_next_models import SMALL as LLAVA_NEXT
-from tests.convert.llava_next_models import make_anyres_packs
 from tests.convert.paligemma_models import PALIGEMMA2
 from tests.convert.paligemma_models import SMALL as PALIGEMMA
 from tests.data.samples import make_dataset, write_packs
@@ -45,10 +45,12 @@ def _of_samples(recipe: str, model: Architecture, folder: Path, **settings: Any)
     return recipe_config(recipe, model, folder, trainable=trainable, **settings)
 
 
-def _of_grids(folder: Path, **settings: Any) -> Config:
-    """Configure a run of LLaVA-NeXT on images of several tiles."""
-    make_anyres_packs(folder, 4, 288, alignment=4, **sizes_of(LLAVA_NEXT))
-    return recipe_config("llava_next", LLAVA_NEXT, folder, trainable=PARTS, **settings)
+def _of_grids(
+    recipe: str, model: Architecture, make: Callable[..., Any], folder: Path, **settings: Any
+) -> Config:
+    """Configure a run on images of several tiles."""
+    make(folder, 4, 288, alignment=4, **sizes_of(model))
+    return recipe_config(recipe, model, folder, trainable=PARTS, **settings)
 
 
 def _of_documents(folder: Path, **settings: Any) -> Config:
@@ -84,7 +86,8 @@ CASES: dict[str, Callable[..., Config]] = {
     "internvl": partial(_of_samples, "internvl", TINY),
     "internvl, GPT-OSS": _of_experts,
     "llava": partial(_of_samples, "llava", LLAVA),
-    "llava_next": _of_grids,
+    "llava_next": partial(_of_grids, "llava_next", LLAVA_NEXT, make_anyres_packs),
+    "llava_onevision": partial(_of_grids, "llava_onevision", ONEVISION, make_onevision_packs),
     "paligemma": partial(_of_samples, "paligemma", PALIGEMMA),
     "paligemma, Gemma 2": partial(_of_samples, "paligemma", PALIGEMMA2),
     "fuyu": partial(_of_samples, "fuyu", FUYU),

@@ -52,6 +52,7 @@ CASES: dict[str, Case] = {
     "LLaVA, stage 1": Case(recipe="llava", stage="1"),
     "LLaVA, stage 2": Case(recipe="llava", stage="2"),
     "LLaVA-NeXT": Case(recipe="llava_next", stage="2"),
+    "LLaVA-OneVision": Case(recipe="llava_onevision", stage="2"),
     "LLaVA, adapters": Case(recipe="llava", stage="2", options=ADAPTERS),
     "LLaVA, adapters on 4 bits": Case(recipe="llava", stage="2", options=ADAPTERS + NF4),
     "LLaVA, Muon": Case(recipe="llava", stage="2", options=("--optimizer.kind", "muon")),
@@ -69,7 +70,7 @@ CASES: dict[str, Case] = {
     "experts": Case(recipe="internvl", stage="2", model="internvl3_5-30b-a3b"),
     "GPT-OSS": Case(recipe="internvl", stage="2", model="internvl3_5-gpt-oss-20b", options=LOCAL),
     "LLaVA-NeXT, TP2 with SP": Case(recipe="llava_next", stage="2", options=SP, ranks=2),
-    "LLaVA-NeXT, CP2": Case(recipe="llava_next", stage="2", options=CP2, ranks=2),
+    "LLaVA-OneVision, CP2": Case(recipe="llava_onevision", stage="2", options=CP2, ranks=2),
     "PaliGemma, TP2 with SP": Case(recipe="paligemma", stage="1", options=SP, ranks=2),
     "Fuyu, CP2": Case(recipe="fuyu", stage="1", options=CP2, ranks=2),
     "BLIP-2, stage 1, DP2": Case(recipe="blip2", stage="1", ranks=2),
@@ -112,7 +113,8 @@ def configure(case: Case, folder: Path) -> Any:
 
 def make_packs(config: Any, folder: Path) -> None:
     """Write packs of random samples that the model of a run can read."""
-    from tests.convert.llava_next_models import SIZES, make_anyres_sample, write_anyres
+    from megavlm.data.images.anyres import USUAL_GRIDS
+    from tests.convert.llava_next_models import make_anyres_sample, write_anyres
     from tests.data.samples import make_dataset
 
     model = config.architecture
@@ -124,13 +126,16 @@ def make_packs(config: Any, folder: Path) -> None:
         tile_size=model.vision.image_size,
         features_per_tile=model.placeholders_per_tile,
     )
-    if config.data.tiling == "anyres":
+    mode = config.data.tiling
+    if mode in USUAL_GRIDS:
         rng = np.random.default_rng(0)
+        # Of a grid of LLaVA-OneVision as large as this, the features are made fewer.
+        size = (4 * model.vision.image_size, 3 * model.vision.image_size)
         packs = [
-            [make_anyres_sample(rng, [SIZES[n]], text_tokens=30, line=n + 1, **facts)]
-            for n in range(PACKS)
+            [make_anyres_sample(rng, [size], mode=mode, text_tokens=30, line=line, **facts)]
+            for line in range(1, PACKS + 1)
         ]
-        write_anyres(folder, packs, capacity=4096, alignment=8, **facts)
+        write_anyres(folder, packs, mode, capacity=12288, alignment=8, **facts)
         return
     is_pair = model.objective != "next_token"
     make_dataset(
