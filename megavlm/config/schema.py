@@ -30,6 +30,7 @@ from megavlm.config.loss import Loss as Loss
 from megavlm.config.optimizer import Optimizer as Optimizer
 from megavlm.config.parts import Init as Init
 from megavlm.config.sampling import Sampling as Sampling
+from megavlm.config.tiling import Tiling
 
 # A value that accepts every template, or every tiling.
 ANY = "any"
@@ -96,9 +97,7 @@ class Data:
     loss_reduction: Literal["token", "sample", "square"] = "square"
     loss_weights: tuple[float, ...] = ()
     template: tuple[str, ...] = (ANY,)
-    tiling: Literal[
-        "any", "dynamic", "pad", "crop", "stretch", "patches", "anyres", "anyres_max_9"
-    ] = ANY
+    tiling: Tiling = ANY
     augment: tuple[str, ...] = ()
     next_image: float = 0.0
     workers: int = 4

@@ -21,11 +21,12 @@ from transformers import (
 
 from megavlm.config.connectors import Connector
 from megavlm.config.schema import Architecture
+from megavlm.config.tiling import Mode
 from megavlm.convert.hf import llava_next_config, llava_onevision_config
 from megavlm.convert.hf.json_files import read_json, write_json
 from megavlm.data.images.anyres import LLAVA_GRIDS, ONEVISION_GRIDS, USUAL_GRIDS, Grid
 from megavlm.data.images.feature_layout import feature_layout
-from megavlm.data.images.tiling import Mode, Tiling
+from megavlm.data.images.tiling import Tiling
 from megavlm.data.sample import Image, Sample
 from megavlm.data.store.manifest import Manifest
 from tests.convert import llava_models

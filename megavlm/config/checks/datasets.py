@@ -12,6 +12,7 @@ from megavlm.config.freeze_mask import parts_named
 from megavlm.config.objectives import OBJECTIVES
 from megavlm.config.sampling import shares_of
 from megavlm.config.schema import ANY, Architecture, Config
+from megavlm.config.tiling import WITH_GRIDS
 
 # Matrices come in multiples of so many rows and columns (Transformer Engine 2.11).
 FP8_ROWS = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
@@ -177,7 +178,7 @@ def _form(config: Config, facts: DatasetFacts, where: str) -> Iterator[str]:
             f" {tiling}; pack with --tiling {tiling}, or give --data.tiling"
             f" {ANY if is_blend else facts.tiling} to train on these packs as they are"
         )
-    has_rows = facts.has_images and facts.tiling.startswith("anyres")
+    has_rows = facts.has_images and facts.tiling in WITH_GRIDS
     if has_rows and not config.architecture.connector.newline:
         yield (
             f"{where}: packed with --tiling {facts.tiling}, which needs"

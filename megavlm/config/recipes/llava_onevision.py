@@ -14,25 +14,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megavlm.config.architecture import Architecture
-from megavlm.config.recipes import llava, llava_next
+from megavlm.config.recipes import llava, llava_next, paligemma
 from megavlm.config.recipes.recipe import Recipe, Stage
-from megavlm.config.schema import Language, Training, Vision
-from megavlm.config.vision import PIXELS
+from megavlm.config.schema import Language
 
 # SigLIP So400m/14 of 384 pixels without its last layer, as transformers' folders hold it.
-_SIGLIP = Vision(
-    family="siglip",
-    image_size=384,
-    patch_size=14,
-    num_layers=26,
-    hidden_size=1152,
-    ffn_hidden_size=4304,
-    num_attention_heads=16,
-    layernorm_epsilon=1e-6,
-    activation="gelu_tanh",
-    pixel_mean=PIXELS["siglip"][0],
-    pixel_std=PIXELS["siglip"][1],
-)
+_SIGLIP = replace(paligemma.ARCHITECTURE.vision, image_size=384, num_layers=26, final_norm=False)
 QWEN2_7B = Architecture(
     vision=_SIGLIP,
     connector=llava_next.VICUNA_7B.connector,
@@ -83,14 +70,13 @@ MODELS: dict[str, Architecture] = {
 
 def _everything(description: str, steps: int) -> Stage:
     """Return a stage that trains everything: LLaVA-NeXT's second, with other data."""
+    stage = llava_next.STAGES["2"]
     return replace(
-        llava_next.STAGES["2"],
+        stage,
         description=f"everything: {description}",
         template=("llava_chatml", "llava_v1", "llava_mistral"),
         tiling="anyres_max_9",
-        training=Training(
-            trainable=("vision", "connector", "language"), steps=steps, global_batch_size=64
-        ),
+        training=replace(stage.training, steps=steps, global_batch_size=64),
     )
 
 

@@ -10,8 +10,7 @@ from typing import Literal
 
 from megavlm.config.sampling import Sampling
 from megavlm.config.schema import ANY, Architecture, Data, Optimizer, Training
-
-Tiling = Literal["any", "dynamic", "pad", "crop", "stretch", "patches", "anyres", "anyres_max_9"]
+from megavlm.config.tiling import Tiling
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from megavlm.config.schema import Architecture
+from megavlm.config.tiling import BOUNDED
 from megavlm.convert.hf import json_files as shared
 from megavlm.convert.hf import llava_config, llava_next_config
 from megavlm.convert.hf.llava_next_config import PINPOINTS, pinpoints
 from megavlm.convert.hf.token_ids import TokenIds
-from megavlm.data.images.anyres import BOUNDED, ONEVISION_GRIDS, Grid
+from megavlm.data.images.anyres import ONEVISION_GRIDS, Grid
 
 CLASS_NAME = "LlavaOnevisionForConditionalGeneration"
 MODEL_TYPE = "llava_onevision"

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from megavlm.config.schema import Architecture
+from megavlm.config.tiling import BOUNDED
 from megavlm.convert.hf import (
     llava_config,
     llava_next_processor,
@@ -19,7 +20,7 @@ from megavlm.convert.hf.json_files import write_json
 from megavlm.convert.hf.llava_next_config import PINPOINTS, pinpoints
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.hf.processor import pixel_settings
-from megavlm.data.images.anyres import BOUNDED, ONEVISION_GRIDS
+from megavlm.data.images.anyres import ONEVISION_GRIDS
 from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS, load_tokenizer
 
 _PROCESSOR = "LlavaOnevisionProcessor"

@@ -17,12 +17,13 @@ from megavlm import __version__
 from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.config.hub_cache import short_name
 from megavlm.config.schema import Optimizer
+from megavlm.config.tiling import BOUNDED, WITH_GRIDS
 from megavlm.convert.hf.card_examples import EXAMPLES, Example
 from megavlm.convert.hf.limits import limits
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.weights.tables import Dialect, rows, unused_rows
 from megavlm.convert.weights.views import Header
-from megavlm.data.images.anyres import BOUNDED, USUAL_GRIDS, grids_text
+from megavlm.data.images.anyres import grids_text
 from megavlm.data.store.manifest import FILE_NAME as MANIFEST_NAME
 from megavlm.data.store.manifest import Manifest, read_manifest
 
@@ -231,7 +232,7 @@ def _usage(usage: Usage, dialect: Dialect) -> Iterator[str]:
     elif usage.tiling == "patches":
         width, height = usage.image_limit
         yield f"- patches of an image: as many as cover it, up to {width} x {height} pixels"
-    elif usage.tiling in USUAL_GRIDS:
+    elif usage.tiling in WITH_GRIDS:
         grids = grids_text(usage.grids)
         yield f"- tiles of an image: the whole image, and one of the grids {grids}"
         if usage.tiling == BOUNDED:

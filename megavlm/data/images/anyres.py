@@ -17,6 +17,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from megavlm.config.tiling import BOUNDED
+
 Grid = tuple[int, int]
 """Columns and rows of tiles."""
 
@@ -25,8 +27,6 @@ LLAVA_GRIDS: tuple[Grid, ...] = ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1))
 ONEVISION_GRIDS: tuple[Grid, ...] = tuple(
     (columns, rows) for rows in range(1, 7) for columns in range(1, 7)
 )
-# LLaVA-OneVision's rule; its authors and transformers name it so.
-BOUNDED = "anyres_max_9"
 USUAL_GRIDS: Mapping[str, tuple[Grid, ...]] = {"anyres": LLAVA_GRIDS, BOUNDED: ONEVISION_GRIDS}
 """By the modes of ``Tiling`` in which images have grids: those of the models that had them first.
 """

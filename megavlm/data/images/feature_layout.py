@@ -13,7 +13,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from megavlm.data.images.anyres import BOUNDED, bounded, mixture, unpadded
+from megavlm.config.tiling import BOUNDED
+from megavlm.data.images.anyres import bounded, mixture, unpadded
 from megavlm.data.text.image_rows import Shown
 
 NEWLINE = -1

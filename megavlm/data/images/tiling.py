@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import get_args
 
-from megavlm.data.images.anyres import BOUNDED, LLAVA_GRIDS, USUAL_GRIDS, Grid, best_grid
+from megavlm.config.tiling import BOUNDED, WITH_GRIDS, Mode
+from megavlm.data.images.anyres import LLAVA_GRIDS, Grid, best_grid
 from megavlm.data.images.patches import fitted_size, patch_grid
-
-Mode = Literal["dynamic", "pad", "crop", "stretch", "patches", "anyres", "anyres_max_9"]
-
 
 # Fuyu's, in pixels.
 FUYU_LIMIT = (1920, 1080)
@@ -76,7 +74,7 @@ class Tiling:
     @property
     def has_grids(self) -> bool:
         """Whether images are fitted into grids, and are one more tile as a whole."""
-        return self.mode in USUAL_GRIDS
+        return self.mode in WITH_GRIDS
 
     @property
     def size_flag(self) -> str:

@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import ArrayLike
 
+from megavlm.config.tiling import WITH_GRIDS
 from megavlm.data.images import anyres, patches
 from megavlm.data.images.augment import draw
 from megavlm.data.images.decode import cut_fitted, decode_tiles
@@ -46,7 +47,7 @@ class TileDecoder:
         mode = manifest.tiling
         self.pad_colour = pad_colour(mode, manifest.pixel_mean)
         self.crops = mode == "crop"
-        self.has_grids = mode in anyres.USUAL_GRIDS
+        self.has_grids = mode in WITH_GRIDS
         self.cut = {"patches": self._patches}.get(mode, self._fitted if self.has_grids else None)
         # Whether an image is only resized to its grid.
         self.is_plain = mode in ("dynamic", "stretch")

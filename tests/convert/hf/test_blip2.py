@@ -14,14 +14,7 @@ from megavlm.data.text.chat_tokens import ChatTemplate
 from megavlm.data.text.tokenizer import load_tokenizer
 from tests.convert.blip2_models import KINDS, OPT, make_blip2
 from tests.convert.card import run_example
-from tests.convert.round_trip import assert_round_trip, golden_words
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("words")
-    golden_words(folder, "llava")
-    return folder
+from tests.convert.round_trip import assert_round_trip
 
 
 @pytest.mark.parametrize("kind", KINDS)

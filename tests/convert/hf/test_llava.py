@@ -37,14 +37,7 @@ from megavlm.planner.flops import pieces
 from tests.convert.card import run_example
 from tests.convert.llava_models import KINDS, SIGLIP, SMALL, make_llava
 from tests.convert.models import GEMMA, load_all
-from tests.convert.round_trip import assert_round_trip, golden_words
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("words")
-    golden_words(folder, "llava")
-    return folder
+from tests.convert.round_trip import assert_round_trip
 
 
 def renamed(folder: Path, out: Path, change) -> Path:

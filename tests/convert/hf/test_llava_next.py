@@ -44,20 +44,13 @@ from tests.convert.llava_next_models import (
     make_llava_next,
 )
 from tests.convert.models import ids_with, load_all
-from tests.convert.round_trip import assert_round_trip, golden_words
+from tests.convert.round_trip import assert_round_trip
 from tests.convert.tool import run_tool
 from tests.ranks.model_checks import sizes_of
 
 SEEING = dataclasses.replace(
     KINDS["siglip with its head, no biases in the connector"], language=SMALL.language
 )
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("words")
-    golden_words(folder, "llava")
-    return folder
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -45,7 +45,7 @@ from tests.convert.llava_next_models import (
     make_onevision_packs,
 )
 from tests.convert.models import ids_with
-from tests.convert.round_trip import assert_round_trip, golden_words
+from tests.convert.round_trip import assert_round_trip
 from tests.ranks.model_checks import sizes_of
 
 KINDS = {
@@ -59,13 +59,6 @@ KINDS = {
 }
 # The words of the test's tokenizer are those of a Llama.
 SEEING = dataclasses.replace(ONEVISION, language=SMALL.language)
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("words")
-    golden_words(folder, "llava")
-    return folder
 
 
 @pytest.mark.parametrize("kind", KINDS)

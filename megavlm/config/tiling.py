@@ -1,0 +1,13 @@
+"""How images become tiles, by name; ``megavlm/data/images/tiling.py`` says what each does."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Mode = Literal["dynamic", "pad", "crop", "stretch", "patches", "anyres", "anyres_max_9"]
+Tiling = Literal["any", Mode]
+"""What a run asks of its packs."""
+# LLaVA-OneVision's rule; its authors and transformers name it so.
+BOUNDED: Mode = "anyres_max_9"
+WITH_GRIDS: tuple[Mode, ...] = ("anyres", BOUNDED)
+"""Modes in which an image is also a grid of tiles, and an embedding ends each row of features."""
