@@ -31,7 +31,7 @@ from tests.ranks.runs import Curve, train_curve
 from tests.ranks.test_cost import counted_by_torch
 from tests.ranks.test_layouts import compare
 from tests.ranks.test_memory import assert_memory_is_held
-from tests.ranks.test_resume import STEPS, forget_the_end, make_job, run_job, saved_tensors
+from tests.ranks.test_resume import make_job, resume_bit_for_bit
 
 TRAINABLE = ("connector", "language")
 EVERYDAY = [
@@ -134,14 +134,5 @@ def test_a_run_that_goes_on_is_the_same_bit_for_bit(ranks: Pool, tmp_path: Path)
         architecture = dataclasses.replace(SMALL, vision=vision)
         return dataclasses.replace(made, architecture=architecture, recipe="fuyu", stage="1")
 
-    assert ranks.run(run_job, 2, job(tmp_path / "whole")) == [STEPS] * 2
-    forget_the_end(tmp_path / "whole", tmp_path / "again")
-    assert ranks.run(run_job, 2, job(tmp_path / "again")) == [STEPS] * 2
-    whole, again = (
-        ranks.run(saved_tensors, 1, tmp_path / name / f"step_{STEPS:08d}")[0]
-        for name in ("whole", "again")
-    )
-    assert whole.keys() == again.keys()
+    whole = resume_bit_for_bit(ranks, 2, job, tmp_path)
     assert "model.connector.linear.weight" in whole
-    for name, tensor in whole.items():
-        assert torch.equal(tensor, again[name]), name

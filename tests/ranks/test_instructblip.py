@@ -34,7 +34,7 @@ from tests.ranks.runs import Curve, train_curve, whole_weights
 from tests.ranks.test_cost import counted_by_torch
 from tests.ranks.test_layouts import compare
 from tests.ranks.test_memory import assert_memory_is_held
-from tests.ranks.test_resume import STEPS, forget_the_end, losses, make_job, run_job, saved_tensors
+from tests.ranks.test_resume import make_job, resume_bit_for_bit
 
 MASK = STAGES["1"].training.trainable
 LONGEST = 17
@@ -180,11 +180,4 @@ def test_it_resumes_bit_for_bit(ranks: Pool, packs: Path, tmp_path: Path) -> Non
         job = make_job(packs, folder, trainable=MASK)
         return dataclasses.replace(job, architecture=MODEL, recipe="instructblip", stage="1")
 
-    ranks.run(run_job, 2, of(tmp_path / "whole"))
-    forget_the_end(tmp_path / "whole", tmp_path / "killed")
-    ranks.run(run_job, 2, of(tmp_path / "killed"))
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")[3:]
-    last = f"step_{STEPS:08d}"
-    saved = [ranks.run(saved_tensors, 1, tmp_path / name / last)[0] for name in ("whole", "killed")]
-    assert saved[0].keys() == saved[1].keys()
-    assert all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0])
+    resume_bit_for_bit(ranks, 2, of, tmp_path)

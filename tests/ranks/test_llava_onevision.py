@@ -38,7 +38,7 @@ from tests.ranks.pool import Pool
 from tests.ranks.runs import Curve, train_curve
 from tests.ranks.test_cost import counted_by_torch
 from tests.ranks.test_layouts import compare
-from tests.ranks.test_resume import STEPS, forget_the_end, make_job, run_job, saved_tensors
+from tests.ranks.test_resume import make_job, resume_bit_for_bit
 
 TRAINABLE = STAGES["2"].training.trainable
 MODE = "anyres_max_9"
@@ -151,13 +151,4 @@ def test_a_run_that_goes_on_is_the_same_bit_for_bit(ranks: Pool, tmp_path: Path)
             made, architecture=architecture, recipe="llava_onevision", stage="2"
         )
 
-    assert ranks.run(run_job, 2, job(tmp_path / "whole")) == [STEPS] * 2
-    forget_the_end(tmp_path / "whole", tmp_path / "again")
-    assert ranks.run(run_job, 2, job(tmp_path / "again")) == [STEPS] * 2
-    whole, again = (
-        ranks.run(saved_tensors, 1, tmp_path / name / f"step_{STEPS:08d}")[0]
-        for name in ("whole", "again")
-    )
-    assert whole.keys() == again.keys()
-    for name, tensor in whole.items():
-        assert torch.equal(tensor, again[name]), name
+    resume_bit_for_bit(ranks, 2, job, tmp_path)

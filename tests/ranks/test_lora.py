@@ -24,10 +24,11 @@ from tests.ranks.runs import (
     whole_weights,
 )
 from tests.ranks.test_resume import (
-    STEPS,
+    LAST,
     forget_the_end,
     losses,
     make_job,
+    resume_bit_for_bit,
     run_job,
     saved_tensors,
 )
@@ -225,29 +226,21 @@ def test_a_run_starts_from_a_model_without_adapters_and_resumes_bit_for_bit(
     ranks: Pool, dataset: Path, tmp_path: Path, lora: Lora
 ) -> None:
     ranks.run(run_job, 1, make_job(dataset, tmp_path / "base", stage="1", trainable=("connector",)))
-    layout = GROUPS | TENSOR | PIPELINE
-    job = make_job(
-        dataset, tmp_path / "whole", tmp_path / "base", trainable=MASK, drop_path=0.1, **layout
-    )
-    ranks.run(run_job, 4, with_adapters(job, lora))
-    forget_the_end(tmp_path / "whole", tmp_path / "killed")
-    job = make_job(dataset, tmp_path / "killed", trainable=MASK, drop_path=0.1, **layout)
-    ranks.run(run_job, 4, with_adapters(job, lora))
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")[3:]
-    last = f"step_{STEPS:08d}"
-    [base], [whole], [killed] = (
-        ranks.run(saved_tensors, 1, tmp_path / name / last) for name in ("base", "whole", "killed")
-    )
-    assert whole.keys() == killed.keys()
-    assert all(torch.equal(whole[key], killed[key]) for key in whole)
+    settings = dict(trainable=MASK, drop_path=0.1, **GROUPS)
+
+    def job(save: Path) -> Config:
+        load = tmp_path / "base" if save.name == "whole" else ""
+        return with_adapters(make_job(dataset, save, load, **settings, **TENSOR, **PIPELINE), lora)
+
+    whole = resume_bit_for_bit(ranks, 4, job, tmp_path)
+    [base] = ranks.run(saved_tensors, 1, tmp_path / "base" / LAST)
     frozen = [key for key in base if key.startswith("model.") and "connector" not in key]
     assert frozen and all(torch.equal(base[key], whole[key]) for key in frozen)
     moments = [key for key in whole if key.startswith("optimizer.state.exp_avg.")]
     assert all("connector" in key or ".lora." in key for key in moments)
     # At one process too.
     forget_the_end(tmp_path / "whole", tmp_path / "one")
-    job = make_job(dataset, tmp_path / "one", trainable=MASK, drop_path=0.1, **GROUPS)
-    ranks.run(run_job, 1, with_adapters(job, lora))
+    ranks.run(run_job, 1, with_adapters(make_job(dataset, tmp_path / "one", **settings), lora))
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "whole")[3:], rel=1e-5)
 
 

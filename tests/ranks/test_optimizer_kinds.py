@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from megavlm.config.checks.rules import ConfigError
 from megavlm.config.schema import Config
@@ -16,14 +15,7 @@ from tests.ranks.layouts import asks_for_all
 from tests.ranks.pool import Pool
 from tests.ranks.runs import TINY, Curve, config_for, make_packs, train_curve, whole_weights
 from tests.ranks.test_parameter_groups import GROUPS
-from tests.ranks.test_resume import (
-    STEPS,
-    forget_the_end,
-    losses,
-    make_job,
-    run_job,
-    saved_tensors,
-)
+from tests.ranks.test_resume import forget_the_end, losses, make_job, resume_bit_for_bit, run_job
 
 TENSOR = dict(tensor_model_parallel_size=2)
 PIPELINE = dict(pipeline_model_parallel_size=2, layout="v*2|v,t*3")
@@ -128,16 +120,12 @@ def test_a_run_resumes_bit_for_bit_and_at_another_layout(
     ranks: Pool, dataset: Path, tmp_path: Path, kind: str
 ) -> None:
     settings = GROUPS | KINDS[kind]
-    layout = TENSOR | PIPELINE
-    ranks.run(run_job, 4, make_job(dataset, tmp_path / "whole", **settings, **layout))
-    forget_the_end(tmp_path / "whole", tmp_path / "killed")
-    ranks.run(run_job, 4, make_job(dataset, tmp_path / "killed", **settings, **layout))
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")[3:]
-    last = f"step_{STEPS:08d}"
-    [whole] = ranks.run(saved_tensors, 1, tmp_path / "whole" / last)
-    [killed] = ranks.run(saved_tensors, 1, tmp_path / "killed" / last)
-    assert whole.keys() == killed.keys()
-    assert all(torch.equal(whole[key], killed[key]) for key in whole)
+    whole = resume_bit_for_bit(
+        ranks,
+        4,
+        lambda save: make_job(dataset, save, **settings, **TENSOR, **PIPELINE),
+        tmp_path,
+    )
     second = [value for key, value in whole.items() if ".exp_avg_sq." in key and "_fc2.w" in key]
     assert second and all(bool(value.any()) == (kind == "adam") for value in second)
     forget_the_end(tmp_path / "whole", tmp_path / "wide")

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from megavlm.config.parameter_groups import decays, multiplier
 from megavlm.config.schema import Config, Optimizer
@@ -20,14 +19,7 @@ from megavlm.planner.flops import pieces
 from tests.ranks.layouts import asks_for_all
 from tests.ranks.pool import Pool
 from tests.ranks.runs import TINY, config_for, make_packs, train_curve, whole_weights
-from tests.ranks.test_resume import (
-    STEPS,
-    forget_the_end,
-    losses,
-    make_job,
-    run_job,
-    saved_tensors,
-)
+from tests.ranks.test_resume import forget_the_end, losses, make_job, resume_bit_for_bit, run_job
 
 GROUPS = dict(
     decay="matrices",
@@ -198,15 +190,7 @@ def test_weight_decay_is_left_out_by_name(ranks: Pool, dataset: Path) -> None:
 @pytest.mark.skipif(not asks_for_all(), reason="asked for by MEGAVLM_MATRIX=all")
 def test_groups_survive_a_resume_bit_for_bit(ranks: Pool, dataset: Path, tmp_path: Path) -> None:
     settings = GROUPS | BOTH
-    ranks.run(run_job, 4, make_job(dataset, tmp_path / "whole", **settings))
-    forget_the_end(tmp_path / "whole", tmp_path / "killed")
-    ranks.run(run_job, 4, make_job(dataset, tmp_path / "killed", **settings))
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")[3:]
-    last = f"step_{STEPS:08d}"
-    [whole] = ranks.run(saved_tensors, 1, tmp_path / "whole" / last)
-    [killed] = ranks.run(saved_tensors, 1, tmp_path / "killed" / last)
-    assert whole.keys() == killed.keys()
-    assert all(torch.equal(whole[key], killed[key]) for key in whole)
+    resume_bit_for_bit(ranks, 4, lambda save: make_job(dataset, save, **settings), tmp_path)
 
 
 def test_moments_follow_their_parameters_into_other_groups(

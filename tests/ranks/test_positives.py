@@ -28,7 +28,7 @@ from tests.ranks.test_contrastive import (
     problems_of,
     run,
 )
-from tests.ranks.test_resume import STEPS, forget_the_end, losses, run_job, saved_tensors
+from tests.ranks.test_resume import STEPS, resume_bit_for_bit
 
 FACTS = dict(vocab_size=199, context_token_id=7, tile_size=16, features_per_tile=0)
 # Which image and which text each of 12 pairs has.
@@ -164,16 +164,7 @@ def test_shared_images_resume_bit_for_bit(
         return dataclasses.replace(config, checkpoint=files, logging=Logging(interval=1))
 
     # Two ranks with two cached microbatches each.
-    assert ranks.run(run_job, 2, of(tmp_path / "whole")) == [STEPS] * 2
-    forget_the_end(tmp_path / "whole", tmp_path / "killed")
-    ranks.run(run_job, 2, of(tmp_path / "killed"))
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")[3:]
-    whole, killed = (
-        ranks.run(saved_tensors, 1, tmp_path / name / f"step_{STEPS:08d}")[0]
-        for name in ("whole", "killed")
-    )
-    assert whole.keys() == killed.keys() and any("exp_avg_sq" in key for key in whole)
-    assert all(torch.equal(whole[key], killed[key]) for key in whole)
+    resume_bit_for_bit(ranks, 2, of, tmp_path)
 
 
 def test_a_ring_of_ranks_is_a_gather(ranks: Pool, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,30 @@ def forget_the_end(save: Path, target: Path) -> None:
     (target / f".growing_{LAST}_0a1b2c3d").mkdir()
 
 
+def resume_bit_for_bit(
+    ranks: Pool, world: int, job: Callable[[Path], Config], folder: Path
+) -> dict[str, torch.Tensor]:
+    """Run a job to its end, and a copy of it that was killed in the middle; compare the losses of
+    the rest and what is saved at the end, and return that.
+
+    Args:
+        ranks, world: that run it.
+        job: configures a run that saves into a folder of the name ``whole`` or ``killed``.
+        folder: where these are made.
+    """
+    assert ranks.run(run_job, world, job(folder / "whole")) == [STEPS] * world
+    forget_the_end(folder / "whole", folder / "killed")
+    assert ranks.run(run_job, world, job(folder / "killed")) == [STEPS] * world
+    assert losses(folder / "killed") == losses(folder / "whole")[3:]
+    [whole], [killed] = (
+        ranks.run(saved_tensors, 1, folder / name / LAST) for name in ("whole", "killed")
+    )
+    assert whole.keys() == killed.keys() and any("exp_avg" in key for key in whole)
+    for key, tensor in whole.items():
+        assert torch.equal(tensor, killed[key]), key
+    return whole
+
+
 PARTLY = ("connector", "vision.encoder.layers.1.*", "language.decoder.layers.[02].*")
 TENSOR = dict(tensor_model_parallel_size=2)
 PIPELINE = dict(pipeline_model_parallel_size=2, layout="v*2|v,t*3")
@@ -108,15 +133,9 @@ RESUMED_RARELY = [(dict(), EVERYTHING), (PIPELINE, PARTLY), (INTERLEAVED, ("conn
 def test_going_on_equals_no_interruption_bit_for_bit(
     ranks: Pool, dataset: Path, tmp_path: Path, layout: dict, mask: tuple[str, ...]
 ) -> None:
-    settings = dict(trainable=mask, **layout)
-    assert ranks.run(run_job, 2, make_job(dataset, tmp_path / "whole", **settings)) == [STEPS] * 2
-    forget_the_end(tmp_path / "whole", tmp_path / "killed")
-    ranks.run(run_job, 2, make_job(dataset, tmp_path / "killed", **settings))
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")[3:]
-    [whole] = ranks.run(saved_tensors, 1, tmp_path / "whole" / LAST)
-    [killed] = ranks.run(saved_tensors, 1, tmp_path / "killed" / LAST)
-    assert whole.keys() == killed.keys() and any("exp_avg_sq" in key for key in whole)
-    assert all(torch.equal(whole[key], killed[key]) for key in whole)
+    resume_bit_for_bit(
+        ranks, 2, lambda save: make_job(dataset, save, trainable=mask, **layout), tmp_path
+    )
 
 
 def test_a_run_out_of_time_ends_after_a_checkpoint_and_goes_on_bit_for_bit(

@@ -21,7 +21,7 @@ from tests.ranks.runs import Curve, build, train_curve
 from tests.ranks.test_experts import LAYOUTS, Layout, compare, expert_config, expert_job
 from tests.ranks.test_experts import MODEL as DROPLESS
 from tests.ranks.test_experts import dataset as dataset
-from tests.ranks.test_resume import LAST, forget_the_end, losses, run_job, saved_tensors
+from tests.ranks.test_resume import resume_bit_for_bit
 
 SETTINGS = dict(balance_over="global_batch", bias_update_rate=0.01, global_batch_size=6)
 MODEL = dataclasses.replace(
@@ -206,20 +206,13 @@ def test_the_first_step_has_no_balance_loss(ranks: Pool, dataset: Path) -> None:
 
 
 def test_a_run_resumes_bit_for_bit(ranks: Pool, dataset: Path, tmp_path: Path) -> None:
-    layout = Layout(expert=2, pipeline=2, data=2).settings
-    for name in ("whole", "killed"):
-        job = expert_job(dataset, tmp_path / name, **layout)
-        experts = dataclasses.replace(
-            job.experts, balance_over="global_batch", bias_update_rate=0.01
-        )
-        ranks.run(run_job, 4, dataclasses.replace(job, architecture=EXPORTED, experts=experts))
-        if name == "whole":
-            forget_the_end(tmp_path / "whole", tmp_path / "killed")
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")[3:]
-    whole, killed = (
-        ranks.run(saved_tensors, 1, tmp_path / name / LAST)[0] for name in ("whole", "killed")
-    )
+
+    def job(save: Path) -> Config:
+        made = expert_job(dataset, save, **Layout(expert=2, pipeline=2, data=2).settings)
+        settings = dict(balance_over="global_batch", bias_update_rate=0.01)
+        experts = dataclasses.replace(made.experts, **settings)
+        return dataclasses.replace(made, architecture=EXPORTED, experts=experts)
+
+    whole = resume_bit_for_bit(ranks, 4, job, tmp_path)
     assert len(set(whole["routers.1.shares"].tolist())) > 2
     assert whole[f"model.{BIAS}"].abs().max() > 0.01, "moved more than once"
-    assert whole.keys() == killed.keys()
-    assert all(torch.equal(whole[key], killed[key]) for key in whole)

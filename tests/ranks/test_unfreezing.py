@@ -8,20 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from megavlm.config.schema import BadSteps
+from megavlm.config.schema import BadSteps, Config
 from megavlm.job_checks import parameter_problems
 from tests.ranks.pool import Pool
 from tests.ranks.runs import config_for, make_packs, train_curve, whole_weights
-from tests.ranks.test_resume import (
-    STEPS,
-    forget_the_end,
-    losses,
-    make_job,
-    run_job,
-    saved_tensors,
-)
+from tests.ranks.test_resume import make_job, resume_bit_for_bit
 
 UNTIL = ("vision=2", "language.decoder.layers.1=4")
 SETTINGS = dict(frozen_until=UNTIL, lr=1e-2, warmup_ratio=0.0, schedule="constant", adam_eps=1e-12)
@@ -66,20 +58,11 @@ def test_every_layout_unfreezes_alike(ranks: Pool, dataset: Path) -> None:
 def test_a_run_resumes_bit_for_bit_before_and_after_the_step(
     ranks: Pool, dataset: Path, tmp_path: Path
 ) -> None:
-    def job(name: str):
-        config = make_job(dataset, tmp_path / name, **SETTINGS)
+    def job(save: Path) -> Config:
+        config = make_job(dataset, save, **SETTINGS)
         return dataclasses.replace(config, bad_steps=BadSteps(skip=True, spike_factor=50))
 
-    ranks.run(run_job, 2, job("whole"))
-    forget_the_end(tmp_path / "whole", tmp_path / "killed")
-    ranks.run(run_job, 2, job("killed"))
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")[3:]
-    last = f"step_{STEPS:08d}"
-    [whole], [killed] = (
-        ranks.run(saved_tensors, 1, tmp_path / name / last) for name in ("whole", "killed")
-    )
-    assert whole.keys() == killed.keys()
-    assert all(torch.equal(whole[key], killed[key]) for key in whole)
+    resume_bit_for_bit(ranks, 2, job, tmp_path)
 
 
 def test_a_group_counts_its_own_updates_past_skipped_steps() -> None:
