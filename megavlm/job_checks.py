@@ -38,7 +38,8 @@ def warnings(config: Config) -> list[str]:
     Raises:
         ValueError: a dataset that cannot be used.
     """
-    return [*batch_warnings(config, dataset_facts(config)), *unread(config, TOLERATED)]
+    of_steps = () if config.eval.only else batch_warnings(config, dataset_facts(config))
+    return [*of_steps, *unread(config, TOLERATED)]
 
 
 def parameter_problems(config: Config) -> list[str]:

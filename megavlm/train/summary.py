@@ -47,10 +47,10 @@ def log_run_summary(
     metrics.log(f"start: {start_point.describe(config, start, state.step)}")
     for note in _notes(config, start):
         metrics.log(f"note: {note}")
+    if groups.is_writer:  # it reads the manifests again
+        for warning in job_checks.warnings(config):
+            metrics.log(f"warning: {warning}")
     if not config.eval.only:
-        if groups.is_writer:  # it reads the manifests again
-            for warning in job_checks.warnings(config):
-                metrics.log(f"warning: {warning}")
         _log_training(config, trained, start, state, metrics)
 
 

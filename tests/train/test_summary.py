@@ -20,7 +20,7 @@ OF_TRAINING = (
 
 @pytest.mark.parametrize("only", [False, True])
 def test_an_evaluation_says_nothing_of_training(only: bool) -> None:
-    options = ["--save", "run", "--eval.only", str(only).lower()]
+    options = ["--save", "run", "--eval.only", str(only).lower(), "--training.steps", "7"]
     config = parse(["--stage", "2", "--model", "tiny", *options])
     said: list[str] = []
     recorded: list[dict] = []
@@ -38,3 +38,5 @@ def test_an_evaluation_says_nothing_of_training(only: bool) -> None:
     for words in OF_TRAINING:
         assert any(line.startswith(words) for line in said) != only, said
     assert len(recorded) == (not only)
+    warning = "warning: --training.steps 7 has no effect with --eval.only true"
+    assert any(line.startswith(warning) for line in said) == only, said

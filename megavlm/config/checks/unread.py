@@ -249,6 +249,22 @@ TOLERATED = (
         why=" without --logging.wandb_project",
     ),
     Row(
+        keys=(
+            "training.steps",
+            "training.max_hours",
+            "training.eval_interval",
+            "training.frozen_until",
+            "training.drop_path",
+            "eval.control_interval",
+            "checkpoint.save_epochs",
+            "bad_steps.skip",
+            "bad_steps.spike_factor",
+            "profile.folder",
+        ),
+        is_read=lambda run: not run.eval.only,
+        why=" with --eval.only true, which does not train",
+    ),
+    Row(
         keys=("health.slow_factor", "health.least_gb_per_s"),
         is_read=lambda run: run.health.speed_check,
         why=" with --health.speed_check false",

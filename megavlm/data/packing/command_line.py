@@ -45,7 +45,11 @@ class Option:
 
 SIZES = (
     Option(name="image_size", text="side of a tile in pixels (default: the model's, or 448)"),
-    Option(name="patch_size", text="side of a patch in pixels (default: the model's, or 14)"),
+    Option(
+        name="patch_size",
+        text="side of a patch in pixels, of which a tile's is a multiple (default: the model's, or"
+        " 14)",
+    ),
     Option(
         name="tokens_per_tile", text="placeholder tokens of a tile (default: what the model gives)"
     ),

@@ -83,6 +83,8 @@ def test_an_option_that_nothing_reads_is_refused(arguments: tuple[str, ...], tol
         ((*TINY, "--health.speed_check", "false", "--health.slow_factor", "9.0"), "speed_check"),
         ((*TINY, "--health.hang_factor", "0", "--health.hang_seconds", "9"), "hang_factor 0"),
         ((*BLIP2, "2", "--architecture.image_text.size", "8"), "qformer reads it"),
+        ((*TINY, "--eval.only", "true", "--training.max_hours", "3.5"), "does not train"),
+        ((*TINY, "--eval.only", "true", "--bad_steps.skip", "true"), "does not train"),
     ],
 )
 def test_what_a_shared_file_may_hold_is_warned_of(arguments: tuple[str, ...], told: str) -> None:
