@@ -106,12 +106,21 @@ def make_folder(folder: Path, asked: str) -> None:
         raise OSError(f"{asked}: nothing can be written there ({error})") from error
 
 
+def _lock_of(target: Path) -> Path:
+    return target.with_name(f"{_GROWING}{target.name}.lock")
+
+
+def remove_lock(target: Path) -> None:
+    """Remove the lock that a process left if it was killed right after it had named a folder."""
+    _lock_of(target).unlink(missing_ok=True)
+
+
 @contextmanager
 def _alone(target: Path, flag: str) -> Iterator[None]:
     """Keep other processes from making the same folder meanwhile, where the file system has locks;
     one ends with its process.
     """
-    path = target.with_name(f"{_GROWING}{target.name}.lock")
+    path = _lock_of(target)
     with open(path, "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -25,6 +25,7 @@ def export_finished(config: Config, state: State, start: Start, groups: Groups) 
     if not files.export_hf or state.step < config.training.steps or groups.rank:
         return
     if exported_step(files, averages=config.ema.export) == config.training.steps:
+        atomic.remove_lock(Path(files.export_hf))
         print(f"{files.export_hf}: holds the model of this run already", flush=True)
         return
     # A run with nothing to do has saved nothing. Steps of another stage do not count.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 from unittest import mock
@@ -32,12 +33,16 @@ def export_that_is_killed(config: Config) -> str:
 
     def rename_and_stop(growing: Path, target: Path) -> None:
         growing.rename(target)
+        for lock in target.parent.glob(".growing_*.lock"):  # kill -9 leaves it
+            os.link(lock, target.parent / "kept")
         raise KeyboardInterrupt
 
     with mock.patch.object(atomic, "publish", rename_and_stop):
         try:
             return output_of_job(config)
         except KeyboardInterrupt:
+            export = Path(config.checkpoint.export_hf)
+            (export.parent / "kept").rename(export.with_name(f".growing_{export.name}.lock"))
             return "killed"
 
 
@@ -62,6 +67,7 @@ def test_the_command_of_a_finished_run_is_no_failure_and_exports_once(
     assert ranks.run(export_that_is_killed, 1, other) == ["killed"]
     [shown] = ranks.run(output_of_job, 1, other)
     assert "holds the model of this run already" in shown
+    assert not list(tmp_path.glob(".growing*"))
     [shown] = ranks.run(output_of_job, 1, wanted)
     assert f"nothing to do: step {STEPS} is done, and --training.steps is {STEPS}" in shown
     assert (export / "config.json").is_file()
