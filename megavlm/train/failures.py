@@ -37,7 +37,8 @@ def report(config: Config, error: Exception) -> int | None:
     names_file = isinstance(error, OSError) and bool(error.filename)
     if isinstance(error, _OF_ONE_RANK) or names_file:
         # The other ranks wait for this one until torchrun ends them.
-        torchrun.refuse(f"error on {torchrun.name_of_rank()}: {error}{_kept(config)}")
+        kept = "" if isinstance(error, ExportError) else _kept(config)  # it says so itself
+        torchrun.refuse(f"error on {torchrun.name_of_rank()}: {error}{kept}")
         return 1
     if isinstance(error, RuntimeError) and any(words in str(error) for words in _LOST):
         torchrun.refuse(

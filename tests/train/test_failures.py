@@ -66,7 +66,7 @@ def test_an_evaluation_that_ends_has_no_checkpoint_to_resume_from(
     ],
 )
 def test_an_export_that_fails_leaves_the_way_to_export_again(
-    config: Config, monkeypatch: pytest.MonkeyPatch, error: Exception
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, error: Exception
 ) -> None:
     files = Checkpoint(save="runs/a", export_hf="exports/a")
     config = dataclasses.replace(config, checkpoint=files)
@@ -76,10 +76,12 @@ def test_an_export_that_fails_leaves_the_way_to_export_again(
 
     monkeypatch.setattr(export.convert, "export", fail)
     done = State(step=config.training.steps)
-    with pytest.raises(
-        export.ExportError, match="--checkpoint.export_hf exports/a: .*same command"
-    ):
+    with pytest.raises(export.ExportError) as failed:
         export.export_finished(config, done, None, SimpleNamespace(rank=0))
+    assert failures.report(config, failed.value) == 1
+    told = capsys.readouterr().err
+    assert "--checkpoint.export_hf exports/a: the model could not be exported" in told
+    assert told.count("same command") == 1, told
 
 
 def test_what_every_rank_knows_is_told_by_the_first(
