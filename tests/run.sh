@@ -70,7 +70,8 @@ if ! nvidia-smi -L >/dev/null 2>&1; then
     # Nothing is compiled for a CPU, and each process that imports megatron-core would load torch's compiler for more than a second.
     export TORCHDYNAMO_DISABLE=1
     if (($# == 0)); then
-        processes=(-n 2 --dist loadfile --no-loadscope-reorder)
+        # If one crashes, pytest-xdist 3.8 waits for ever for the tests of the process that it starts in its place.
+        processes=(-n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0)
     fi
 fi
 "$python" -m pytest -rsfE "${quick[@]}" "${processes[@]}" "$@" || failed+=("pytest")
