@@ -12,7 +12,7 @@ class Example:
     """How a folder is used.
 
     Args:
-        text: in Markdown.
+        text: in Markdown, with ``ANSWER_END`` for what ends an answer in its template.
         task: what the hub files it under; empty: nothing.
     """
 
@@ -20,6 +20,7 @@ class Example:
     task: str = "image-text-to-text"
 
 
+ANSWER_END = "ANSWER_END"
 _CHATTING = """```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -60,7 +61,8 @@ folder = "."  # this folder, or the repository's name
 processor = AutoProcessor.from_pretrained(folder)
 model = IdeficsForVisionText2Text.from_pretrained(folder, dtype="auto")
 image = Image.open("picture.jpg").convert("RGB")
-prompt = [image, "What is it? Answer:"]  # images and texts in turn
+shot = [image, "What is it? Answer: a catANSWER_END"]  # an example: none, or several
+prompt = [*shot, image, "What is it? Answer:"]  # images and texts in turn
 inputs = processor(text=[prompt], return_tensors="pt").to(model.dtype)
 answer = model.generate(**inputs, max_new_tokens=100)[0, inputs["input_ids"].shape[1] :]
 print(processor.decode(answer, skip_special_tokens=True))

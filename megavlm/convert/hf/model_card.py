@@ -18,7 +18,7 @@ from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.config.hub_cache import short_name
 from megavlm.config.schema import Optimizer
 from megavlm.config.tiling import BOUNDED, WITH_GRIDS
-from megavlm.convert.hf.card_examples import EXAMPLES, Example
+from megavlm.convert.hf.card_examples import ANSWER_END, EXAMPLES, Example
 from megavlm.convert.hf.limits import limits
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.weights.tables import Dialect, rows, unused_rows
@@ -26,6 +26,7 @@ from megavlm.convert.weights.views import Header
 from megavlm.data.images.anyres import grids_text
 from megavlm.data.store.manifest import FILE_NAME as MANIFEST_NAME
 from megavlm.data.store.manifest import Manifest, read_manifest
+from megavlm.data.text.templates import FORMATS
 
 FILE_NAME = "README.md"
 _KINDS = {"adamw": "AdamW", "adam": "Adam", "sgd": "SGD", "muon": "Muon"}
@@ -72,10 +73,12 @@ def write(
     """
     packs = checkpoint.folder / MANIFEST_NAME
     manifest = read_manifest(checkpoint.folder) if packs.is_file() else None
+    end = FORMATS[usage.template].end if usage.template in FORMATS else ""
+    example = EXAMPLES[dialect].text.replace(ANSWER_END, end)
     sections = [
         _front(licenses, EXAMPLES[dialect]),
         f"# {name}\n\nA vision-language model, exported by megavlm {__version__}"
-        f" as `{dialect}`.\n\n{EXAMPLES[dialect].text}",
+        f" as `{dialect}`.\n\n{example}",
         "## Parts\n\n" + "\n".join(_parts(checkpoint, headers, dialect)),
         "## Training\n\n" + "\n".join(_training(checkpoint, manifest)),
     ]

@@ -70,6 +70,7 @@ def test_transformers_loads_an_export_and_its_processor_makes_the_tokens_of_trai
     assert template.count([*turns, Turn(role="gpt", text="dogs")], [1, 1, 1]) > len(found)
     made = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert made.shape[1] == len(found) + 3
+    assert '"What is it? Answer: a cat</s>"' in (out / "README.md").read_text()
     assert run_example(out, monkeypatch, capsys)
     vision = sum(tensor.numel() for tensor in model.model.vision_model.parameters())
     connector = sum(tensor.numel() for tensor in model.model.perceiver_resampler.parameters())
@@ -156,7 +157,10 @@ def test_windows_are_learned_from_their_first_image_on(chunk_words: Path) -> Non
 
 
 def test_a_model_with_the_token_that_ends_a_chunk_goes_there_and_back(
-    tmp_path: Path, chunk_words: Path
+    tmp_path: Path,
+    chunk_words: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     size = len(load_tokenizer(chunk_words))
     architecture = dataclasses.replace(
@@ -185,6 +189,8 @@ def test_a_model_with_the_token_that_ends_a_chunk_goes_there_and_back(
     prompt = [image, "What is it? Answer: a cat<|endofchunk|>", image, "And this? Answer:"]
     inputs = AutoProcessor.from_pretrained(out)(text=[prompt], return_tensors="pt")
     assert template.prompt(turns, [1, 1]).tolist() == inputs["input_ids"][0].tolist()
+    assert '"What is it? Answer: a cat<|endofchunk|>"' in (out / "README.md").read_text()
+    assert run_example(out, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(
