@@ -108,6 +108,10 @@ def _config(dataset: Path, architecture: Architecture, **settings) -> Config:
     return dataclasses.replace(config_for(dataset, steps=3, **settings), architecture=architecture)
 
 
+def _odd(dataset: Path, **settings) -> Config:
+    return _config(dataset, ODD, global_batch_size=2, **settings)
+
+
 @pytest.mark.parametrize(
     ("mask", "names"),
     [
@@ -127,11 +131,11 @@ def test_a_tied_head_trains_like_in_one_process(
 
 
 def test_odd_heads_and_shared_keys_train_like_in_one_process(ranks: Pool, dataset: Path) -> None:
-    [alone] = ranks.run(train_curve, 1, _config(dataset, ODD))
+    [alone] = ranks.run(train_curve, 1, _odd(dataset))
     for name, (world, layout) in ODD_LAYOUTS.items():
         if name == "tp2" and not asks_for_all():
             continue  # as tp2 pp2
-        curve = ranks.run(train_curve, world, _config(dataset, ODD, **layout))[0]
+        curve = ranks.run(train_curve, world, _odd(dataset, **layout))[0]
         assert curve.losses == pytest.approx(alone.losses, rel=1e-5), name
         assert curve.grad_norms == pytest.approx(alone.grad_norms, rel=1e-5), name
 
@@ -169,9 +173,7 @@ def padding_after_steps(config: Config) -> dict[str, torch.Tensor]:
 
 
 def test_heads_that_only_pad_stay_zero(ranks: Pool, dataset: Path) -> None:
-    *_, padding = ranks.run(
-        padding_after_steps, 2, _config(dataset, ODD, tensor_model_parallel_size=2)
-    )
+    *_, padding = ranks.run(padding_after_steps, 2, _odd(dataset, tensor_model_parallel_size=2))
     assert len(padding) == ODD.vision.num_layers * 4, (
         "fused projection, its successor, and both norms"
     )
@@ -185,7 +187,7 @@ def test_heads_that_only_pad_stay_zero(ranks: Pool, dataset: Path) -> None:
 def _job(dataset: Path, save: Path, load: Path | str = "", **settings) -> Config:
     files = Checkpoint(save=str(save), load=str(load), save_interval=2, keep=0)
     return dataclasses.replace(
-        _config(dataset, ODD, **settings), checkpoint=files, logging=Logging(interval=1)
+        _odd(dataset, **settings), checkpoint=files, logging=Logging(interval=1)
     )
 
 
