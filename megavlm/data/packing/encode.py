@@ -266,7 +266,7 @@ class Encoder:
             instruction=self.template.instruction(turns, tiles),
         )
         if self.windows.cut and turns[0].role == "pretrain":
-            samples = tuple(cut_windows(whole, self.windows, self.template))
+            samples = tuple(cut_windows(whole, self.windows, self.template, shown))
         else:
             samples = (truncated(whole, self.truncate, self.template, shown),)
         for sample in samples:

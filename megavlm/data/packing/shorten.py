@@ -46,8 +46,11 @@ def truncated(whole: Sample, end: int, template: ChatTemplate, shown: Sequence[S
     )
 
 
-def cut_windows(whole: Sample, windows: Windows, template: ChatTemplate) -> Iterator[Sample]:
-    """Yield the windows of a document, without those that have nothing to learn.
+def cut_windows(
+    whole: Sample, windows: Windows, template: ChatTemplate, shown: Sequence[Shown]
+) -> Iterator[Sample]:
+    """Yield the windows of a document, whose images take up what ``shown`` says, without those that
+    have nothing to learn.
 
     Raises:
         RejectError: none has.
@@ -55,7 +58,7 @@ def cut_windows(whole: Sample, windows: Windows, template: ChatTemplate) -> Iter
     first = len(template.first_tokens)
     tokens = whole.tokens[first:]
     supervised = whole.supervised[first:]
-    starts, ends = template.image_extents(tokens)
+    starts, ends = template.image_extents(tokens, shown)
     if windows.tokens:  # the first tokens stand in every window
         windows = dataclasses.replace(windows, tokens=max(1, windows.tokens - first))
     number = 0

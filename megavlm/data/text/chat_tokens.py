@@ -191,10 +191,10 @@ class ChatTemplate:
             ]
         return self._encode(question, tiles, shown, self.format.opening)[0]
 
-    def image_extents(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def image_extents(self, tokens: np.ndarray, shown: Sequence[Shown]) -> tuple[np.ndarray, ...]:
         """Return where images begin and end in the tokens of a sample, as ``extents`` does."""
-        ids = self._image_token_ids, self.context_token_id, self.newline_token_id
-        return extents(tokens, self.format.images, *ids)
+        ids = self.context_token_id, self.newline_token_id
+        return extents(tokens, self.format.images, shown, *ids)
 
     def text(self, tokens: Sequence[int] | np.ndarray) -> str:
         """Decode an answer's tokens, leaving out special tokens and what stands before its text."""

@@ -55,26 +55,26 @@ def expand(
 
 
 def extents(
-    tokens: np.ndarray, images: ImageTokens, shown: Sequence[int], context: int, newline: int | None
+    tokens: np.ndarray,
+    images: ImageTokens,
+    shown: Sequence[Shown],
+    context: int,
+    newline: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return where the images of a sample's tokens begin and end, int64 [images] each, with the
-    tokens before and after their features. Images without such tokens that stand side by side
-    count as one.
+    tokens before and after their features.
 
     Args:
         tokens: int32 [T].
         images: the tokens of images.
-        shown: their ids.
+        shown: of each image.
         context, newline: as for ``expand``.
     """
-    if images.start and images.start == images.end:
-        places = np.flatnonzero(tokens == context)
-        return places - 1, places + 2
-    if images.start and images.end:
-        start, end, _ = shown
-        return np.flatnonzero(tokens == start), np.flatnonzero(tokens == end) + 1
     of_images = tokens == context
     if newline is not None:
         of_images |= tokens == newline
-    steps = np.diff(np.concatenate([[False], of_images, [False]]).astype(np.int8))
-    return np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)
+    lengths = [one.features + (0 if newline is None else one.rows) for one in shown]
+    behind = np.cumsum(np.array(lengths, np.int64))
+    places = np.flatnonzero(of_images)
+    starts = places[behind - lengths] - bool(images.start)
+    return starts, places[behind - 1] + 1 + bool(images.end)

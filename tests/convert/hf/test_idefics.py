@@ -23,6 +23,7 @@ from megavlm.data.records.reject import RejectError
 from megavlm.data.sample import Image as SampleImage
 from megavlm.data.sample import Sample
 from megavlm.data.text.chat_tokens import ChatTemplate
+from megavlm.data.text.image_rows import Shown
 from megavlm.data.text.tokenizer import AROUND_IMAGE, load_tokenizer
 from tests.convert.card import counted_parts, run_example
 from tests.convert.idefics_models import FLAMINGO, KINDS, make_idefics
@@ -148,7 +149,7 @@ def test_windows_are_learned_from_their_first_image_on(chunk_words: Path) -> Non
     places = np.flatnonzero(tokens == template.context_token_id)
     # The second window begins between the images.
     size = int(places[0]) + 5
-    first, second, *others = cut_windows(whole, Windows(tokens=size), template)
+    first, second, *others = cut_windows(whole, Windows(tokens=size), template, [Shown(1)] * 2)
     assert [len(one.images) for one in (first, second, *others)].count(1) == 2
     for one in (first, second, *others):
         shown = np.flatnonzero(one.tokens == template.context_token_id)

@@ -120,7 +120,7 @@ def test_an_answer_follows_its_token_and_is_learned(template: ChatTemplate) -> N
     assert template.prompt("what is it", [6], SIX).tolist() == tokens[:learned].tolist()
     assert template.count(turns("<image>\nwhat is it", "a dog"), [6], SIX) == len(tokens)
     assert template.text(tokens[learned:-1]) == " a dog"
-    starts, ends = template.image_extents(tokens)
+    starts, ends = template.image_extents(tokens, SIX)
     assert (starts.tolist(), ends.tolist()) == ([0], [8])
 
 

@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from megavlm.data.packing.shorten import cut_windows
+from megavlm.data.packing.windows import Windows
 from megavlm.data.records.record import Turn
 from megavlm.data.records.reject import RejectError
+from megavlm.data.sample import Image, Sample
 from megavlm.data.text.chat_tokens import ChatTemplate
+from megavlm.data.text.image_rows import Shown
 from megavlm.data.text.tokenizer import add_special_tokens, load_tokenizer
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -100,10 +104,27 @@ def test_several_images_of_a_turn_stay_where_they_are(templates: dict[str, ChatT
     template = templates["v1"]
     turns = [Turn(role="human", text="left <image>\nright <image>?"), Turn(role="gpt", text="yes")]
     tokens, _ = template.encode(turns, [1, 2])
-    starts, ends = template.image_extents(tokens)
+    starts, ends = template.image_extents(tokens, [Shown(3), Shown(6)])
     assert (ends - starts).tolist() == [3, 6]
     text = template.tokenizer.decode(tokens[ends[0] : starts[1]].tolist())
     assert text.strip() == "right"
+
+
+def test_windows_keep_each_of_several_images_side_by_side(
+    templates: dict[str, ChatTemplate],
+) -> None:
+    template = templates["plain"]
+    turn = Turn(role="pretrain", text="a fox <image><image> and a dog <image> run away")
+    tokens, supervised = template.encode([turn], [1, 2, 1])
+    images = [Image(encoded=b"", width=1, height=1, columns=1, rows=1, tiles=n) for n in (1, 2, 1)]
+    whole = Sample(tokens=tokens, supervised=supervised, images=tuple(images), source=0, line=1)
+    shown = [Shown(3 * image.tiles) for image in images]
+    for windows in (Windows(images=1), Windows(images=2), Windows(tokens=11)):
+        found = list(cut_windows(whole, windows, template, shown))
+        assert len(found) > 1
+        for one in found:
+            count = int((one.tokens == template.context_token_id).sum())
+            assert count == 3 * sum(image.tiles for image in one.images), windows
 
 
 def test_a_prompt_is_what_the_sample_begins_with(templates: dict[str, ChatTemplate]) -> None:
