@@ -312,6 +312,11 @@ class BlendedDataset:
         number = int(self._owner(np.asarray(pack_id)))
         return self.datasets[number].origins(int(pack_id - self.starts[number]))
 
+    def file_of(self, pack_id: int) -> str:
+        """Return the file that holds a pack."""
+        number = int(self._owner(np.asarray(pack_id)))
+        return self.datasets[number].file_of(int(pack_id - self.starts[number]))
+
     def _owner(self, pack_ids: np.ndarray) -> np.ndarray:
         """Return the dataset of each pack."""
         return np.searchsorted(self.starts, pack_ids, side="right") - 1

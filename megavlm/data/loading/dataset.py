@@ -193,6 +193,10 @@ class PackedDataset:
         pack = self.reader.read(pack_id, with_images=False)
         return [self.reader.origin(pack, sample) for sample in range(len(pack.lengths))]
 
+    def file_of(self, pack_id: int) -> str:
+        """Return the file that holds a pack."""
+        return self.reader.bin_path(pack_id)
+
     def _media(self, pack: Pack, rows: np.ndarray, seed: int, position: int) -> Media | None:
         """Return which of the rank's tokens read which image; ``rows`` as for ``find_media``."""
         reads_next = None

@@ -4,8 +4,10 @@ ask for next.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing.sharedctypes
 import os
+import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from megavlm.data.loading.order import Plan
 from megavlm.data.loading.worker_processes import (
     WorkerFailureWatcher,
     ignore_signals_but_from_parent,
+    kill_frozen,
     starting_workers,
 )
 from megavlm.io.storage import ReadError
@@ -29,6 +32,7 @@ from megavlm.io.storage import ReadError
 # How the words for a worker that is gone begin, PyTorch's and ours.
 DIED = "DataLoader worker"
 STUCK = "DataLoader timed out"
+_READING_SECONDS = 5.0
 
 
 def batches(
@@ -48,9 +52,8 @@ def batches(
     Args:
         dataset: the packs.
         plan: their order.
-        positions: positions in the order. Rank r of n data-parallel ranks that resumes after
-            ``consumed`` packs gives ``range(consumed + r, end, n)``, which takes no memory
-            however long the run is.
+        positions: in the order. Rank r of n data-parallel ranks that resumes after ``consumed``
+            packs gives ``range(consumed + r, end, n)``, which takes no memory.
         workers: processes that decode; 0: this one.
         prefetch: packs that each worker keeps ready.
         timeout: seconds after which a worker is given up; 0: never.
@@ -91,6 +94,7 @@ def batches(
             yield batch
     finally:
         del arriving  # nothing else holds DataLoader's iterator, so the workers end
+        kill_frozen(processes)
 
 
 class WorkerError(RuntimeError):
@@ -257,13 +261,31 @@ def _worker_is_gone(
         for process, index, seconds in gone
     ]
     pack_ids = [pack_id for pack_id, _ in at] or [int(plan.at(position))]
-    origins = [origin for pack_id in pack_ids for origin in dataset.origins(pack_id)]
     return WorkerError(
         f"{dataset.folder}: no batch for pack {int(plan.at(position))} (position {position}):"
         f" {text.rstrip('. ')}."
-        f" {'; '.join(words for _, words in at) or 'no process was at a pack'}. {advice}. The"
-        f" samples: {', '.join(origins)}"
+        f" {'; '.join(words for _, words in at) or 'no process was at a pack'}. {advice}."
+        f" {_samples(dataset, pack_ids)}"
     )
+
+
+def _samples(dataset: PackedDataset, pack_ids: Sequence[int]) -> str:
+    """Say where the samples of packs come from. What holds a worker up may hold up this reading
+    too, so another thread reads, and is not waited for long.
+    """
+    origins: list[str] = []
+
+    def read() -> None:
+        with contextlib.suppress(OSError, ReadError):
+            origins.extend([origin for pack_id in pack_ids for origin in dataset.origins(pack_id)])
+
+    reading = threading.Thread(target=read, daemon=True)
+    reading.start()
+    reading.join(_READING_SECONDS)
+    if origins:
+        return f"The samples: {', '.join(origins)}"
+    files = dict.fromkeys(map(dataset.file_of, pack_ids))
+    return f"The samples are unknown, since {', '.join(files)} cannot be read now"
 
 
 def _unchanged(batch: Batch | Unreadable) -> Batch | Unreadable:

@@ -69,6 +69,15 @@ def _exit_when_parent_ends() -> None:
     os._exit(1)
 
 
+def kill_frozen(processes: Sequence[BaseProcess]) -> None:
+    """Kill the workers that have not ended when they were told to, since this process would wait
+    for them at its own end.
+    """
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+
+
 class WorkerFailureWatcher:
     """Context that raises as soon as a worker dies: ``with WorkerFailureWatcher(workers): wait()``.
     It does nothing outside the main thread.

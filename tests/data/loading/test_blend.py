@@ -105,6 +105,7 @@ def test_a_blend_answers_as_its_datasets_do(folders):
         and torch.equal(batch.drop_path_draws, other.drop_path_draws)
     )
     assert blend.origins(13) == second.origins(8)
+    assert blend.file_of(13) == second.file_of(8)
     assert len(blend.some_records()) == 14
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megavlm.data.loading import loader
 from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.loader import WorkerError, batches
@@ -243,43 +244,66 @@ def is_running(process: int) -> bool:
         return False
 
 
-class Trouble(PackedDataset):
-    """Packs of which one, number 5, is never made."""
+class Killed(PackedDataset):
+    """Packs of which one, number 5, ends the worker that makes it."""
 
     def batch(self, pack_id, position, **options):
         if pack_id == 5:
-            if options.pop("die"):
-                os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(600)
-        options.pop("die")
+            os.kill(os.getpid(), signal.SIGKILL)
         return super().batch(pack_id, position, **options)
+
+
+class Stuck(PackedDataset):
+    """Packs of which one, number 5, cannot be read: whoever tries waits."""
+
+    def batch(self, pack_id, position, **options):
+        if pack_id == 5:
+            (self.folder / "stuck").write_text(str(os.getpid()))
+            time.sleep(600)
+        return super().batch(pack_id, position, **options)
+
+    def origins(self, pack_id):
+        time.sleep(600)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("die", "words"),
+    ("kind", "words", "samples"),
     [
-        (True, r"(killed by signal 9|exited unexpectedly|Connection\w+Error|EOFError)"),
-        (False, "timed out after 5"),
+        (
+            Killed,
+            r"(killed by signal 9|exited unexpectedly|Connection\w+Error|EOFError)",
+            r"The samples: random.jsonl:\d+",
+        ),
+        (Stuck, "timed out after 5", r"The samples are unknown, since .*/packs-\d+.bin cannot"),
     ],
 )
-def test_the_pack_that_a_worker_is_lost_at_is_named(dataset, die, words):
+def test_the_pack_that_a_worker_is_lost_at_is_named(dataset, monkeypatch, kind, words, samples):
+    monkeypatch.setattr(loader, "_READING_SECONDS", 0.5 if kind is Stuck else 60)
     stream = batches(
-        Trouble(dataset.folder),
+        kind(dataset.folder),
         Plan(num_packs=7, shuffle=False),
         range(100),
         workers=2,
-        timeout=5,
-        die=die,
+        timeout=5 if kind is Stuck else 60,
+        with_tiles=False,  # whose decoders are loaded for seconds
     )
+    (dataset.folder / "stuck").write_text("")
     start = time.monotonic()
     with pytest.raises(
         RuntimeError,
-        match=rf"{words}.* was at pack 5 \(position 5\) for \d+\.\d s.* random.jsonl:\d+",
+        match=rf"{words}.* was at pack 5 \(position 5\) for \d+\.\d s.* {samples}",
     ) as caught:
-        for _ in range(7):
+        for number in range(7):
+            if number == 5 and kind is Stuck:
+                while not os.path.getsize(dataset.folder / "stuck"):
+                    assert time.monotonic() - start < 60
+                    time.sleep(0.05)
+                # It does not obey SIGTERM from now on, as in code that holds Python's lock.
+                os.kill(int((dataset.folder / "stuck").read_text()), signal.SIGSTOP)
             next(stream)
-    assert ", ".join(dataset.origins(5)) in str(caught.value)
+    if kind is Killed:
+        assert ", ".join(dataset.origins(5)) in str(caught.value)
     while multiprocessing.active_children():  # one that is stuck is ended after a few seconds
         assert time.monotonic() - start < 60
         time.sleep(0.05)
