@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# A level is an int8.
 MOST_LEVELS = 100
 
 

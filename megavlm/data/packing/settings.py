@@ -10,6 +10,7 @@ from typing import Any
 from megavlm.data.images.feature_layout import feature_layout
 from megavlm.data.images.frame_sampling import FrameChoice
 from megavlm.data.images.tiling import Tiling
+from megavlm.data.packing.difficulty import MOST_LEVELS
 from megavlm.data.packing.encode import DeepImages
 from megavlm.data.packing.executors import Executor
 from megavlm.data.packing.windows import Windows
@@ -116,6 +117,8 @@ class Job:
             bound = least.get(name, 0)
             if value < bound:
                 raise ValueError(f"--{name} {value}: must be at least {bound}")
+        if self.levels > MOST_LEVELS:
+            raise ValueError(f"--levels {self.levels}: must be at most {MOST_LEVELS}")
         self._check_template()
         if self.capacity % self.alignment:
             raise ValueError(

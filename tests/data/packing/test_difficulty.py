@@ -176,6 +176,11 @@ def test_a_difficulty_may_be_a_whole_source_s(tmp_path):
     job = _job(tmp_path / "other", single_source(tmp_path / "a.jsonl"), levels=3)
     with pytest.raises(ValueError, match="--levels 3: no source has a difficulty"):
         job.check()
+    many = _job(
+        tmp_path / "other", single_source(tmp_path / "a.jsonl", difficulty="hard"), levels=200
+    )
+    with pytest.raises(ValueError, match="--levels 200: must be at most 100"):
+        many.check()
 
 
 def test_a_dataset_of_the_version_before_is_read(tmp_path):
