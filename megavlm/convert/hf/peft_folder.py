@@ -104,6 +104,12 @@ class WithAdapters:
             stem = name.removesuffix("weight")
             a = self._left.pop(f"{stem}lora_A.weight", None)
             b = self._left.pop(f"{stem}lora_B.weight", None)
+            if (a is None) != (b is None):
+                there, lost = "BA" if a is None else "AB"
+                raise ValueError(
+                    f"{stem}lora_{there}.weight is there, and {stem}lora_{lost}.weight is missing;"
+                    " restore the adapters"
+                )
             some = a if some is None else some
             for found, shape, factor in ((a, (rank, inputs), "A"), (b, (outputs, rank), "B")):
                 if found is not None and tuple(found.shape) != shape:

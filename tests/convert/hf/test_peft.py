@@ -274,6 +274,13 @@ def test_what_is_no_adapter_of_the_model_is_refused(base: Path, tmp_path: Path) 
     save_file(tensors | {"base_model.model.x": torch.ones(1)}, folder / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="1 tensors are no adapters of linear layers"):
         convert.import_(base, tmp_path / "wrong", adapters=folder)
+    for half, other_half in ("AB", "BA"):
+        lost = next(name for name in tensors if f"lora_{half}" in name)
+        rest = {name: tensor for name, tensor in tensors.items() if name != lost}
+        save_file(rest, folder / "adapter_model.safetensors")
+        wrong = rf"lora_{other_half}.weight is there, and .*lora_{half}.weight is missing"
+        with pytest.raises(ValueError, match=wrong):
+            convert.import_(base, tmp_path / "wrong", adapters=folder)
 
 
 def make_pairs(folder: Path, kind: str, dtype: torch.dtype) -> Path:
