@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megavlm.convert.hf.safetensors_files import SafetensorsFolder, write_safetensors
 from megavlm.convert.weights.byte_ranges import Range
-from megavlm.convert.weights.views import Header, Tensors
+from megavlm.convert.weights.views import Header, Tensors, View
 from megavlm.io.progress import Done, ignore
 
 Folders = Mapping[str, str]
@@ -44,7 +44,7 @@ class JoinedTensors:
         return str(self._where)
 
 
-class PartOfTensors:
+class PartOfTensors(View):
     """Those of some tensors whose names begin alike, under the rest of their names.
 
     Args:
@@ -54,7 +54,7 @@ class PartOfTensors:
     """
 
     def __init__(self, source: Tensors, start: str, without: Sequence[str] = ()):
-        self._source = source
+        super().__init__(source)
         self._start = start
         self.headers: dict[str, Header] = {
             name.removeprefix(start): header
@@ -68,9 +68,6 @@ class PartOfTensors:
     def ranges(self, name: str, rows: range) -> list[Range] | None:
         """See ``Tensors``."""
         return self._source.ranges(self._start + name, rows)
-
-    def __str__(self) -> str:
-        return str(self._source)
 
 
 def open_parts(folder: Path, folders: Folders) -> Tensors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,9 @@ from megavlm.config.schema import Architecture
 from megavlm.convert.hf.hub_formats import HUB_FORMATS
 from megavlm.convert.hf.json_files import read_json
 from megavlm.convert.weights.adapters import factor_keys, magnitude_key, moves_rows
-from megavlm.convert.weights.byte_ranges import Range
 from megavlm.convert.weights.mapping import Row
 from megavlm.convert.weights.tables import Dialect, rows, unused_rows
-from megavlm.convert.weights.views import Header, Tensors
+from megavlm.convert.weights.views import Overlaid, Tensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -41,7 +40,7 @@ _ADAPTER = re.compile(rf"\.(lora_[AB]\.weight|{NORMS})$")
 _LAYER = re.compile(r"\.layers\.\d+\.")
 
 
-class WithAdapters:
+class WithAdapters(Overlaid):
     """A model and the adapters of a PEFT folder, as tensors of a checkpoint.
 
     Queries, keys and values have one adapter here, with an A each. If PEFT's adapters leave out one
@@ -62,7 +61,6 @@ class WithAdapters:
         settings = _read_settings(folder)
         dialect = "native" if dialect == "chat" else dialect
         self._left = _read_weights(folder, architecture, dialect)
-        self._model = model
         rank = settings["r"]
         alpha = float(settings["lora_alpha"])
         if settings.get("use_rslora"):
@@ -88,11 +86,7 @@ class WithAdapters:
         has_norms = bool(settings.get("use_dora"))
         lora = Lora(rank=rank, alpha=alpha, targets=_patterns(adapted, table), dora=has_norms)
         self.architecture = replace(architecture, lora=lora)
-        self._own = own
-        headers = {
-            key: Header(tuple(tensor.shape), tensor.dtype) for key, tensor in self._own.items()
-        }
-        self.headers: Mapping[str, Header] = dict(model.headers) | headers
+        super().__init__(model, own)
 
     def _take_factors(self, row: Row, rank: int) -> dict[str, Tensor]:
         """Take the adapters of a weight; none if it has none."""
@@ -149,16 +143,6 @@ class WithAdapters:
         if not all(name in self._left for name in row.names):
             return {}
         return {row.key: row.join([self._left.pop(name) for name in row.names])}
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self._own[key] if key in self._own else self._model[key]
-
-    def ranges(self, key: str, rows: range) -> list[Range] | None:
-        """See ``Tensors``."""
-        return None if key in self._own else self._model.ranges(key, rows)
-
-    def __str__(self) -> str:
-        return str(self._model)
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from what it starts from into each of its checkpoints, and an export writes them
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from megavlm.convert.hf.hub_formats import HUB_FORMATS
 from megavlm.convert.hf.safetensors_files import SafetensorsFolder, write_in_memory
 from megavlm.convert.weights.families import clip
 from megavlm.convert.weights.tables import Dialect, unused_rows
-from megavlm.convert.weights.views import Header, HuggingFaceView
+from megavlm.convert.weights.views import HuggingFaceView, Overlaid
 
 FILE_NAME = "unused_weights.safetensors"
 Weights = Mapping[str, Tensor]
@@ -108,7 +108,7 @@ def read(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / FILE_NAME) if (folder / FILE_NAME).is_file() else {}
 
 
-class WithUnused(Mapping[str, Tensor]):
+class WithUnused(Overlaid):
     """A model's tensors as Hugging Face's files have them, and the unused ones beside them.
 
     Args:
@@ -131,7 +131,6 @@ class WithUnused(Mapping[str, Tensor]):
         weights: Weights,
         dtype: torch.dtype | None = None,
     ):
-        self._view = view
         table = unused_rows(architecture, dialect)
         plain = clip.unused_rows(architecture.vision) if table else []
         vision = architecture.vision
@@ -153,27 +152,9 @@ class WithUnused(Mapping[str, Tensor]):
                 f" that --architecture.vision.unused_layers names and the norm{head} behind them;"
                 " name the folder of the vision encoder that it started from with --vision"
             )
-        self._unused = {
+        unused = {
             name: weights[row.key].to(dtype or weights[row.key].dtype)
             for row, whole in zip(plain, table, strict=True)
             for name in whole.names
         }
-        self.headers = dict(view.headers) | {
-            name: Header(tuple(found.shape), found.dtype) for name, found in self._unused.items()
-        }
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._unused[name] if name in self._unused else self._view[name]
-
-    def ranges(self, name: str, rows: range) -> list | None:
-        """See ``Tensors``."""
-        return None if name in self._unused else self._view.ranges(name, rows)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.headers)
-
-    def __len__(self) -> int:
-        return len(self.headers)
-
-    def __str__(self) -> str:
-        return str(self._view)
+        super().__init__(view, unused)

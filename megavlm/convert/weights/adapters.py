@@ -14,7 +14,7 @@ from megavlm.config.schema import Architecture
 from megavlm.convert.weights.byte_ranges import Range
 from megavlm.convert.weights.mapping import Row
 from megavlm.convert.weights.tables import Dialect, rows
-from megavlm.convert.weights.views import Header, Tensors
+from megavlm.convert.weights.views import Header, Tensors, View
 
 
 class Factors(NamedTuple):
@@ -79,7 +79,7 @@ def _of_rows(row: Row, whole: Tensor) -> tuple[Tensor, ...]:
     return tuple(row.operation.split(whole)) if moves_rows(row) else (whole,)
 
 
-class MergedAdapters:
+class MergedAdapters(View):
     """The weights of a checkpoint with its adapters added to them, in float32.
 
     Args:
@@ -89,7 +89,7 @@ class MergedAdapters:
     """
 
     def __init__(self, source: Tensors, architecture: Architecture, dialect: Dialect = "native"):
-        self._source = source
+        super().__init__(source)
         apart: Dialect = "native" if dialect == "chat" else dialect
         self._scale = architecture.lora.scale
         self._rows = {row.key: row for row in adapted_rows(architecture, apart)}
@@ -122,6 +122,3 @@ class MergedAdapters:
     def ranges(self, key: str, rows: range) -> list[Range] | None:
         """See ``Tensors``; a merged weight stands in no file."""
         return None if key in self._rows else self._source.ranges(key, rows)
-
-    def __str__(self) -> str:
-        return str(self._source)

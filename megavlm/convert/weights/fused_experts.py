@@ -12,13 +12,13 @@ from torch import Tensor
 
 from megavlm.convert.weights.byte_ranges import Range
 from megavlm.convert.weights.joined_experts import CutExperts
-from megavlm.convert.weights.views import Header, Tensors
+from megavlm.convert.weights.views import Header, Tensors, View
 
 _FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
-class SeparateExperts:
+class SeparateExperts(View):
     """Show tensors with those of fused experts cut: ``gate_up_proj`` [E, 2 M, D] into E times
     ``gate_proj`` and ``up_proj`` [M, D], ``down_proj`` [E, D, M] into E times [D, M]. Others are as
     they are.
@@ -28,7 +28,7 @@ class SeparateExperts:
     """
 
     def __init__(self, source: Tensors):
-        self._source = source
+        super().__init__(source)
         # Name of the fused tensor, and which of its rows, all experts counted through.
         self._slices: dict[str, tuple[str, range]] = {}
         self.headers: dict[str, Header] = {}
@@ -64,9 +64,6 @@ class SeparateExperts:
         row_bytes = header.nbytes // (header.shape[0] * header.shape[1])
         offset = whole[0].offset + (own.start + rows.start) * row_bytes
         return [Range(whole[0].path, offset, len(rows) * row_bytes)]
-
-    def __str__(self) -> str:
-        return str(self._source)
 
 
 def separate_experts(source: Tensors) -> Tensors:

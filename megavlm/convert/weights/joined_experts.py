@@ -8,14 +8,13 @@ matrix as it is in 4 bits.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from functools import reduce
 
 import torch
 from torch import Tensor
 
 from megavlm.convert.weights.byte_ranges import Range
-from megavlm.convert.weights.views import Header, Tensors
+from megavlm.convert.weights.views import Header, Tensors, View
 
 _JOINED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)(_bias|_blocks|_scales)?")
 _CUT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.((?:gate_up_proj|down_proj)(?:_bias)?)")
@@ -39,7 +38,7 @@ def from_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     return torch.ldexp(values[codes.int()], exponents).flatten(-2).T.contiguous()
 
 
-class CutExperts:
+class CutExperts(View):
     """Show tensors with those of joined experts cut: ``experts.gate_up_proj`` [E, D, 2 M] into E
     times ``experts.0.gate_up_proj`` [D, 2 M], and likewise ``down_proj`` and the biases. Others are
     as they are, and so are all of a model whose experts have no biases.
@@ -52,7 +51,7 @@ class CutExperts:
     """
 
     def __init__(self, source: Tensors):
-        self._source = source
+        super().__init__(source)
         self._places: dict[str, tuple[str, int]] = {}
         self.headers: dict[str, Header] = {}
         for name, header in source.headers.items():
@@ -103,11 +102,8 @@ class CutExperts:
         """See ``Tensors``."""
         return None if name in self._places else self._source.ranges(name, rows)
 
-    def __str__(self) -> str:
-        return str(self._source)
 
-
-class JoinedExperts(Mapping[str, Tensor]):
+class JoinedExperts(View):
     """Show tensors with those of each expert joined; the other way around as ``CutExperts``. One
     joined tensor at a time is in memory.
 
@@ -116,7 +112,7 @@ class JoinedExperts(Mapping[str, Tensor]):
     """
 
     def __init__(self, source: Tensors):
-        self._source = source
+        super().__init__(source)
         numbered: dict[str, dict[int, str]] = {}
         for name in source.headers:
             found = _CUT.fullmatch(name)
@@ -150,12 +146,3 @@ class JoinedExperts(Mapping[str, Tensor]):
     def ranges(self, name: str, rows: range) -> list[Range] | None:
         """See ``Tensors``."""
         return None if name in self._parts else self._source.ranges(name, rows)
-
-    def __iter__(self):
-        return iter(self.headers)
-
-    def __len__(self) -> int:
-        return len(self.headers)
-
-    def __str__(self) -> str:
-        return str(self._source)

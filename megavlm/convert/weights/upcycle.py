@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megavlm.config.schema import Architecture
 from megavlm.convert.weights.byte_ranges import Range
-from megavlm.convert.weights.views import Header, Tensors
+from megavlm.convert.weights.views import Header, Tensors, View
 
 _WITH_EXPERTS = {"qwen3": "qwen3_moe"}
 """The family that has experts in the place of the MLPs of a dense family."""
@@ -73,7 +73,7 @@ class Upcycling:
         )
 
 
-class Upcycled:
+class Upcycled(View):
     """Show the weights of a dense model as those of its mixture; each is read on access.
 
     Args:
@@ -83,7 +83,7 @@ class Upcycled:
     """
 
     def __init__(self, dense: Tensors, architecture: Architecture, seed: int):
-        self._dense = dense
+        super().__init__(dense)
         self._seed = seed
         self._sources: dict[str, str] = {}
         self.headers: dict[str, Header] = {}
@@ -101,18 +101,15 @@ class Upcycled:
 
     def _show(self, key: str, source: str) -> None:
         self._sources[key] = source
-        self.headers[key] = self._dense.headers[source]
+        self.headers[key] = self._source.headers[source]
 
     def __getitem__(self, key: str) -> Tensor:
         if key in self._sources:
-            return self._dense[self._sources[key]]
+            return self._source[self._sources[key]]
         header = self.headers[key]
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {key}".encode()))
         return torch.normal(0.0, _ROUTER_STD, header.shape, generator=generator).to(header.dtype)
 
     def ranges(self, key: str, rows: range) -> list[Range] | None:
         """See ``Tensors``; routers stand in no file."""
-        return self._dense.ranges(self._sources[key], rows) if key in self._sources else None
-
-    def __str__(self) -> str:
-        return str(self._dense)
+        return self._source.ranges(self._sources[key], rows) if key in self._sources else None

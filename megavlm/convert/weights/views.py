@@ -63,7 +63,52 @@ def whole_ranges(tensors: Tensors, name: str) -> list[Range] | None:
     return tensors.ranges(name, range(shape[0])) if shape else None
 
 
-class MegatronView(Mapping[str, Tensor]):
+class View(Mapping[str, Tensor]):
+    """Tensors that are made of others, each when it is asked for.
+
+    Args:
+        source: the others.
+    """
+
+    headers: Mapping[str, Header]
+
+    def __init__(self, source: Tensors):
+        self._source = source
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.headers)
+
+    def __len__(self) -> int:
+        return len(self.headers)
+
+    def __str__(self) -> str:
+        return str(self._source)
+
+
+class Overlaid(View):
+    """Tensors, and others that are in memory, beside them or in their place.
+
+    Args:
+        source: the tensors.
+        own: the others.
+    """
+
+    def __init__(self, source: Tensors, own: Mapping[str, Tensor]):
+        super().__init__(source)
+        self._own = own
+        self.headers = dict(source.headers) | {
+            name: Header(tuple(tensor.shape), tensor.dtype) for name, tensor in own.items()
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._own[name] if name in self._own else self._source[name]
+
+    def ranges(self, name: str, rows: range) -> list[Range] | None:
+        """See ``Tensors``; what is in memory stands in no file."""
+        return None if name in self._own else self._source.ranges(name, rows)
+
+
+class MegatronView(View):
     """See tensors of Hugging Face's format as megatron-core's.
 
     The parts of one tensor may have several dtypes. It then has the narrowest dtype that holds all
@@ -102,7 +147,7 @@ class MegatronView(Mapping[str, Tensor]):
                     " weights cannot be trained, name a folder with floating-point ones"
                 )
         _refuse(source, wrong)
-        self._source = source
+        super().__init__(source)
         self._rows = {row.key: row for row in table}
         self.headers = {row.key: Header(row.shape, _joint_dtype(source, row)) for row in table}
         for row in table:
@@ -157,17 +202,8 @@ class MegatronView(Mapping[str, Tensor]):
     def _runs(self, key: str) -> list[Run] | None:
         return byte_ranges.joined_runs(self._rows[key].operation, self._rows[key].part_shapes)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.headers)
 
-    def __len__(self) -> int:
-        return len(self.headers)
-
-    def __str__(self) -> str:
-        return str(self._source)
-
-
-class HuggingFaceView(Mapping[str, Tensor]):
+class HuggingFaceView(View):
     """Tensors of megatron-core as Hugging Face's.
 
     Args:
@@ -199,7 +235,7 @@ class HuggingFaceView(Mapping[str, Tensor]):
                     f" {list(row.shape)}"
                 )
         _refuse(source, wrong)
-        self._source = source
+        super().__init__(source)
         self._dtype = dtype
         self._rows = {name: row for row in table for name in row.names}
         self.headers = {
@@ -229,15 +265,6 @@ class HuggingFaceView(Mapping[str, Tensor]):
             return None
         runs = byte_ranges.split_runs(row.operation, found.shape)
         return _ranges(self._source, (row.key,), runs and runs[row.names.index(name)], rows)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.headers)
-
-    def __len__(self) -> int:
-        return len(self.headers)
-
-    def __str__(self) -> str:
-        return str(self._source)
 
 
 def _joint_dtype(source: Tensors, row: Row) -> torch.dtype:
