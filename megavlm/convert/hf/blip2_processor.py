@@ -8,8 +8,13 @@ import torch
 
 from megavlm.config.schema import Architecture
 from megavlm.convert.hf import blip2_config, one_tile, tokenizer_files
-from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, write_json
-from megavlm.convert.hf.preprocessing import Usage
+from megavlm.convert.hf.json_files import (
+    FILE_NAME,
+    IMAGE_PROCESSOR_NAME,
+    PROCESSOR_NAME,
+    write_json,
+)
+from megavlm.convert.hf.preprocessing import Usage, without_grid
 from megavlm.convert.hf.processor import tile_processor, write_generation
 
 PROCESSOR = "Blip2Processor"
@@ -26,8 +31,7 @@ def usage_of(folder: Path, template: str) -> Usage:
     """Return how a model of BLIP-2's kind is to be used: an image is stretched to a square tile, or
     becomes one as the image processor says.
     """
-    tiling = one_tile.read_tiling(folder, _IMAGES)
-    return Usage(template=template, system_message="", max_tiles=1, thumbnail=False, tiling=tiling)
+    return without_grid(template, tiling=one_tile.read_tiling(folder, _IMAGES))
 
 
 def write(
@@ -43,7 +47,7 @@ def write(
     tokenizer_files.write(tokenizer, folder, {"processor_class": PROCESSOR})
     write_images(folder, architecture, usage)
     write_json(
-        folder / "processor_config.json",
+        folder / PROCESSOR_NAME,
         {"processor_class": PROCESSOR, "num_query_tokens": architecture.placeholders_per_tile},
     )
 

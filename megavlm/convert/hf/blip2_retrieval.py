@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from megavlm.config.image_text import ImageText
 from megavlm.config.schema import NO_LANGUAGE, Architecture
 from megavlm.convert.hf import blip2_config, tokenizer_files
 from megavlm.convert.hf.blip2_processor import PROCESSOR, usage_of, write_images
-from megavlm.convert.hf.json_files import FILE_NAME, write_json
+from megavlm.convert.hf.json_files import FILE_NAME, PROCESSOR_NAME, write_json
 from megavlm.convert.hf.preprocessing import Usage
 
 CLASS_NAME = "Blip2ForImageTextRetrieval"
@@ -51,7 +50,5 @@ def write(
     write_json(folder / FILE_NAME, settings)
     write_images(folder, architecture, usage)
     # Texts have no placeholder tokens, so no number of them is told.
-    write_json(folder / "processor_config.json", {"processor_class": PROCESSOR})
-    for name in tokenizer_files.FILES:
-        if (tokenizer / name).is_file():
-            shutil.copyfile(tokenizer / name, folder / name)
+    write_json(folder / PROCESSOR_NAME, {"processor_class": PROCESSOR})
+    tokenizer_files.copy(tokenizer, folder)

@@ -11,7 +11,7 @@ import torch
 
 from megavlm.config.schema import Architecture
 from megavlm.convert.hf import named_tokens, preprocessing
-from megavlm.convert.hf.convert import copy_qformer_tokenizer, copy_tokenizer
+from megavlm.convert.hf.copied_tokenizer import copy_qformer_tokenizer, copy_tokenizer
 from megavlm.convert.hf.hub_formats import HUB_FORMATS, dialect_of
 from megavlm.convert.hf.model_config import architecture_from_hf, differences
 from megavlm.convert.weights.families import written_as

@@ -6,19 +6,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megavlm.config.schema import Vision
-from megavlm.convert.hf.json_files import SIZES, missing, needed_sizes, no_positive_numbers
+from megavlm.convert.hf.json_files import SIZES, missing, name_of, needed_sizes, no_positive_numbers
 
 ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 """What transformers calls the activations of CLIP and SigLIP, and what we call them."""
-
-
-_SIZES = (
-    "image_size",
-    "patch_size",
-    *SIZES,
-    "vocab_size",
-    "max_position_embeddings",
-)
+_SIZES = ("image_size", "patch_size", *SIZES, "vocab_size", "max_position_embeddings")
 
 
 def problems(found: Mapping[str, Any], section: str) -> Iterator[str]:
@@ -34,7 +26,7 @@ def problems(found: Mapping[str, Any], section: str) -> Iterator[str]:
 
 def activation_name(activation: str) -> str:
     """Return what transformers calls one of our activations."""
-    return next(theirs for theirs, ours in ACTIVATIONS.items() if ours == activation)
+    return name_of(activation, ACTIVATIONS)
 
 
 def read(

@@ -1,12 +1,9 @@
-"""Whole models between checkpoints and Hugging Face folders, in the native dialect
-(``InternVLForConditionalGeneration``) or the chat dialect (``InternVLChatModel``).
-"""
+"""Whole models between checkpoints and Hugging Face folders, in any dialect."""
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,11 +23,10 @@ from megavlm.convert.hf import (
     named_tokens,
     peft_folder,
     preprocessing,
-    tokenizer_files,
     unused_weights,
 )
+from megavlm.convert.hf.copied_tokenizer import copy_qformer_tokenizer, copy_tokenizer
 from megavlm.convert.hf.hub_formats import HUB_FORMATS, dialect_of, hub_format_of
-from megavlm.convert.hf.json_files import read_json
 from megavlm.convert.hf.lazy_tensors import FullTensor, head_source, vision_tensor
 from megavlm.convert.hf.model_config import architecture_from_hf, differences
 from megavlm.convert.hf.part_folders import open_parts, write_parts
@@ -42,13 +38,6 @@ from megavlm.convert.weights.joined_experts import JoinedExperts
 from megavlm.convert.weights.tables import Dialect
 from megavlm.convert.weights.upcycle import Upcycled, Upcycling
 from megavlm.convert.weights.views import HuggingFaceView, MegatronView, Tensors
-from megavlm.data.text.tokenizer import (
-    LIKE_LLAMA,
-    QFORMER_TOKENIZER,
-    fingerprint,
-    load_tokenizer,
-    save_tokenizer,
-)
 from megavlm.io.atomic import new_folder
 from megavlm.io.progress import Progress
 
@@ -180,7 +169,6 @@ def import_(
     tokenizer: str | Path = "",
     adapters: str | Path = "",
     upcycling: Upcycling | None = None,
-    flag: str = "--out",
 ) -> Path:
     """Write a Hugging Face folder as a checkpoint that any layout can load; its weights can be
     started from, no run be resumed.
@@ -191,7 +179,6 @@ def import_(
         tokenizer: folder of the tokenizer; empty: that of the model.
         adapters: folder of LoRA adapters in PEFT's format; empty: none.
         upcycling: make a mixture of experts of a dense language model; none: leave it as it is.
-        flag: names ``out`` in errors.
 
     Returns:
         The checkpoint's folder.
@@ -214,7 +201,7 @@ def import_(
         view = Upcycled(view, mixture, upcycling.seed)
     name = next((name for name, known in MODELS.items() if known == mixture), "custom")
     source = recipe_of(dialect_of(folder)).name
-    with new_folder(out, flag) as growing, Progress("import", "B", _bytes(view)) as progress:
+    with new_folder(out, "--out") as growing, Progress("import", "B", _bytes(view)) as progress:
         words = copy_tokenizer(Path(tokenizer) if tokenizer else folder, growing / TOKENIZER)
         if words is not None and not tokenizer:
             named_tokens.check(folder, growing / TOKENIZER, architecture.image_tokens)
@@ -228,50 +215,6 @@ def import_(
         preprocessing.write(hub_format_of(folder).read_usage(folder), growing)
         train_state.write(State(tokenizer=words), growing)
     return out
-
-
-def copy_tokenizer(folder: Path, target: Path) -> str | None:
-    """Copy the tokenizer, where there is one, and return its fingerprint.
-
-    Raises:
-        ValueError: it needs Python code of its own.
-    """
-    present = [name for name in tokenizer_files.FILES if (folder / name).is_file()]
-    if tokenizer_files.SETTINGS_NAME not in present:
-        return None
-    settings = read_json(folder / tokenizer_files.SETTINGS_NAME)
-    if "auto_map" in settings and "tokenizer.json" not in present:
-        if settings.get("tokenizer_class") in LIKE_LLAMA and "tokenizer.model" in present:
-            return _read_without_code(folder, target)
-        raise ValueError(
-            f"{folder}: the tokenizer is Python code of the model's own (auto_map in"
-            " tokenizer_config.json), which is never run; name a folder with the same tokenizer as"
-            " tokenizer.json with --tokenizer"
-        )
-    target.mkdir()
-    for name in present:
-        shutil.copyfile(folder / name, target / name)
-    return fingerprint(load_tokenizer(target))
-
-
-def copy_qformer_tokenizer(folders: Iterable[str | Path], target: Path) -> None:
-    """Copy the tokenizer of a Q-Former out of the first folder that has one beside its own."""
-    inside = (Path(folder) / QFORMER_TOKENIZER for folder in folders if folder)
-    found = next((folder for folder in inside if folder.is_dir()), None)
-    if found and target.is_dir():
-        copy_tokenizer(found, target / QFORMER_TOKENIZER)
-
-
-def _read_without_code(folder: Path, target: Path) -> str:
-    """Write the tokenizer of an InternLM, whose sentencepiece model is read without the code beside
-    it, as ``tokenizer.json``, and return its fingerprint.
-    """
-    tokenizer = load_tokenizer(folder)
-    save_tokenizer(tokenizer, target)
-    written = fingerprint(load_tokenizer(target))
-    if written != fingerprint(tokenizer):
-        raise ValueError(f"{folder}: its tokenizer is another one once it is saved")
-    return written
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,13 @@ from megavlm.config.schema import Architecture, Vision
 from megavlm.config.vision import PIXELS, RESAMPLES
 from megavlm.convert.hf import json_files as shared
 from megavlm.convert.hf import language_config, tokenizer_files
-from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, write_json
-from megavlm.convert.hf.preprocessing import Usage
+from megavlm.convert.hf.json_files import (
+    FILE_NAME,
+    IMAGE_PROCESSOR_NAME,
+    PROCESSOR_NAME,
+    write_json,
+)
+from megavlm.convert.hf.preprocessing import Usage, without_grid
 from megavlm.convert.hf.processor import pixel_settings, write_generation
 from megavlm.convert.hf.token_ids import TokenIds
 from megavlm.convert.weights.families import written_as
@@ -78,15 +83,8 @@ def read_usage(folder: Path) -> Usage:
         shared.refuse(path, [f"size is {size!r}, must be an object"])
     shared.refuse(path, list(shared.no_sizes("size", size, "width", "height")))
     width, height = FUYU_LIMIT
-    return Usage(
-        template="fuyu",
-        system_message="",
-        min_tiles=1,
-        max_tiles=1,
-        thumbnail=False,
-        tiling="patches",
-        image_limit=(size.get("width") or width, size.get("height") or height),
-    )
+    limit = (size.get("width") or width, size.get("height") or height)
+    return without_grid("fuyu", tiling="patches", image_limit=limit)
 
 
 def _other_images(found: Mapping[str, Any], folder: Path) -> Iterator[str]:
@@ -163,4 +161,4 @@ def write_files(
         **_FILLING,
     }
     write_json(folder / IMAGE_PROCESSOR_NAME, image_processor)
-    write_json(folder / "processor_config.json", {"processor_class": _PROCESSOR})
+    write_json(folder / PROCESSOR_NAME, {"processor_class": _PROCESSOR})

@@ -87,11 +87,11 @@ class HubFormat:
 
     class_name: str
     model_type: str
-    is_in_transformers: bool
+    is_in_transformers: bool = True
     read_architecture: ReadArchitecture
     read_usage: Callable[[Path], Usage]
     write_files: WriteFiles
-    name_on_disk: Callable[[str], str | None]
+    name_on_disk: Callable[[str], str | None] = str
     folders: Mapping[str, str] = field(default_factory=dict)
     check_tokenizer: Callable[[Path], object] | None = None
     end_problems: Callable[[Mapping[str, Any], PreTrainedTokenizerBase], Iterator[str]] | None = (
@@ -104,7 +104,6 @@ HUB_FORMATS: dict[Dialect, HubFormat] = {
     "native": HubFormat(
         class_name=native_config.CLASS_NAME,
         model_type=native_config.MODEL_TYPE,
-        is_in_transformers=True,
         read_architecture=native_config.read,
         read_usage=preprocessing.of_native,
         write_files=processor.write_native,
@@ -117,12 +116,10 @@ HUB_FORMATS: dict[Dialect, HubFormat] = {
         read_architecture=chat_config.read,
         read_usage=preprocessing.of_chat,
         write_files=processor.write_chat,
-        name_on_disk=str,
     ),
     "llava": HubFormat(
         class_name=llava_config.CLASS_NAME,
         model_type=llava_config.MODEL_TYPE,
-        is_in_transformers=True,
         read_architecture=llava_config.read,
         read_usage=llava_processor.read_usage,
         write_files=llava_processor.write,
@@ -131,7 +128,6 @@ HUB_FORMATS: dict[Dialect, HubFormat] = {
     "llava_next": HubFormat(
         class_name=llava_next_config.CLASS_NAME,
         model_type=llava_next_config.MODEL_TYPE,
-        is_in_transformers=True,
         read_architecture=llava_next_config.read,
         read_usage=llava_next_processor.read_usage,
         write_files=llava_next_processor.write,
@@ -140,7 +136,6 @@ HUB_FORMATS: dict[Dialect, HubFormat] = {
     "llava_onevision": HubFormat(
         class_name=llava_onevision_config.CLASS_NAME,
         model_type=llava_onevision_config.MODEL_TYPE,
-        is_in_transformers=True,
         read_architecture=llava_onevision_config.read,
         read_usage=llava_onevision_processor.read_usage,
         write_files=llava_onevision_processor.write,
@@ -149,7 +144,6 @@ HUB_FORMATS: dict[Dialect, HubFormat] = {
     "paligemma": HubFormat(
         class_name=paligemma_config.CLASS_NAME,
         model_type=paligemma_config.MODEL_TYPE,
-        is_in_transformers=True,
         read_architecture=paligemma_config.read,
         read_usage=paligemma_config.read_usage,
         write_files=paligemma_config.write_files,
@@ -158,7 +152,6 @@ HUB_FORMATS: dict[Dialect, HubFormat] = {
     "fuyu": HubFormat(
         class_name=fuyu_config.CLASS_NAME,
         model_type=fuyu_config.MODEL_TYPE,
-        is_in_transformers=True,
         read_architecture=fuyu_config.read,
         read_usage=fuyu_config.read_usage,
         write_files=fuyu_config.write_files,
@@ -168,7 +161,6 @@ HUB_FORMATS: dict[Dialect, HubFormat] = {
     "clip": HubFormat(
         class_name="CLIPModel",
         model_type="clip",
-        is_in_transformers=True,
         read_architecture=pairs_config.read_clip,
         read_usage=pairs_config.usage_of_clip,
         write_files=pairs_config.write_clip,
@@ -179,7 +171,6 @@ HUB_FORMATS: dict[Dialect, HubFormat] = {
     "siglip": HubFormat(
         class_name="SiglipModel",
         model_type="siglip",
-        is_in_transformers=True,
         read_architecture=pairs_config.read_siglip,
         read_usage=pairs_config.usage_of_siglip,
         write_files=pairs_config.write_siglip,
@@ -192,44 +183,35 @@ HUB_FORMATS: dict[Dialect, HubFormat] = {
         read_architecture=internvl_c_config.read,
         read_usage=internvl_c_config.usage,
         write_files=internvl_c_config.write,
-        name_on_disk=str,
         folders=internvl_c_config.FOLDERS,
     ),
     "blip2": HubFormat(
         class_name=blip2_config.CLASS_NAME,
         model_type=blip2_config.MODEL_TYPE,
-        is_in_transformers=True,
         read_architecture=blip2_config.read,
         read_usage=blip2_processor.read_usage,
         write_files=blip2_processor.write,
-        name_on_disk=str,
     ),
     "blip2_retrieval": HubFormat(
         class_name=blip2_retrieval.CLASS_NAME,
         model_type=blip2_config.MODEL_TYPE,
-        is_in_transformers=True,
         read_architecture=blip2_retrieval.read,
         read_usage=blip2_retrieval.read_usage,
         write_files=blip2_retrieval.write,
-        name_on_disk=str,
     ),
     "instructblip": HubFormat(
         class_name=instructblip.CLASS_NAME,
         model_type=instructblip.MODEL_TYPE,
-        is_in_transformers=True,
         read_architecture=instructblip.read,
         read_usage=instructblip.read_usage,
         write_files=instructblip.write,
-        name_on_disk=str,
     ),
     "idefics": HubFormat(
         class_name=idefics_config.CLASS_NAME,
         model_type=idefics_config.MODEL_TYPE,
-        is_in_transformers=True,
         read_architecture=idefics_config.read,
         read_usage=idefics_config.read_usage,
         write_files=idefics_config.write_files,
-        name_on_disk=str,
     ),
 }
 

@@ -16,8 +16,14 @@ from megavlm.config.schema import Architecture
 from megavlm.config.vision import PIXELS
 from megavlm.convert.hf import clip_vision, language_config, tokenizer_files
 from megavlm.convert.hf import json_files as shared
-from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, read_json, write_json
-from megavlm.convert.hf.preprocessing import Usage
+from megavlm.convert.hf.json_files import (
+    FILE_NAME,
+    IMAGE_PROCESSOR_NAME,
+    PROCESSOR_NAME,
+    read_json,
+    write_json,
+)
+from megavlm.convert.hf.preprocessing import Usage, without_grid
 from megavlm.convert.hf.processor import GENERATION_NAME, pixel_settings, write_generation
 from megavlm.convert.hf.token_ids import TextIds
 from megavlm.convert.weights.families import FAMILIES
@@ -112,7 +118,7 @@ def write(architecture: Architecture, ids: TextIds, dtype: torch.dtype) -> dict[
         "additional_vocab_size": architecture.added_tokens,
         "cross_layer_interval": crosses.every,
         "qk_layer_norms": crosses.qk_norm,
-        "alpha_type": next(theirs for theirs, ours in _GATES.items() if ours == crosses.gate),
+        "alpha_type": shared.name_of(crosses.gate, _GATES),
         "alpha_initializer": "zeros",
         "vision_config": {
             **_FIXED["vision_config"],
@@ -135,9 +141,7 @@ def write(architecture: Architecture, ids: TextIds, dtype: torch.dtype) -> dict[
 def read_usage(folder: Path) -> Usage:
     """Return how a model is to be used: images stretched to squares, one tile each."""
     template = "flamingo_chunks" if _ends_chunks(folder) else "flamingo"
-    return Usage(
-        template=template, system_message="", max_tiles=1, thumbnail=False, tiling="stretch"
-    )
+    return without_grid(template, tiling="stretch")
 
 
 def write_files(
@@ -169,4 +173,4 @@ def write_files(
         "size": {"height": side, "width": side},
     }
     write_json(folder / IMAGE_PROCESSOR_NAME, image_processor)
-    write_json(folder / "processor_config.json", {"processor_class": _PROCESSOR})
+    write_json(folder / PROCESSOR_NAME, {"processor_class": _PROCESSOR})

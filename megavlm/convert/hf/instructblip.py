@@ -12,7 +12,7 @@ import torch
 
 from megavlm.config.schema import Architecture
 from megavlm.convert.hf import blip2_config, blip2_processor, tokenizer_files
-from megavlm.convert.hf.json_files import FILE_NAME, write_json
+from megavlm.convert.hf.json_files import FILE_NAME, PROCESSOR_NAME, write_json
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.hf.processor import write_generation
 from megavlm.convert.hf.token_ids import TokenIds
@@ -68,7 +68,7 @@ def write(
     tokenizer_files.copy(words, folder / QFORMER_TOKENIZER)
     blip2_processor.write_images(folder, architecture, usage, PROCESSOR)
     write_json(
-        folder / "processor_config.json",
+        folder / PROCESSOR_NAME,
         {"processor_class": PROCESSOR, "num_query_tokens": architecture.placeholders_per_tile},
     )
 

@@ -96,6 +96,11 @@ def named(section: str, name: str) -> str:
     return f"{section}.{name}".lstrip(".")
 
 
+def name_of(value: Any, names: Mapping[str, Any]) -> str:
+    """Return what files call one of our values, from a table of ours by theirs."""
+    return next(name for name, ours in names.items() if ours == value)
+
+
 def contradictions(
     section: str, found: Mapping[str, Any], fixed: Mapping[str, Any]
 ) -> Iterator[str]:

@@ -150,13 +150,12 @@ def write(architecture: Architecture, ids: TokenIds, dtype: torch.dtype) -> dict
 
 def _vision(vision: Vision) -> dict[str, Any]:
     """Build the section of the vision encoder; each family has one setting of its own."""
-    kind = next(name for name, family in FAMILIES.items() if family == vision.family)
     own = {
         "clip": {"projection_dim": vision.hidden_size},
         "siglip": {"vision_use_head": vision.unused_head},
     }
     return {
-        "model_type": kind,
+        "model_type": shared.name_of(vision.family, FAMILIES),
         "num_channels": 3,
         **clip_vision.write(vision),
         **own[vision.family],

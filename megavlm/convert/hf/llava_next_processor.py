@@ -9,15 +9,10 @@ import torch
 
 from megavlm.config.schema import Architecture
 from megavlm.convert.hf import llava_next_config, llava_processor
-from megavlm.convert.hf.json_files import (
-    FILE_NAME,
-    complete,
-    read_config,
-)
-from megavlm.convert.hf.preprocessing import Usage
+from megavlm.convert.hf.json_files import FILE_NAME, complete, read_config
+from megavlm.convert.hf.preprocessing import Usage, without_grid
 from megavlm.convert.hf.processor import pixel_settings
 from megavlm.data.images.anyres import LLAVA_GRIDS
-from megavlm.data.text.templates import FORMATS
 
 _PROCESSOR = "LlavaNextProcessor"
 # By the kind of language model that each of the authors' templates is for.
@@ -38,15 +33,7 @@ def usage_of(folder: Path, form: str) -> Usage:
     settings = complete(form, read_config(path), path)
     template = _TEMPLATES.get(settings["text_config"]["model_type"], _USUAL)
     grids = llava_next_config.grids_of(settings)
-    return Usage(
-        template=template,
-        system_message=FORMATS[template].system_message,
-        min_tiles=1,
-        max_tiles=1,
-        thumbnail=False,
-        tiling="anyres",
-        grids=grids,
-    )
+    return without_grid(template, tiling="anyres", grids=grids)
 
 
 def write(
@@ -56,7 +43,6 @@ def write(
     read it; arguments and errors as of ``processor.write_native``.
     """
     grids = usage.grids or LLAVA_GRIDS
-
     settings = partial(llava_next_config.write, architecture, grids)
     side = architecture.vision.image_size
     made = {

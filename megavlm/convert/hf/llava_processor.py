@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,15 @@ from megavlm.convert.hf import llava_config, one_tile, tokenizer_files
 from megavlm.convert.hf.json_files import (
     FILE_NAME,
     IMAGE_PROCESSOR_NAME,
+    PROCESSOR_NAME,
     read_json,
     write_json,
 )
-from megavlm.convert.hf.preprocessing import Usage
+from megavlm.convert.hf.preprocessing import Usage, without_grid
 from megavlm.convert.hf.processor import chat_template, tile_processor, write_generation
 from megavlm.convert.hf.token_ids import TokenIds
 from megavlm.data.text.templates import FORMATS
-from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS
+from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS, load_tokenizer
 
 _PROCESSOR = "LlavaProcessor"
 _TEMPLATE = "llava_v1"
@@ -33,20 +35,9 @@ def read_usage(folder: Path) -> Usage:
     """Read how a model is to be used: LLaVA 1.5's conversations, and one tile an image, made as the
     image processor says, or as usual for the model's vision encoder.
     """
-    return Usage(
-        template=_TEMPLATE,
-        system_message=FORMATS[_TEMPLATE].system_message,
-        min_tiles=1,
-        max_tiles=1,
-        thumbnail=False,
-        tiling=_tiling(folder),
-    )
-
-
-def _tiling(folder: Path) -> str:
-    """Return how the image processor of a folder makes a square of an image."""
     vision = read_json(folder / FILE_NAME).get("vision_config") or {}
-    return one_tile.read_tiling(folder, vision.get("model_type") or "clip")
+    tiling = one_tile.read_tiling(folder, vision.get("model_type") or "clip")
+    return without_grid(_TEMPLATE, tiling=tiling)
 
 
 def write(
@@ -83,9 +74,9 @@ def write_folder(
         processor: settings of the processor; none: LLaVA's.
     """
     markers = FORMATS[usage.template].markers if usage.template in FORMATS else ()
-    if not usage.is_trained and not set(markers) <= _vocabulary(tokenizer).keys():
+    if not usage.is_trained and not set(markers) <= load_tokenizer(tokenizer).get_vocab().keys():
         # Imported with a language model that ends answers otherwise; its chat template is kept.
-        usage = Usage(**(vars(usage) | {"template": ""}))
+        usage = replace(usage, template="")
     ids = write_generation(folder, tokenizer, architecture, usage)
     context = IMAGE_TOKEN_SETS[architecture.image_tokens].context
     write_json(folder / FILE_NAME, settings(ids, dtype))
@@ -104,14 +95,7 @@ def write_folder(
         "image_token": context,
         "num_additional_image_tokens": int(architecture.vision.has_class_token),
     }
-    write_json(folder / "processor_config.json", {"processor_class": kind, **(processor or usual)})
-
-
-def _vocabulary(tokenizer: Path) -> dict[str, int]:
-    """Return the tokens of a tokenizer and their ids."""
-    from megavlm.data.text.tokenizer import load_tokenizer
-
-    return load_tokenizer(tokenizer).get_vocab()
+    write_json(folder / PROCESSOR_NAME, {"processor_class": kind, **(processor or usual)})
 
 
 def _image_processor(architecture: Architecture, usage: Usage) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def _vision_config(vision: Vision) -> dict[str, Any]:
         "hidden_size": vision.hidden_size,
         "intermediate_size": vision.ffn_hidden_size,
         "num_attention_heads": vision.num_attention_heads,
-        "norm_type": next(name for name, ours in NORMS.items() if ours == vision.normalization),
+        "norm_type": shared.name_of(vision.normalization, NORMS),
         "layer_norm_eps": vision.layernorm_epsilon,
         "attention_bias": vision.qkv_bias,
         "use_qk_norm": vision.qk_norm,

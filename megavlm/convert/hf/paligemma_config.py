@@ -14,8 +14,13 @@ from megavlm.config.schema import Architecture
 from megavlm.config.vision import PIXELS
 from megavlm.convert.hf import clip_vision, language_config, one_tile, tokenizer_files
 from megavlm.convert.hf import json_files as shared
-from megavlm.convert.hf.json_files import FILE_NAME, IMAGE_PROCESSOR_NAME, write_json
-from megavlm.convert.hf.preprocessing import Usage
+from megavlm.convert.hf.json_files import (
+    FILE_NAME,
+    IMAGE_PROCESSOR_NAME,
+    PROCESSOR_NAME,
+    write_json,
+)
+from megavlm.convert.hf.preprocessing import Usage, without_grid
 from megavlm.convert.hf.processor import tile_processor, write_generation
 from megavlm.convert.hf.token_ids import TokenIds
 from megavlm.convert.weights.families import written_as
@@ -79,14 +84,7 @@ def read_usage(folder: Path) -> Usage:
     """Read how a model is to be used: one question, and images stretched to squares, or as the
     image processor says.
     """
-    return Usage(
-        template="paligemma",
-        system_message="",
-        min_tiles=1,
-        max_tiles=1,
-        thumbnail=False,
-        tiling=one_tile.read_tiling(folder, _IMAGES),
-    )
+    return without_grid("paligemma", tiling=one_tile.read_tiling(folder, _IMAGES))
 
 
 def write(architecture: Architecture, ids: TokenIds, dtype: torch.dtype) -> dict[str, Any]:
@@ -135,4 +133,4 @@ def write_files(
         "image_seq_length": architecture.placeholders_per_tile,
     }
     write_json(folder / IMAGE_PROCESSOR_NAME, image_processor)
-    write_json(folder / "processor_config.json", {"processor_class": _PROCESSOR})
+    write_json(folder / PROCESSOR_NAME, {"processor_class": _PROCESSOR})

@@ -67,6 +67,14 @@ class Usage:
         return self.tiling == "dynamic" and self.max_tiles > 1
 
 
+def without_grid(template: str, **tiles: Any) -> Usage:
+    """Return how a model is to be used for which no image becomes a grid of ``dynamic`` tiling;
+    ``tiles`` are the fields of ``Usage`` that say what becomes of it.
+    """
+    message = chat_format(template).system_message
+    return Usage(template=template, system_message=message, max_tiles=1, thumbnail=False, **tiles)
+
+
 def of_chat(folder: Path) -> Usage:
     """Read the settings from a folder of ``InternVLChatModel``. Raises ValueError: they cannot
     be.

@@ -15,6 +15,7 @@ from megavlm.convert.hf import chat_config, native_config, tokenizer_files
 from megavlm.convert.hf.json_files import (
     FILE_NAME,
     IMAGE_PROCESSOR_NAME,
+    PROCESSOR_NAME,
     read_json,
     write_json,
 )
@@ -67,7 +68,7 @@ def write_native(
     write_json(folder / IMAGE_PROCESSOR_NAME, _image_processor(architecture, usage))
     write_json(folder / "video_preprocessor_config.json", _video_processor(architecture))
     write_json(
-        folder / "processor_config.json",
+        folder / PROCESSOR_NAME,
         {"processor_class": _PROCESSOR, "image_seq_length": architecture.placeholders_per_tile},
     )
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from megavlm.config.schema import Architecture
 from megavlm.convert.weights.families import llama
-from megavlm.convert.weights.mapping import Row, linear, norm
+from megavlm.convert.weights.mapping import Row, linear, norm, within
 from megavlm.convert.weights.transforms import Reshaped, Same
 
 
@@ -23,7 +23,7 @@ def rows(architecture: Architecture) -> list[Row]:
     for layer in range(0, language.num_layers, every):
         key = f"decoder.layers.{layer}.cross."
         name = f"model.gated_cross_attn_layers.{layer // every}."
-        found += (row.within(key, name) for row in _block(architecture))
+        found += within(_block(architecture), key, name)
     added = (architecture.added_tokens, language.hidden_size)
     if architecture.added_tokens:
         embedding = "model.embed_tokens.additional_embedding.weight"

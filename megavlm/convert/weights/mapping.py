@@ -4,7 +4,7 @@ files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -58,7 +58,7 @@ def layers(layer: Sequence[Row], key: str, name: str, count: int) -> Iterator[Ro
     return (row.within(key, name, number) for number in range(count) for row in layer)
 
 
-def within(rows: Sequence[Row], key: str, name: str) -> Iterator[Row]:
+def within(rows: Iterable[Row], key: str, name: str) -> Iterator[Row]:
     """Rows with prefixes in front of keys and names."""
     return (row.within(key, name) for row in rows)
 

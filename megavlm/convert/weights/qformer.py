@@ -18,14 +18,10 @@ from megavlm.convert.weights.transforms import Absent, Reshaped, Stacked
 
 @dataclass(frozen=True, kw_only=True)
 class Names:
-    """What a class of ``transformers`` calls the weights around the layers of a Q-Former."""
+    """What classes of ``transformers`` call the embeddings of a Q-Former, each otherwise."""
 
     embedding_norm: str
     embeddings: str
-    layers: str = "qformer.encoder.layer."
-    queries: str = "query_tokens"
-    norm: str = "vision_model.post_layernorm"
-    output: str = "language_projection"
 
 
 BLIP2 = Names(embedding_norm="qformer.layernorm", embeddings="embeddings.")
@@ -40,10 +36,11 @@ def rows(architecture: Architecture, names: Names = BLIP2) -> list[Row]:
     """
     settings = architecture.connector.qformer
     width = settings.hidden_size
+    memory = architecture.vision.hidden_size
     queries = (settings.queries, width)
     found = [
-        *norm("norm.", names.norm, architecture.vision.hidden_size, "LayerNorm"),
-        Row("queries", (names.queries,), queries, Reshaped((1, *queries), queries)),
+        *norm("norm.", "vision_model.post_layernorm", memory, "LayerNorm"),
+        Row("queries", ("query_tokens",), queries, Reshaped((1, *queries), queries)),
         *norm("embedding_norm.", names.embedding_norm, width, "LayerNorm"),
     ]
     if settings.text:
@@ -53,10 +50,10 @@ def rows(architecture: Architecture, names: Names = BLIP2) -> list[Row]:
             there = f"{names.embeddings}{words[name]}.weight"
             found.append(Row(f"{name}_embedding.weight", (there,), (size, width)))
     for number in range(settings.num_layers):
-        layer = _layer(settings, architecture.vision.hidden_size, number)
-        found += (row.within(f"layers.{number}.", f"{names.layers}{number}.") for row in layer)
+        layer = _layer(settings, memory, number)
+        found += within(layer, f"layers.{number}.", f"qformer.encoder.layer.{number}.")
     if output_size := architecture.needs.connector_output(architecture):
-        found += linear("output", (names.output,), (output_size, width))
+        found += linear("output", ("language_projection",), (output_size, width))
     return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megavlm.config.schema import Architecture
-from megavlm.convert.weights.mapping import Row, linear, norm
+from megavlm.convert.weights.mapping import Row, linear, norm, within
 from megavlm.convert.weights.transforms import Stacked
 
 
@@ -19,8 +19,7 @@ def rows(architecture: Architecture) -> list[Row]:
     width = architecture.vision.hidden_size
     found = [Row("latents", ("latents",), (settings.latents, width))]
     for number in range(settings.num_layers):
-        layer = _layer(architecture)
-        found += (row.within(f"layers.{number}.", f"blocks.{number}.") for row in layer)
+        found += within(_layer(architecture), f"layers.{number}.", f"blocks.{number}.")
     return [*found, *norm("norm.", "layer_norm", width, "LayerNorm")]
 
 

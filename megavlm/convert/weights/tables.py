@@ -1,13 +1,8 @@
 """The table of weights: which tensor of megatron-core is which of Hugging Face's. It is read in
 both directions.
 
-Dialects are ``native``, the names of ``InternVLForConditionalGeneration`` of transformers,
-``chat``, those of ``InternVLChatModel``, in which OpenGVLab publishes its models, and ``llava``,
-``llava_next``, ``llava_onevision``, ``paligemma`` and ``fuyu``, those of
-``LlavaForConditionalGeneration``, ``LlavaNextForConditionalGeneration``,
-``LlavaOnevisionForConditionalGeneration``, ``PaliGemmaForConditionalGeneration`` and
-``FuyuForCausalLM``, ``idefics`` those of ``IdeficsForVisionText2Text``; ``pairs``
-has those of contrastive models.
+A dialect is the names that one class gives to the weights; ``megavlm/convert/hf/hub_formats.py``
+has the classes.
 """
 
 from __future__ import annotations
@@ -48,6 +43,9 @@ Dialect = Literal[
 ]
 
 
+_LANGUAGE = "language_model."
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Names:
     """What a dialect calls the weights of the model.
@@ -67,12 +65,19 @@ class _Names:
     vision_rows: Callable[[Vision], list[Row]]
     connector: str
     connector_rows: Callable[[Architecture], list[Row]]
-    language: str = "language_model."
+    language: str = _LANGUAGE
     language_rows: Callable[[Architecture], list[Row]] | None = None
     unused_rows: Callable[[Vision], list[Row]] | None = None
     copies_tied_head: bool = False
 
 
+_LLAVA_NEXT = _Names(
+    vision="vision_tower.vision_model.",
+    vision_rows=clip.rows,
+    connector="",
+    connector_rows=llava_next_rows,
+    unused_rows=clip.unused_rows,
+)
 _NAMES: dict[Dialect, _Names] = {
     "native": _Names(
         vision="vision_tower.",
@@ -94,20 +99,8 @@ _NAMES: dict[Dialect, _Names] = {
         connector_rows=llava_rows,
         unused_rows=clip.unused_rows,
     ),
-    "llava_next": _Names(
-        vision="vision_tower.vision_model.",
-        vision_rows=clip.rows,
-        connector="",
-        connector_rows=llava_next_rows,
-        unused_rows=clip.unused_rows,
-    ),
-    "llava_onevision": _Names(
-        vision="vision_tower.vision_model.",
-        vision_rows=clip.rows,
-        connector="",
-        connector_rows=llava_next_rows,
-        unused_rows=clip.unused_rows,
-    ),
+    "llava_next": _LLAVA_NEXT,
+    "llava_onevision": _LLAVA_NEXT,
     "paligemma": _Names(
         vision="vision_tower.vision_model.",
         vision_rows=clip.rows,
@@ -147,7 +140,6 @@ _WHOLE: dict[str, Callable[[Architecture], tuple[Row, ...]]] = {
     **pairs.ROWS,
     "blip2_retrieval": qformer.retrieval_rows,
 }
-_LANGUAGE = "language_model."
 _LLAVA_BUFFER = re.compile(r"\.(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 EMBEDDING_KEY = "language.embedding.word_embeddings.weight"
 HEAD_KEY = "language.output_layer.weight"
@@ -210,10 +202,8 @@ def unused_rows(architecture: Architecture, dialect: Dialect) -> tuple[Row, ...]
     """List what files of a dialect hold beside the weights of the model, with keys as in a folder
     of the vision encoder alone.
     """
-    if dialect in _WHOLE:
-        return ()
-    names = _NAMES[dialect]
-    if names.unused_rows is None:
+    names = _NAMES.get(dialect)
+    if names is None or names.unused_rows is None:
         return ()
     return tuple(within(names.unused_rows(architecture.vision), "", names.vision))
 
@@ -224,18 +214,16 @@ def copied_head(architecture: Architecture, dialect: Dialect) -> tuple[Row, ...]
     ``InternVLChatModel`` of InternVL 2 and 3 unties every model, so a head that is not in the files
     would be random.
     """
-    if dialect in _WHOLE:
-        return ()
-    if not _NAMES[dialect].copies_tied_head or not architecture.language.tied_head:
+    names = _NAMES.get(dialect)
+    if names is None or not names.copies_tied_head or not architecture.language.tied_head:
         return ()
     untied = replace(architecture, language=replace(architecture.language, tied_head=False))
-    head = next(row for row in rows(untied, dialect) if row.key == HEAD_KEY)
-    embedding = next(row for row in rows(untied, dialect) if row.key == EMBEDDING_KEY)
-    return (replace(embedding, names=head.names),)
+    by_key = {row.key: row for row in rows(untied, dialect)}
+    return (replace(by_key[EMBEDDING_KEY], names=by_key[HEAD_KEY].names),)
 
 
 def head_names() -> set[str]:
-    """Collect the names of a head in files of both dialects and all families."""
+    """Collect the names of a head in files of all families."""
     language = (
         row
         for family in FAMILIES.values()

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from megavlm.convert.hf import convert, preprocessing
+from megavlm.convert.hf.json_files import read_json
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.data.images.decode import decode_tiles
 from megavlm.data.images.tiling import Tiling
@@ -52,7 +53,7 @@ def load_processor(folder: Path) -> InternVLProcessor:
         processor = AutoProcessor.from_pretrained(folder)
         processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
         return processor
-    settings = convert.read_json(folder / "processor_config.json")
+    settings = read_json(folder / "processor_config.json")
     return _WithoutVideos(
         AutoImageProcessor.from_pretrained(folder),
         AutoTokenizer.from_pretrained(folder),
@@ -128,7 +129,7 @@ def test_images_that_training_padded_are_not_cropped(tmp_path: Path) -> None:
     native = convert.export(start, tmp_path / "native")
     assert AutoImageProcessor.from_pretrained(native).crop_to_patches is False
     chat = convert.export(start, tmp_path / "chat", dialect="chat")
-    settings = convert.read_json(chat / "config.json")
+    settings = read_json(chat / "config.json")
     assert settings["pad2square"] and not settings["dynamic_image_size"]
     again = convert.import_(chat, tmp_path / "again")
     assert preprocessing.of_checkpoint(again) == dataclasses.replace(usage, is_trained=False)

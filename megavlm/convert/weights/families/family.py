@@ -67,8 +67,8 @@ class Family:
     name: str
     class_name: str
     rows: Callable[[Language], list[Row]]
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any]
+    settings: Mapping[str, Any]
     accepted: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     has_head_dim: bool = True
     has_groups: bool = True
@@ -98,18 +98,20 @@ def decoder(
     language: Language,
     layer: list[Row],
     *,
-    embedding: str,
-    head: str,
-    last_norm: str = "model.norm",
+    start: str = "model.",
+    embedding: str = "embed_tokens",
+    last_norm: str = "norm",
+    head: str = "lm_head",
 ) -> list[Row]:
     """Build the table of a language model from that of a layer.
 
     Args:
         language: sizes of the model.
         layer: rows of a layer, without prefixes.
+        start: what all names but that of the head begin with.
         embedding: name of the token embedding.
-        head: name of the head, if it is not the embedding.
         last_norm: name of the norm behind the last layer.
+        head: name of the head, if it is not the embedding.
     """
     kind = "LayerNorm" if language.has_layer_norm else "RMSNorm"
     width = language.hidden_size
@@ -117,12 +119,12 @@ def decoder(
     rows = [
         Row(
             "embedding.word_embeddings.weight",
-            (f"{embedding}.weight",),
+            (f"{start}{embedding}.weight",),
             (tokens, width),
             Padded(tokens),
         ),
-        *layers(layer, "decoder.layers.{}.", "model.layers.{}.", language.num_layers),
-        *norm("decoder.final_layernorm.", last_norm, width, kind),
+        *layers(layer, "decoder.layers.{}.", f"{start}layers.{{}}.", language.num_layers),
+        *norm("decoder.final_layernorm.", f"{start}{last_norm}", width, kind),
     ]
     if not language.tied_head:
         rows.append(

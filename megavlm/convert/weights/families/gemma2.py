@@ -13,7 +13,7 @@ from megavlm.convert.weights.mapping import Row, norm
 
 def rows(language: Language) -> list[Row]:
     """Build the table of Gemma 2."""
-    return decoder(language, _layer(language), embedding="model.embed_tokens", head="lm_head")
+    return decoder(language, _layer(language))
 
 
 def _layer(language: Language) -> list[Row]:

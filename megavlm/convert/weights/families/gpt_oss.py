@@ -18,7 +18,7 @@ from megavlm.convert.weights.transforms import Interleaved, Transposed
 
 def rows(language: Language) -> list[Row]:
     """Build the table of GPT-OSS."""
-    return decoder(language, _layer(language), embedding="model.embed_tokens", head="lm_head")
+    return decoder(language, _layer(language))
 
 
 def _layer(language: Language) -> list[Row]:

@@ -16,7 +16,7 @@ from megavlm.convert.weights.transforms import Stacked
 
 def rows(language: Language) -> list[Row]:
     """Build the table of InternLM2."""
-    return decoder(language, _layer(language), embedding="model.tok_embeddings", head="output")
+    return decoder(language, _layer(language), embedding="tok_embeddings", head="output")
 
 
 def _layer(language: Language) -> list[Row]:

@@ -16,7 +16,7 @@ def rows(language: Language) -> list[Row]:
     """Build the table of Llama, with the biases and the query and key norms that its relatives
     add.
     """
-    return decoder(language, _layer(language), embedding="model.embed_tokens", head="lm_head")
+    return decoder(language, _layer(language))
 
 
 def _layer(language: Language) -> list[Row]:

@@ -7,40 +7,23 @@ Shape letters: D hidden size, H heads, M hidden size of the MLP, V vocabulary.
 from __future__ import annotations
 
 from megavlm.config.schema import Language
-from megavlm.convert.weights.families.family import Family
-from megavlm.convert.weights.mapping import Row, layers, linear, norm
-from megavlm.convert.weights.transforms import GroupedQKV, Padded
+from megavlm.convert.weights.families.family import Family, decoder
+from megavlm.convert.weights.mapping import Row, linear, norm
+from megavlm.convert.weights.transforms import GroupedQKV
 
 _PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
 def rows(language: Language) -> list[Row]:
     """Build the table of OPT."""
-    width = language.hidden_size
-    tokens = language.vocab_size
     start = "model.decoder."
-    words = Row(
-        "embedding.word_embeddings.weight",
-        (f"{start}embed_tokens.weight",),
-        (tokens, width),
-        Padded(tokens),
-    )
+    words, *others = decoder(language, _layer(language), start=start, last_norm="final_layer_norm")
     positions = Row(
         "embedding.position_embeddings.weight",
         (f"{start}embed_positions.weight",),
-        (language.position_rows, width),
+        (language.position_rows, language.hidden_size),
     )
-    layer = f"{start}layers.{{}}."
-    found = [
-        words,
-        positions,
-        *layers(_layer(language), "decoder.layers.{}.", layer, language.num_layers),
-        *norm("decoder.final_layernorm.", f"{start}final_layer_norm", width, "LayerNorm"),
-    ]
-    if not language.tied_head:
-        head = ("lm_head.weight",)
-        found.append(Row("output_layer.weight", head, (tokens, width), Padded(tokens)))
-    return found
+    return [words, positions, *others]
 
 
 def _layer(language: Language) -> list[Row]:

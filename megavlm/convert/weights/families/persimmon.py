@@ -14,13 +14,7 @@ from megavlm.convert.weights.mapping import Row, linear, norm
 
 def rows(language: Language) -> list[Row]:
     """Build the table of Persimmon."""
-    return decoder(
-        language,
-        _layer(language),
-        embedding="model.embed_tokens",
-        head="lm_head",
-        last_norm="model.final_layernorm",
-    )
+    return decoder(language, _layer(language), last_norm="final_layernorm")
 
 
 def _layer(language: Language) -> list[Row]:

@@ -15,7 +15,7 @@ from megavlm.convert.weights.transforms import Fused, GroupedQKV
 
 def rows(language: Language) -> list[Row]:
     """Build the table of Phi-3."""
-    return decoder(language, _layer(language), embedding="model.embed_tokens", head="lm_head")
+    return decoder(language, _layer(language))
 
 
 def _layer(language: Language) -> list[Row]:

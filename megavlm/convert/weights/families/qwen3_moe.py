@@ -19,7 +19,7 @@ def rows(language: Language) -> list[Row]:
     """Build the table of Qwen3-MoE, and of families with a bias of the router or a shared expert
     beside.
     """
-    return decoder(language, _layer(language), embedding="model.embed_tokens", head="lm_head")
+    return decoder(language, _layer(language))
 
 
 def _layer(language: Language) -> list[Row]:
