@@ -256,7 +256,7 @@ def test_what_is_no_adapter_of_the_model_is_refused(base: Path, tmp_path: Path) 
     with pytest.raises(ValueError, match="1 weights beside the adapters and the connector are not"):
         peft_export.export(trained, tmp_path / "wrong", base=other)
     with pytest.raises(ValueError, match="has no LoRA adapters"):
-        peft_export.export(convert.import_(base, tmp_path / "plain"), tmp_path / "wrong", base=base)
+        peft_export.export(convert.import_(base, tmp_path / "whole"), tmp_path / "wrong", base=base)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     with pytest.raises(ValueError, match="lora_magnitude_vector: is missing, must be"):
