@@ -68,6 +68,7 @@ SIX_RANKS = {
     "TP2 DP3": dict(tensor_model_parallel_size=2, vision="data"),
     "PP2 DP3": dict(pipeline_model_parallel_size=2, layout="v*2|v,t*3"),
     "virtual 3, connector": dict(
+        global_batch_size=6,
         pipeline_model_parallel_size=2,
         virtual_pipeline_model_parallel_size=3,
         layout="v|v|v|t|t|t",

@@ -10,14 +10,63 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 
 
+class _Tensors:
+    """Tensors of a pack, and what the host knows of them: the fields of a dataclass."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, **values: np.ndarray | float | _Tensors | None) -> Self:
+        """Make them of arrays of the dtypes and shapes that the class describes, whose memory they
+        share.
+        """
+        return cls(
+            **{
+                name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+                for name, value in values.items()
+            }
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        theirs = other._values()
+        return all(
+            torch.equal(value, theirs[name])
+            if isinstance(value, torch.Tensor)
+            else value == theirs[name]
+            for name, value in self._values().items()
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Copy the tensors to a device."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Self:
+        """Copy the tensors to page-locked memory, from which copies to a GPU need not wait."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        values = self._values()
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                values[name] = change(value)
+            elif isinstance(value, _Tensors):
+                values[name] = value._map(change)
+        return type(self)(**values)
+
+    def _values(self) -> dict[str, Any]:
+        return {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Prefixes:
+class Prefixes(_Tensors):
     """Where the samples of a whole pack are divided for a prefix-LM: in front of the first
     supervised token. A prefix has one token at least, which is the same as none; a sample without a
     supervised token, such as the padding at the end, has no longer one.
@@ -35,24 +84,9 @@ class Prefixes:
     longest: int
     longest_rest: int
 
-    @classmethod
-    def of(cls, **values: np.ndarray | int) -> Prefixes:
-        """Make them of arrays, of the dtypes and shapes above, whose memory they share."""
-        return cls(**_as_tensors(values))
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Prefixes):
-            return NotImplemented
-        return (
-            torch.equal(self.inside, other.inside)
-            and torch.equal(self.outside, other.outside)
-            and torch.equal(self.ends, other.ends)
-            and (self.longest, self.longest_rest) == (other.longest, other.longest_rest)
-        )
-
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Media:
+class Media(_Tensors):
     """Which tokens of a rank read which image, in segments: tokens of a segment read the same one.
 
     Args:
@@ -74,24 +108,9 @@ class Media:
     longest: int
     is_real: bool
 
-    @classmethod
-    def of(cls, **values: np.ndarray | int) -> Media:
-        """Make them of arrays, of the dtypes and shapes above, whose memory they share."""
-        return cls(**_as_tensors(values))
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Media):
-            return NotImplemented
-        return (
-            torch.equal(self.rows, other.rows)
-            and torch.equal(self.ends, other.ends)
-            and torch.equal(self.images, other.images)
-            and (self.longest, self.is_real) == (other.longest, other.is_real)
-        )
-
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Instructions:
+class Instructions(_Tensors):
     """What a Q-Former reads beside each tile of a rank: the instruction of the tile's sample.
 
     Args:
@@ -103,19 +122,9 @@ class Instructions:
     tokens: torch.Tensor
     lengths: torch.Tensor
 
-    @classmethod
-    def of(cls, **values: np.ndarray) -> Instructions:
-        """Make them of arrays, of the dtypes and shapes above, whose memory they share."""
-        return cls(**_as_tensors(values))
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Instructions):
-            return NotImplemented
-        return torch.equal(self.tokens, other.tokens) and torch.equal(self.lengths, other.lengths)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Mixed:
+class Mixed(_Tensors):
     """Weighted sums of features, for tokens of a rank; see ``data/images/feature_layout``.
 
     Args:
@@ -128,14 +137,9 @@ class Mixed:
     numbers: torch.Tensor
     weights: torch.Tensor
 
-    @classmethod
-    def of(cls, **values: np.ndarray) -> Mixed:
-        """Make them of arrays, of the dtypes and shapes above, whose memory they share."""
-        return cls(**_as_tensors(values))
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Batch:
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Batch(_Tensors):
     """The tensors of one pack.
 
     Args:
@@ -212,46 +216,7 @@ class Batch:
     positions: torch.Tensor | None = None
     cached: Any = None
 
-    @classmethod
-    def of(
-        cls, **values: np.ndarray | float | Prefixes | Media | Mixed | Instructions | None
-    ) -> Batch:
-        """Make a batch whose tensors share memory with the given arrays, of the dtypes and shapes
-        above.
-        """
-        return cls(**_as_tensors(values))
-
     @property
     def num_tiles(self) -> int:
         """Tiles of this rank, blank ones too, whether or not it has the pixels."""
         return self.drop_path_draws.shape[1]
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """Copy the tensors of the batch to a device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Batch:
-        """Copy the batch to page-locked memory, from which copies to a GPU need not wait."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        return _changed(self, change)
-
-
-def _as_tensors(values: dict[str, Any]) -> dict[str, Any]:
-    """Make tensors of arrays, and leave all else as it is."""
-    return {
-        name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-        for name, value in values.items()
-    }
-
-
-def _changed(part: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Change every tensor of a batch, or of a part of it."""
-    values = {entry.name: getattr(part, entry.name) for entry in dataclasses.fields(part)}
-    for name, value in values.items():
-        if isinstance(value, torch.Tensor):
-            values[name] = change(value)
-        elif dataclasses.is_dataclass(value):
-            values[name] = _changed(value, change)
-    return type(part)(**values)
