@@ -38,7 +38,12 @@ def notes_on_parts(init: Init) -> list[str]:
     """Return what to say of the folders of parts. Of a whole model that a part is taken from, that
     part's section counts.
     """
-    sections = {"vision": "vision_config", "language": "", "connector": "qformer_config"}
+    sections = {
+        "vision": "vision_config",
+        "language": "",
+        "connector": "qformer_config",
+        "text": "qformer_config",
+    }
     found = []
     for part, section in sections.items():
         folder = vars(init)[part]
@@ -48,7 +53,7 @@ def notes_on_parts(init: Init) -> list[str]:
             is_whole = isinstance(settings.get(section), Mapping)
             shares = stated(settings[section], section) if is_whole else stated(settings)
             found += _notes(path, shares)
-    return found
+    return list(dict.fromkeys(found))  # connector and text may be of one folder
 
 
 def _notes(path: Path, shares: Iterator[str]) -> Iterator[str]:

@@ -165,9 +165,12 @@ def _read_header(path: Path) -> tuple[int, dict[str, Any]]:
 def _read_index(path: Path) -> dict[str, str]:
     """Name of the file of each tensor."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        listed = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not all(isinstance(file, str) for file in listed.values()):
+            raise TypeError("names of files are texts")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: not an index of safetensors files ({error!r})") from error
+    return listed
 
 
 def _open(path: Path) -> safe_open:

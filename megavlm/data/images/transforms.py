@@ -31,7 +31,7 @@ def decode_changed(
     """Decode the changed tiles of an image, as ``decode.decode_tiles``, uint8 [I, 3, S, S].
 
     Args:
-        encoded, columns, rows, tile_size, thumbnail: as for ``media.decode_tiles``.
+        encoded, columns, rows, tile_size, thumbnail: as for ``decode.decode_tiles``.
         pad_colour: what the image is filled up with to a square; None: it is not.
         crops: whether the square in its middle is taken, see ``centre_crop``.
         cut: makes the tiles of the changed image, in an array if there is one; None: the image is

@@ -111,11 +111,10 @@ def spans(
         kinds = np.where(tokens == context, 2, supervised)
         edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1), int(length)]
         for low, high in itertools.pairwise(edges):
-            text = (
-                f"<IMG_CONTEXT> x {high - low}"
-                if kinds[low] >= 2
-                else decode(tokens[low:high].tolist())
-            )
+            if kinds[low] >= 2:
+                text = f"{decode([context])} x {high - low}"
+            else:
+                text = decode(tokens[low:high].tolist())
             yield text, SUPERVISED_COLOUR if supervised[low] else OTHER_COLOUR
         start += int(length)
 

@@ -104,7 +104,6 @@ def automatic_tile_cap(
     tiles: np.ndarray,
     capacity: int,
     *,
-    good_fill: float = GOOD_FILL,
     seed: int = 0,
     multiple: int = 1,
 ) -> int:
@@ -113,7 +112,7 @@ def automatic_tile_cap(
 
     Tried are 1.01, 1.02, 1.03, ... times the mean tiles of a full pack, never below the tiles of
     the largest sample, and at last a cap that cannot bind. Taken is the lowest whose fill is
-    ``good_fill`` or more, measured against the fewest packs that could hold the tokens, so that a
+    ``GOOD_FILL`` or more, measured against the fewest packs that could hold the tokens, so that a
     small set is not blamed for its last pack. Where none is, it is the lowest of those with the
     best fill. All are rounded up to a ``multiple``, where a pack's tiles will be filled up to it
     anyway.
@@ -124,7 +123,7 @@ def automatic_tile_cap(
     trials = []
     for trial in _try_caps(tokens, tiles, capacity, seed, multiple=multiple):
         trials.append(trial)
-        if trial.fill >= good_fill:
+        if trial.fill >= GOOD_FILL:
             return trial.tile_cap
     return max(trials, key=lambda trial: trial.fill).tile_cap if trials else 0
 

@@ -135,9 +135,9 @@ class Manifest:
         levels: the packs' levels of difficulty, the easiest first; none where the records'
             difficulty is not known.
         rejects: number of rejected records for each reason.
-        shards: the files; filled by ``store.complete``.
-        idx_crc32: checksum of the whole index; filled by ``store.complete``.
-        totals: sums over all packs; filled by ``store.complete``.
+        shards: the files; filled by ``pack_format.complete``.
+        idx_crc32: checksum of the whole index; filled by ``pack_format.complete``.
+        totals: sums over all packs; filled by ``pack_format.complete``.
     """
 
     tokenizer_fingerprint: str

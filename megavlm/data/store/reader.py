@@ -43,7 +43,7 @@ class Pack:
         supervised: bool [T].
         lengths: int32 [N], tokens of each sample.
         provenance: [N] with fields ``source``, ``line`` and ``instruction`` (tokens of it).
-        images: table of images, with the fields of ``store.IMAGE``.
+        images: table of images, with the fields of ``pack_format.IMAGE``.
         instructions: int32 [M], what a Q-Former reads beside the images of each sample in turn.
         encoded: encoded bytes of all images; empty if they were not asked for.
     """

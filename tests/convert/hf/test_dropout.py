@@ -65,6 +65,8 @@ def test_of_a_part_its_own_section_is_told(tmp_path: Path) -> None:
     parts = Init(vision=str(whole), language="", connector=str(bert))
     [note] = dropout.notes_on_parts(parts)
     assert note.startswith(f"{bert}/config.json: hidden_dropout_prob 0.1, ")
+    assert dropout.notes_on_parts(Init(text=str(bert))) == [note]
+    assert dropout.notes_on_parts(Init(connector=str(bert), text=str(bert))) == [note]
     parts = Init(vision=str(tmp_path), connector=str(whole))
     vision, connector = dropout.notes_on_parts(parts)
     assert f"{tmp_path}/config.json: drop_path_rate 0.1: " in vision

@@ -93,9 +93,10 @@ def test_damaged_folders_are_named(tmp_path: Path) -> None:
         ValueError, match=r"does not name b, which model-00002-of-00005.safetensors holds"
     ):
         SafetensorsFolder(tmp_path)
-    (tmp_path / INDEX_NAME).write_text("[]")
-    with pytest.raises(ValueError, match="not an index"):
-        SafetensorsFolder(tmp_path)
+    for damaged in ("[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
+        (tmp_path / INDEX_NAME).write_text(damaged)
+        with pytest.raises(ValueError, match="not an index"):
+            SafetensorsFolder(tmp_path)
     (tmp_path / INDEX_NAME).write_text(json.dumps(index))
     (tmp_path / "model-00003-of-00005.safetensors").write_bytes(b"\0" * 50)
     with pytest.raises(ValueError, match=r"model-00003-of-00005.safetensors: damaged"):

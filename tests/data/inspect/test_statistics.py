@@ -121,7 +121,7 @@ def test_picture(tmp_path):
     from megavlm.data.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(TOKENIZER)
-    context = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    context = tokenizer.convert_tokens_to_ids("<img>")  # packs may have any token there
     make_dataset(
         tmp_path, packs=3, image_share=0.9, vocab_size=len(tokenizer), context_token_id=context
     )
@@ -139,6 +139,8 @@ def test_picture(tmp_path):
     )
     assert pieces[0][0] == f"\n[sample 0: random.jsonl:1, {pack.lengths[0]} tokens]\n"
     assert supervised in [text for text, colour in pieces if colour == "#0a7d33"]
+    shown = int((pack.tokens[: pack.lengths[0]] == context).sum())
+    assert shown and f"{tokenizer.decode([context])} x {shown}" in dict(pieces)
     runs = list(lay_out(iter([("ab\ncd", "red"), ("x" * 300, "blue")])))
     assert [(run.line, run.column, len(run.text)) for run in runs] == [
         (0, 0, 2),
