@@ -116,10 +116,14 @@ def repairable_rejects(folder: Path, state: ScanState) -> list[Reject]:
     """Read the rejected records that may pass after a media file was restored."""
     if not any(reason in source.rejects for source in state.sources for reason in REPAIRABLE):
         return []
+    return [each for each in _rejects(folder, state) if each.reason in REPAIRABLE]
+
+
+def _rejects(folder: Path, state: ScanState) -> list[Reject]:
+    """Read all rejected records."""
     with open(folder / state.rejects_name, "rb") as file:
         lines = file.read(state.rejects_bytes).splitlines()
-    rejects = (Reject(**json.loads(line)) for line in lines)
-    return [reject for reject in rejects if reject.reason in REPAIRABLE]
+    return [Reject(**json.loads(line)) for line in lines]
 
 
 def merge_repaired(
@@ -135,9 +139,7 @@ def merge_repaired(
         repaired: source and offset of the records.
     """
     old = folder / state.rows_name
-    with open(folder / state.rejects_name, "rb") as file:
-        lines = file.read(state.rejects_bytes).splitlines()
-    rejects = [Reject(**json.loads(line)) for line in lines]
+    rejects = _rejects(folder, state)
     state.generation += 1
     left = [each for each in rejects if (each.source, each.offset) not in repaired]
     content = reject_lines(left)
