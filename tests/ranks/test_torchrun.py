@@ -80,19 +80,37 @@ def test_a_refusal_is_told_before_anything_starts_and_again_below_the_traceback_
 @pytest.mark.parametrize(
     ("of_rank_1", "told"),
     [
-        (["--data.train", "elsewhere"], ["rank 1 (", "--data.train elsewhere: no such path"]),
-        (["--config", "missing.yaml"], ["error on rank 1 (", "missing.yaml: no such file"]),
-        (["--training.seed", "8"], ["rank 1 (", "--training.seed is 8 (rank 0: 3)"]),
+        ("--data.train elsewhere", ["rank 1 (", "--data.train elsewhere: no such path"]),
+        ("--config missing.yaml", ["error on rank 1 (", "missing.yaml: no such file"]),
     ],
 )
 def test_a_rank_that_was_started_otherwise_is_named(
-    config_file: Path, tmp_path: Path, of_rank_1: list[str], told: list[str]
+    config_file: Path, of_rank_1: str, told: list[str]
+) -> None:
+    start = f"{sys.executable} {TORCHRUN[-1]} --config {config_file} --checkpoint.save_interval 0"
+    command = f"exec {start} $([ $RANK = 1 ] && echo {of_rank_1})"
+    done = subprocess.run(
+        [*TORCHRUN[:-1], "--no-python", "bash", "-c", command],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert all(words in done.stderr for words in told), done.stderr
+    assert "step 1 " not in done.stdout
+    told_once, _, _ = done.stderr.partition("ChildFailedError")  # torchrun repeats it
+    assert told_once.count("error:") + told_once.count("error on") == 1
+
+
+def test_ranks_that_were_started_with_other_settings_are_told_so(
+    config_file: Path, tmp_path: Path
 ) -> None:
     usual = ["--config", str(config_file), "--checkpoint.save_interval", "0"]
-    done = commands.run([usual, [*usual, *of_rank_1]], tmp_path / "told")
+    done = commands.run([usual, [*usual, "--training.seed", "8"]], tmp_path / "told")
     assert done.returncode != 0 and "step 1 " not in done.stdout
-    assert all(words in done.stderr for words in told), done.stderr
-    assert done.stderr.count("error:") + done.stderr.count("error on") == 1, done.stderr
+    assert "rank 1 (" in done.stderr and "--training.seed is 8 (rank 0: 3)" in done.stderr
+    assert done.stderr.count("error:") == 1, done.stderr
 
 
 def test_sigterm_ends_a_run_after_a_checkpoint_and_the_same_command_goes_on(
