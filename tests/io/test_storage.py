@@ -15,7 +15,6 @@ from megavlm.data.loading.loader import batches
 from megavlm.data.loading.order import Plan
 from megavlm.io.open_files import OpenFiles
 from megavlm.io.storage import LocalFiles, open_folder
-from tests.data.loading.test_loader import equal
 from tests.data.samples import make_dataset
 
 
@@ -41,7 +40,7 @@ def test_packs_in_object_storage(folder, bucket):
     assert remote.manifest == local.manifest and remote.reader.check() == 7
     assert np.array_equal(remote.index[[5, 0]], local.index[[5, 0]])
     for pack_id in range(7):
-        assert equal(remote.batch(pack_id, 3), local.batch(pack_id, 3))
+        assert remote.batch(pack_id, 3) == local.batch(pack_id, 3)
 
 
 @pytest.mark.slow
@@ -51,7 +50,7 @@ def test_workers_read_object_storage(folder):
         list(batches(PackedDataset(place), plan, range(6), workers=1))
         for place in (folder, f"file://{folder}")
     )
-    assert all(map(equal, expected, found))
+    assert found == expected
 
 
 def test_copies(folder, bucket, tmp_path):
