@@ -71,10 +71,11 @@ def extents(
         context, newline: as for ``expand``.
     """
     of_images = tokens == context
-    if newline is not None:
+    newlines = newline is not None
+    if newlines:
         of_images |= tokens == newline
-    lengths = [one.features + (0 if newline is None else one.rows) for one in shown]
-    behind = np.cumsum(np.array(lengths, np.int64))
+    lengths = np.array([one.features + newlines * one.rows for one in shown], np.int64)
+    behind = np.cumsum(lengths)
     places = np.flatnonzero(of_images)
     starts = places[behind - lengths] - bool(images.start)
     return starts, places[behind - 1] + 1 + bool(images.end)

@@ -127,6 +127,18 @@ def test_windows_keep_each_of_several_images_side_by_side(
             assert count == 3 * sum(image.tiles for image in one.images), windows
 
 
+def test_windows_of_a_text_without_images(templates: dict[str, ChatTemplate]) -> None:
+    template = templates["plain"]
+    turn = Turn(role="pretrain", text="a fox and a dog run away and a fox runs after the dog")
+    tokens, supervised = template.encode([turn], [])
+    whole = Sample(tokens=tokens, supervised=supervised, images=(), source=0, line=1)
+    found = list(cut_windows(whole, Windows(tokens=6), template, []))
+    assert len(found) > 1 and not any(one.images for one in found)
+    first = len(template.first_tokens)
+    rest = [token for one in found for token in one.tokens[first:].tolist()]
+    assert [*template.first_tokens, *rest] == tokens.tolist()
+
+
 def test_a_prompt_is_what_the_sample_begins_with(templates: dict[str, ChatTemplate]) -> None:
     template = templates["v1"]
     turns = [Turn(role="human", text="what is this <image>"), Turn(role="gpt", text="a red fox")]
