@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megavlm.data.packing.shorten import cut_windows
@@ -15,8 +16,8 @@ from megavlm.data.records.record import Turn
 from megavlm.data.records.reject import RejectError
 from megavlm.data.sample import Image, Sample
 from megavlm.data.text.chat_tokens import ChatTemplate
-from megavlm.data.text.image_rows import Shown
-from megavlm.data.text.tokenizer import add_special_tokens, load_tokenizer
+from megavlm.data.text.image_rows import Shown, extents
+from megavlm.data.text.tokenizer import ImageTokens, add_special_tokens, load_tokenizer
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 KINDS = ("plain", "v1", "mistral")
@@ -125,6 +126,23 @@ def test_windows_keep_each_of_several_images_side_by_side(
         for one in found:
             count = int((one.tokens == template.context_token_id).sum())
             assert count == 3 * sum(image.tiles for image in one.images), windows
+
+
+@pytest.mark.parametrize(
+    ("images", "tokens", "starts", "ends"),
+    [
+        (ImageTokens(start="s", context="c", end="e", added=()), "asccesceb", [1, 5], [5, 8]),
+        (ImageTokens(start="s", context="c", end="s", added=()), "asccscsb", [1, 4], [5, 7]),
+        (ImageTokens(context="c", added=()), "acccb", [1, 3], [3, 4]),
+    ],
+    ids=["start and end", "one token between", "neither"],
+)
+def test_an_image_begins_and_ends_with_its_tokens(
+    images: ImageTokens, tokens: str, starts: list[int], ends: list[int]
+) -> None:
+    ids = np.array([*map(ord, tokens)], np.int32)
+    found = extents(ids, images, [Shown(2), Shown(1)], ord("c"))
+    assert [places.tolist() for places in found] == [starts, ends]
 
 
 def test_windows_of_a_text_without_images(templates: dict[str, ChatTemplate]) -> None:
