@@ -143,9 +143,9 @@ def _serve(connection: Connection) -> None:
     warnings.filterwarnings("ignore")
     faulthandler.enable()
     torch.set_num_threads(1)
-    gc.freeze()  # what was imported stays, and each save collects garbage
     groups: list[dist.ProcessGroup] = []
     while True:
+        gc.freeze()  # what was imported stays, and each job and each save collects garbage
         try:
             function, args, rank, world_size, store, seconds = connection.recv()
         except EOFError:
