@@ -62,7 +62,8 @@ case "$stage" in
             llava_onevision)
                 pack stage1 "${captions[@]}" --tiling stretch --capacity 6144 --truncate 2048
                 for name in stage1.5 stage2 stage3; do
-                    pack "$name" --meta "$DATA/$name.json" --template "${TEMPLATE:-llava_chatml}" --tiling anyres_max_9 --capacity 32768 --truncate 16384
+                    pack "$name" --meta "$DATA/$name.json" --template "${TEMPLATE:-llava_chatml}" --tiling anyres_max_9 --capacity 32768 --truncate 16384 \
+                        --frame_sampling fps1 --max_frames 32
                 done
                 exit
                 ;;

@@ -15,8 +15,9 @@ class Image:
         encoded: content of the image file (JPEG, PNG, ...), unchanged.
         width: width in pixels, as in the file's header.
         height: height in pixels, as in the file's header.
-        columns: tiles beside each other in the grid.
-        rows: tiles above each other in the grid.
+        columns: tiles beside each other in the grid; 0: a frame of a video whose frames are one
+            image in the text.
+        rows: tiles above each other in the grid; of such a frame: it and those behind it.
         tiles: tiles that the vision encoder sees; counts the thumbnail.
         name: of the file, for messages; not stored.
         deep: whether the file has more than 8 bits a channel; not stored.

@@ -138,7 +138,7 @@ def _inputs(model: nn.Module, task: TaskPacks) -> Iterator[dict[str, Tensor]]:
                 inputs["pixel_values"] = (
                     pixels.permute(0, 2, 3, 1).flatten(1)[None] if is_patches else pixels
                 )
-            inputs |= size_inputs(model, [(image.width, image.height) for image in one.images])
+            inputs |= size_inputs(model, one.images)
             if model.config.model_type == "paligemma":
                 # All of a prompt is a prefix, which sees itself; a choice behind it is not.
                 choice = torch.from_numpy(one.supervised.astype(np.int64))[None]

@@ -128,9 +128,18 @@ def make_image(
     )
 
 
+def make_frames(rng: np.random.Generator, count: int, size: tuple[int, int]) -> list[Image]:
+    """Make the frames of a video that is one image in the text."""
+    frames = []
+    for left in range(count, 0, -1):
+        one = make_image(rng, size, tile_size=18, mode="anyres_max_9", images=2)
+        frames.append(replace(one, columns=0, rows=left))
+    return frames
+
+
 def make_anyres_sample(
     rng: np.random.Generator,
-    sizes: Sequence[tuple[int, int]],
+    sizes: Sequence[tuple[int, ...]],
     *,
     text_tokens: int,
     line: int,
@@ -140,9 +149,17 @@ def make_anyres_sample(
     features_per_tile: int,
     mode: Mode = "anyres",
 ) -> Sample:
-    """Make a sample of images of some sizes, and random text whose second half is supervised."""
+    """Make a sample of images of some sizes, and random text whose second half is supervised. A
+    third number makes an image a video of so many frames.
+    """
     layout = feature_layout(mode, features_per_tile)
-    images = tuple(make_image(rng, size, tile_size, mode, len(sizes)) for size in sizes)
+    stills = sum(len(size) == 2 for size in sizes)
+    images: tuple[Image, ...] = ()
+    for width, height, *frames in sizes:
+        if frames:
+            images += tuple(make_frames(rng, *frames, (width, height)))
+        else:
+            images += (make_image(rng, (width, height), tile_size, mode, stills),)
     words = rng.integers(8, vocab_size, text_tokens)
     context = np.full(sum(map(layout.count, images)), context_token_id)
     tokens = np.concatenate([words[:1], context, words[1:]]).astype(np.int32)
@@ -175,14 +192,14 @@ def make_anyres_packs(
 def make_onevision_packs(
     folder: Path, packs: int, capacity: int, alignment: int = 1, **sizes: int
 ) -> Manifest:
-    """Write packs of samples with an image, none or two, tiled as LLaVA-OneVision's; the features
-    of an image of each second pack are made fewer.
+    """Write packs of samples with an image, none, two, or an image and a video, tiled as
+    LLaVA-OneVision's; the features of an image of each second pack are made fewer.
     """
     rng = np.random.default_rng(5)
     made: list[list[Sample]] = []
     for number in range(packs):
         last = LARGE_SIZES[(5, 0, 4, 1)[number % 4]]
-        shown = ((last,), (), LARGE_SIZES[:2])
+        shown = ((last,), (), LARGE_SIZES[:2], ((40, 30, 1 + number % 3), LARGE_SIZES[2]))
         made.append(_samples(rng, number, shown, mode="anyres_max_9", **sizes))
     mode = "anyres_max_9"
     return write_anyres(folder, made, mode, capacity=capacity, alignment=alignment, **sizes)
@@ -191,13 +208,17 @@ def make_onevision_packs(
 def _samples(
     rng: np.random.Generator,
     number: int,
-    shown: Sequence[Sequence[tuple[int, int]]],
+    shown: Sequence[Sequence[tuple[int, ...]]],
     **facts: Any,
 ) -> list[Sample]:
     """Make the samples of a pack, of images of some sizes."""
     return [
         make_anyres_sample(
-            rng, sizes, text_tokens=9 + number + 5 * place, line=3 * number + place + 1, **facts
+            rng,
+            sizes,
+            text_tokens=9 + number + 5 * place,
+            line=len(shown) * number + place + 1,
+            **facts,
         )
         for place, sizes in enumerate(shown)
     ]

@@ -97,7 +97,13 @@ def answers_of_transformers(
     """Of each sample, run by itself: its place in the pack, its logits, and the losses of all its
     tokens but the last.
     """
-    from megavlm.convert.hf.reference import instruction_inputs, load_reference, size_inputs
+    from megavlm.convert.hf.reference import (
+        instruction_inputs,
+        load_reference,
+        size_inputs,
+        with_videos,
+    )
+    from megavlm.data.images.feature_layout import as_tiled
     from megavlm.data.loading.dataset import PackedDataset
 
     dataset = PackedDataset(packs)
@@ -121,14 +127,16 @@ def answers_of_transformers(
             shown = shown.permute(0, 2, 3, 1).flatten(1)[None]
         inputs = {"pixel_values": shown} if count else {}
         inputs |= instruction_inputs(batch.instructions, slice(tile, tile + count))
-        inputs |= size_inputs(reference, own[["width", "height"]].tolist())
+        inputs |= size_inputs(reference, as_tiled(own))
         if architecture.cross_attention.every:
             inputs = _read_by_idefics(tokens, shown if count else pixels[:1], count)
         if architecture.prefix_lm:
             first = int(batch.loss_weights[start:end].nonzero()[0, 0]) + 1
             inputs["token_type_ids"] = (torch.arange(end - start) >= first).long()[None]
+        inputs["input_ids"] = tokens[None]
         with torch.no_grad():
-            logits = reference(input_ids=tokens[None], **inputs).logits[0]
+            inputs = with_videos(reference, inputs, as_tiled(own), dataset.layout)
+            logits = reference(**inputs).logits[0]
         found.append(
             (
                 slice(start, end),

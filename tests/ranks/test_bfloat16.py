@@ -49,7 +49,7 @@ def _of_grids(
     recipe: str, model: Architecture, make: Callable[..., Any], folder: Path, **settings: Any
 ) -> Config:
     """Configure a run on images of several tiles."""
-    make(folder, 4, 288, alignment=4, **sizes_of(model))
+    make(folder, 4, 384, alignment=4, **sizes_of(model))
     return recipe_config(recipe, model, folder, trainable=PARTS, **settings)
 
 

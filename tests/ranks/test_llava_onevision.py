@@ -1,11 +1,12 @@
 """LLaVA-OneVision against ``transformers``, its packs against their samples alone, its cost against
 torch's count, and its training at other layouts: what LLaVA-NeXT does not have, which is features
-that are mixed of several, and samples of several images.
+that are mixed of several, samples of several images, and videos.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,19 +14,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from megavlm.config.recipes.llava_onevision import STAGES
 from megavlm.config.schema import Config
+from megavlm.convert.hf import convert
+from megavlm.convert.hf.json_files import read_json
+from megavlm.data.images.anyres import ONEVISION_GRIDS
+from megavlm.data.images.tiling import Tiling
 from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.packing.job import Job, pack_dataset
+from megavlm.data.records.meta_file import read_sources
 from megavlm.planner.flops import training_cost
 from tests.convert.llava_next_models import (
     LARGE_SIZES,
     ONEVISION,
+    SMALL,
     make_anyres_sample,
     make_llava_onevision,
     make_onevision_packs,
     write_anyres,
 )
+from tests.convert.round_trip import golden_words
 from tests.ranks.layouts import LAYOUTS, LIMIT, Layout, asks_for_all
 from tests.ranks.model_checks import (
     answers_of_transformers,
@@ -38,6 +48,7 @@ from tests.ranks.pool import Pool
 from tests.ranks.runs import Curve, train_curve
 from tests.ranks.test_cost import counted_by_torch
 from tests.ranks.test_layouts import compare
+from tests.ranks.test_llava_next import difference
 from tests.ranks.test_resume import make_job, resume_bit_for_bit
 
 TRAINABLE = STAGES["2"].training.trainable
@@ -60,6 +71,9 @@ def test_logits_and_losses_equal_those_of_transformers(ranks: Pool, tmp_path: Pa
     facts = sizes_of(ONEVISION)
     rng = np.random.default_rng(1)
     shown = [(size,) for size in LARGE_SIZES] + [(), LARGE_SIZES[:2], LARGE_SIZES[3:]]
+    # Videos: one, with an image, two with images between them, and two of as many frames.
+    shown += [((40, 30, 3),), (LARGE_SIZES[5], (20, 33, 2)), ((9, 50, 2), (50, 9, 2))]
+    shown += [((18, 18, 1), *LARGE_SIZES[:2], (30, 30, 4))]
     samples = [
         make_anyres_sample(rng, sizes, text_tokens=9 + place, line=place + 1, mode=MODE, **facts)
         for place, sizes in enumerate(shown)
@@ -82,7 +96,9 @@ def test_a_pack_equals_its_samples_alone(ranks: Pool, tmp_path: Path) -> None:
         make_anyres_sample(
             rng, sizes, text_tokens=12 + 5 * place, line=place + 1, mode=MODE, **facts
         )
-        for place, sizes in enumerate(((LARGE_SIZES[5],), (), LARGE_SIZES[1:3], (LARGE_SIZES[4],)))
+        for place, sizes in enumerate(
+            ((LARGE_SIZES[5],), (), LARGE_SIZES[1:3], (LARGE_SIZES[4], (40, 30, 3)))
+        )
     ]
     assert_pack_equals_samples_alone(
         ranks,
@@ -152,3 +168,47 @@ def test_a_run_that_goes_on_is_the_same_bit_for_bit(ranks: Pool, tmp_path: Path)
         )
 
     resume_bit_for_bit(ranks, 2, job, tmp_path)
+
+
+def test_an_export_is_verified_with_videos(ranks: Pool, tmp_path: Path) -> None:
+    words = tmp_path / "words"
+    golden_words(words, "llava")
+    model = dataclasses.replace(ONEVISION, language=SMALL.language)
+    source = make_llava_onevision(tmp_path / "hf", model, torch.float32, spread=0.05)
+    start = convert.import_(source, tmp_path / "start", tokenizer=words)
+    out = convert.export(start, tmp_path / "out", dtype=torch.float32)
+    # The tokenizer has no token for videos.
+    assert read_json(out / "config.json")["video_token_index"] == -1
+    rng = np.random.default_rng(0)
+    for name in ("a/0", "a/1", "a/2", "b/0", "b/1", "c"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pixels = rng.integers(0, 256, (30, 50, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    texts = {
+        "<video>\nwhat": {"video": "a"},
+        "<video><image>\nwhat": {"video": ["b"], "image": "c.png"},
+        "what <video> and <video> or <image>": {"video": ["b", "a"], "image": "c.png"},
+    }
+    records = [
+        media | {"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "a"}]}
+        for text, media in texts.items()
+    ]
+    (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, records)))
+    job = Job(
+        sources=read_sources(None, str(tmp_path / "records.jsonl"), str(tmp_path)),
+        tokenizer=str(words),
+        out=str(tmp_path / "packs"),
+        capacity=512,
+        features_per_tile=model.features_per_tile,
+        tiling=Tiling(
+            tile_size=model.vision.image_size,
+            mode=MODE,
+            pixel_mean=model.vision.pixel_mean,
+            grids=ONEVISION_GRIDS,
+        ),
+        pixel_std=model.vision.pixel_std,
+        template="llava_v1",
+    )
+    pack_dataset(job)
+    [found] = ranks.run(difference, 1, start, out, tmp_path / "packs")
+    assert 0 <= found <= 1e-4

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,8 +27,10 @@ from megavlm.convert.hf.reference import (
     load_reference,
     refuse_other_tiles,
     size_inputs,
+    with_videos,
 )
 from megavlm.convert.hf.safetensors_files import SafetensorsFolder
+from megavlm.data.images.feature_layout import Tiled, as_tiled
 from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.store.manifest import Manifest
@@ -150,10 +152,9 @@ def _compare_pack(
     pixels = ours.vision.normalise(batch.tiles)
 
     def answer(sample: int) -> Tensor:
-        own = images[images["sample"] == sample]
+        own = as_tiled(images[images["sample"] == sample])
         inputs = _inputs(architecture, theirs, batch, pixels, own, samples[sample])
-        start, end, *_ = samples[sample]
-        return theirs(input_ids=batch.tokens[None, start:end], **inputs).logits[0].float()
+        return theirs(**with_videos(theirs, inputs, own, dataset.layout)).logits[0].float()
 
     # With experts each sample is computed twice: the logits of a pack are too large to keep two.
     choices = Choices(len(batch.tokens))
@@ -174,22 +175,22 @@ def _inputs(
     theirs: nn.Module,
     batch: Batch,
     pixels: Tensor,
-    images: np.ndarray,
+    images: Sequence[Tiled],
     sample: tuple[int, int, int, int],
 ) -> dict[str, Tensor]:
-    """Return what ``transformers`` reads beside the tokens of a sample.
+    """Return what ``transformers`` reads of a sample, frames of videos as images.
 
     Args:
         architecture: of both models.
         theirs: that of ``transformers``.
         batch: the pack.
         pixels: of its tiles, normalised.
-        images: table of the sample's images.
+        images: of the sample.
         sample: first token, end, first tile, end.
     """
     start, end, first, last = sample
     inputs = {"pixel_values": pixels[first:last]} if last > first else {}
-    inputs |= size_inputs(theirs, images[["width", "height"]].tolist())
+    inputs |= size_inputs(theirs, images)
     inputs |= instruction_inputs(batch.instructions, slice(first, last))
     if architecture.cross_attention.every:
         inputs = _read_images(batch, pixels, sample)
@@ -199,7 +200,7 @@ def _inputs(
         )
         places = torch.arange(end - start, device=batch.tokens.device)
         inputs["token_type_ids"] = (places >= prefixes[start]).long()[None]
-    return inputs
+    return inputs | {"input_ids": batch.tokens[None, start:end]}
 
 
 def _read_images(

@@ -38,6 +38,12 @@ inputs = processor.apply_chat_template(
 answer = model.generate(**inputs, max_new_tokens=100)[0, inputs["input_ids"].shape[1] :]
 print(processor.decode(answer, skip_special_tokens=True))
 ```"""
+# A list of images works without a program that decodes videos.
+_WATCHING = """
+
+A video stands in the place of the image as `{"type": "video", "video": frames}`, with its chosen
+frames as a list of images. The tokenizer must have a token for videos: `video_token_index` in
+config.json is not -1."""
 _ORIGINAL = """The folder is in the format of OpenGVLab's `InternVLChatModel`. `auto_map` in
 config.json names the repository with its Python files; `transformers` fetches them if it is told to
 trust remote code."""
@@ -129,7 +135,7 @@ EXAMPLES: dict[Dialect, Example] = {
     "chat": Example(text=_ORIGINAL),
     "llava": Example(text=_CHATTING),
     "llava_next": Example(text=_CHATTING),
-    "llava_onevision": Example(text=_CHATTING),
+    "llava_onevision": Example(text=_CHATTING + _WATCHING),
     "paligemma": Example(text=_ASKING.format(prompt="<image>What is it?")),
     "fuyu": Example(text=_READING_PATCHES),
     "clip": _comparing(

@@ -21,11 +21,14 @@ from megavlm.convert.hf.llava_next_config import PINPOINTS, pinpoints
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.hf.processor import pixel_settings
 from megavlm.data.images.anyres import ONEVISION_GRIDS
-from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS, load_tokenizer
+from megavlm.data.text.tokenizer import (
+    IMAGE_TOKEN_SETS,
+    VIDEO_TOKENS,
+    load_tokenizer,
+    video_token,
+)
 
 _PROCESSOR = "LlavaOnevisionProcessor"
-# The published tokenizers have it; nothing here makes it.
-_VIDEO = "<video>"
 
 
 def read_usage(folder: Path) -> Usage:
@@ -42,7 +45,10 @@ def write(
     ``processor.write_native``.
     """
     grids = usage.grids or ONEVISION_GRIDS
-    video = load_tokenizer(tokenizer).get_vocab().get(_VIDEO, -1)
+    words = load_tokenizer(tokenizer)
+    # Packs have no token of videos, so a tokenizer may lack it.
+    video = video_token(words)
+    video_id = words.convert_tokens_to_ids(video) if video else -1
     vision = architecture.vision
     side = vision.image_size
     pixels = {**pixel_settings(architecture), "size": {"height": side, "width": side}}
@@ -56,7 +62,7 @@ def write(
         "num_image_tokens": architecture.placeholders_per_tile + vision.has_class_token,
         "vision_feature_select_strategy": llava_config.select_strategy(vision),
         "image_token": IMAGE_TOKEN_SETS[architecture.image_tokens].context,
-        "video_token": _VIDEO,
+        "video_token": video or VIDEO_TOKENS[0],
         "vision_aspect_ratio": BOUNDED,
     }
     llava_processor.write_folder(
@@ -66,7 +72,7 @@ def write(
         usage,
         dtype,
         _PROCESSOR,
-        partial(llava_onevision_config.write, architecture, grids, video),
+        partial(llava_onevision_config.write, architecture, grids, video_id),
         image_processor,
         processor,
     )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megavlm.config.schema import Architecture
+from megavlm.config.tiling import BOUNDED
 from megavlm.config.vision import RESAMPLES
 from megavlm.convert.hf import chat_config, native_config, tokenizer_files
 from megavlm.convert.hf.json_files import (
@@ -28,6 +29,7 @@ from megavlm.data.text.tokenizer import (
     IMAGE_START,
     first_tokens,
     load_tokenizer,
+    video_token,
 )
 
 # The processor wants a token for videos that texts do not hold. Qwen2.5's tokenizers have one.
@@ -127,8 +129,11 @@ def chat_template(
         return found
     if usage.template not in FORMATS:
         return None
+    words = load_tokenizer(tokenizer)
     return FORMATS[usage.template].hf_template(
-        system_message=usage.system_message, bos=bool(first_tokens(load_tokenizer(tokenizer)))
+        system_message=usage.system_message,
+        bos=bool(first_tokens(words)),
+        video=video_token(words) if usage.tiling == BOUNDED else None,
     )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,7 @@ from megavlm.convert.hf.hub_formats import hub_format_of
 from megavlm.convert.hf.json_files import class_of_transformers
 from megavlm.convert.hf.model_config import architecture_from_hf
 from megavlm.data.images.anyres import grids_text
+from megavlm.data.images.feature_layout import FeatureLayout, Tiled, is_end, is_joined
 from megavlm.data.loading.batch import Instructions
 from megavlm.data.store.manifest import Manifest
 
@@ -28,19 +31,71 @@ def instruction_inputs(instructions: Instructions | None, tiles: slice) -> dict[
     return {"qformer_input_ids": tokens, "qformer_attention_mask": real.long()}
 
 
-def size_inputs(model: nn.Module, sizes: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+def size_inputs(model: nn.Module, images: Sequence[Tiled]) -> dict[str, Tensor]:
     """Return what ``LlavaNextForConditionalGeneration`` and
-    ``LlavaOnevisionForConditionalGeneration`` read beside the tiles of a sample's images: their
-    widths and heights, the other way round; nothing for other classes, or without images.
+    ``LlavaOnevisionForConditionalGeneration`` read beside the tiles of a sample's images, which are
+    no frames of videos: heights and widths; nothing for other classes, or without images.
     """
     kind = model.config.model_type
-    if kind not in ("llava_next", "llava_onevision") or not len(sizes):
+    stills = [image for image in images if not is_joined(image)]
+    if kind not in ("llava_next", "llava_onevision") or not stills:
         return {}
     device = next(model.parameters()).device
-    found = {"image_sizes": torch.tensor([(height, width) for width, height in sizes]).to(device)}
+    sizes = [(image.height, image.width) for image in stills]
+    found = {"image_sizes": torch.tensor(sizes, device=device)}
     if kind == "llava_onevision":
-        found["batch_num_images"] = torch.tensor([len(sizes)]).to(device)
+        found["batch_num_images"] = torch.tensor([len(stills)], device=device)
     return found
+
+
+@torch.no_grad()
+def with_videos(
+    model: nn.Module, inputs: Mapping[str, Tensor], images: Sequence[Tiled], layout: FeatureLayout
+) -> dict[str, Any]:
+    """Return what ``LlavaOnevisionForConditionalGeneration`` reads of a sample with videos, whose
+    tokens and pixels are apart there from those of images.
+
+    Args:
+        model: of transformers, of any class.
+        inputs: its inputs as if frames were images, with the tokens of one sample [1, n].
+        images: images and frames of the sample.
+        layout: of their features.
+    """
+    if not any(map(is_joined, images)):
+        return dict(inputs)
+    config = model.config
+    tokens = inputs["input_ids"].clone()
+    if config.video_token_id < 0:  # the tokenizer has none, so any that the sample lacks
+        config.video_token_id = int(min(set(range(tokens.numel() + 1)) - set(tokens[0].tolist())))
+    is_video = np.repeat(
+        [is_joined(image) for image in images], [layout.count(image) for image in images]
+    )
+    places = (tokens[0] == config.image_token_id).nonzero()[:, 0]
+    tokens[0, places[torch.from_numpy(is_video)]] = config.video_token_id
+    found: dict[str, Any] = dict(inputs, input_ids=tokens)
+    tiles = found.pop("pixel_values").split([image.tiles for image in images])
+    videos: list[list[Tensor]] = []
+    for before, image, pixels in zip([None, *images], images, tiles, strict=False):
+        if is_joined(image):
+            if before is None or is_end(before):
+                videos.append([])
+            videos[-1].append(pixels)
+    clips = [torch.cat(video)[None] for video in videos]
+    stills = [pixels for image, pixels in zip(images, tiles, strict=True) if not is_joined(image)]
+    if stills:
+        found["pixel_values"] = torch.cat(stills)
+    if len({clip.shape for clip in clips}) == 1:
+        return found | {"pixel_values_videos": torch.cat(clips)}
+    # Of unlike lengths: they are no tensor, but their features are. Imported only now, since it
+    # takes seconds.
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    features = [model.get_video_features(clip).pooler_output for clip in clips]
+    outputs = {"video": BaseModelOutputWithPooling(pooler_output=torch.cat(features, dim=1))}
+    if stills:
+        names = ("pixel_values", "image_sizes", "batch_num_images")
+        outputs["image"] = model.get_image_features(**{name: found.pop(name) for name in names})
+    return found | {"mm_encoder_outputs": outputs}
 
 
 def refuse_other_tiles(flag: str, packs: Manifest, folder: Path) -> None:

@@ -24,7 +24,7 @@ MIXED = -2
 
 
 class Tiled(Protocol):
-    """An image as a layout sees it: its size in pixels, its grid and its tiles."""
+    """An image as a layout sees it: its size in pixels, its grid and its tiles, as in ``Image``."""
 
     @property
     def width(self) -> int: ...
@@ -140,7 +140,7 @@ class UnpaddedRows:
     def _in_grid(self, image: Tiled, row: np.ndarray, column: np.ndarray) -> np.ndarray:
         """Return the indices of the features at rows and columns of the grid's table."""
         side = self.side
-        tile = 1 + row // side * image.columns + column // side
+        tile = (image.tiles > 1) + row // side * image.columns + column // side
         return (tile * side + row % side) * side + column % side
 
     def _in_rows(self, table: np.ndarray) -> np.ndarray:
@@ -155,33 +155,35 @@ class UnpaddedRows:
 
 
 class BoundedRows(UnpaddedRows):
-    """``UnpaddedRows`` with fewer features of a large grid, by bilinear interpolation; and of an
-    image without a grid the features of its one tile and a newline (LLaVA-OneVision).
+    """``UnpaddedRows`` with fewer features of a large grid, by bilinear interpolation. Of an image
+    without a grid the features of its one tile and a newline; of a video a quarter of the features
+    of each frame, made in the same way, and one newline behind the last (LLaVA-OneVision).
     """
 
     def count(self, image: Tiled) -> int:
         """See ``FeatureLayout``."""
+        columns, rows = self._kept(image)
         if image.tiles == 1:
-            return self.side**2 + 1
-        columns, rows = bounded(*map(len, self._shown(image)), self.side)
+            return columns * rows + is_end(image)
         return self.side**2 + rows * (columns + 1)
 
     def numbers(self, image: Tiled) -> np.ndarray:
         """See ``FeatureLayout``."""
+        columns, rows = self._kept(image)
+        is_mixed = (columns, rows) != tuple(map(len, self._shown(image)))
         if image.tiles == 1:
-            return np.append(np.arange(self.side**2), NEWLINE)
-        shown = tuple(map(len, self._shown(image)))
-        columns, rows = bounded(*shown, self.side)
-        if (columns, rows) == shown:
-            return super().numbers(image)
-        return self._in_rows(np.full((rows, columns), MIXED, np.int64))
+            count = columns * rows
+            features = np.full(count, MIXED, np.int64) if is_mixed else np.arange(count)
+            return np.append(features, NEWLINE) if is_end(image) else features
+        if is_mixed:
+            return self._in_rows(np.full((rows, columns), MIXED, np.int64))
+        return super().numbers(image)
 
     def mixed(self, image: Tiled) -> Mixed | None:
         """See ``FeatureLayout``."""
         across, down = self._shown(image)
-        shown = len(across), len(down)
-        columns, rows = bounded(*shown, self.side)
-        if image.tiles == 1 or (columns, rows) == shown:
+        columns, rows = self._kept(image)
+        if (columns, rows) == (len(across), len(down)):
             return None
         row, of_row = mixture(len(down), rows)
         column, of_column = mixture(len(across), columns)
@@ -191,6 +193,31 @@ class BoundedRows(UnpaddedRows):
         weights = of_row[:, None, :, None] * of_column[None, :, None, :]
         numbers = self._in_grid(image, row, column)
         return Mixed(numbers.reshape(-1, 4), weights.reshape(-1, 4))
+
+    def _kept(self, image: Tiled) -> tuple[int, int]:
+        """Return columns and rows of what the features that show an image become."""
+        if is_joined(image):
+            half = math.ceil(self.side / 2)
+            return half, half
+        return bounded(*map(len, self._shown(image)), self.side)
+
+    def _shown(self, image: Tiled) -> tuple[range, range]:
+        """See ``UnpaddedRows``; a tile without a grid is shown as a whole."""
+        if image.tiles == 1:
+            return range(self.side), range(self.side)
+        return super()._shown(image)
+
+
+def is_joined(image: Tiled) -> bool:
+    """Whether an image is a frame of a video whose frames are one image in the text."""
+    return not image.columns
+
+
+def is_end(image: Tiled) -> bool:
+    """Whether an image in the text ends with this image, as with all but frames that others of
+    their video follow.
+    """
+    return not is_joined(image) or image.rows == 1
 
 
 _LAYOUTS: Mapping[str, Callable[[int], FeatureLayout]] = {
@@ -210,10 +237,22 @@ def feature_layout(tiling: str, features_per_tile: int) -> FeatureLayout:
 
 def sizes_in_text(images: Sequence[Tiled], layout: FeatureLayout) -> tuple[list[int], list[Shown]]:
     """Return the tiles of images, and what they take up in the text, as ``ChatTemplate`` takes
-    them.
+    them: frames that are one image in the text together.
     """
-    shown = [Shown(features=layout.count(image), rows=image.rows) for image in images]
-    return [image.tiles for image in images], shown
+    tiles: list[int] = []
+    shown: list[Shown] = []
+    is_begun = False
+    for image in images:
+        features = layout.count(image)
+        if is_begun:
+            tiles[-1] += image.tiles
+            before = shown[-1]
+            shown[-1] = Shown(before.features + features, images=before.images + 1)
+        else:
+            tiles.append(image.tiles)
+            shown.append(Shown(features, 1 if is_joined(image) else image.rows))
+        is_begun = not is_end(image)
+    return tiles, shown
 
 
 def numbers_in_pack(
@@ -248,10 +287,14 @@ def mixed_in_pack(
     return Mixed(*map(np.concatenate, zip(*found, strict=True))) if found else None
 
 
+def as_tiled(images: np.ndarray) -> list[Tiled]:
+    """Return the rows of a pack's table of images as layouts see them."""
+    return [_Row(*row) for row in images[list(_Row._fields)].tolist()]
+
+
 def _of_pack(images: np.ndarray, features_per_tile: int) -> Iterator[tuple[Tiled, int]]:
     """Yield the images of a pack, each with the index of its first feature."""
     tiles = 0
-    for row in images[list(_Row._fields)].tolist():
-        image = _Row(*row)
+    for image in as_tiled(images):
         yield image, tiles * features_per_tile
         tiles += image.tiles

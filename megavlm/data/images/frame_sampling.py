@@ -102,17 +102,21 @@ class FrameChoice:
         return indices.tolist()
 
 
-def show_frames(turns: Sequence[Turn], frames: Sequence[int]) -> tuple[Turn, ...]:
+def show_frames(
+    turns: Sequence[Turn], frames: Sequence[int], *, joined: bool = False
+) -> tuple[Turn, ...]:
     """Return the turns with ``Frame-1: <image>`` and so on, a line each, in the place of each
-    video; ``frames`` says how many it has.
+    video, or with one ``<image>`` if its frames are ``joined``; ``frames`` says how many it has.
 
     Raises:
         RejectError: the texts do not hold as many videos.
     """
     counts = iter(frames)
 
-    def lines(_: re.Match[str]) -> str:
+    def lines(found: re.Match[str]) -> str:
         count = next(counts, 0)
+        if joined:
+            return found[0].replace(VIDEO_PLACEHOLDER, IMAGE_PLACEHOLDER)
         return "".join(f"Frame-{number}: {IMAGE_PLACEHOLDER}\n" for number in range(1, count + 1))
 
     videos = sum(turn.text.count(VIDEO_PLACEHOLDER) for turn in turns if turn.role in SHOWING_ROLES)

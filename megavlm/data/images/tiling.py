@@ -33,8 +33,9 @@ class Tiling:
             in its middle (``crop``), as LLaVA has them, or all of it with another shape
             (``stretch``), as PaliGemma. ``patches``: a tile is a patch, and an image has as many as
             cover it, as in Fuyu. ``anyres``: the whole image, then a grid of tiles that it is
-            fitted into, as in LLaVA-NeXT. ``anyres_max_9``: the same for a record of one image, and
-            those of several are one tile each, filled up to a square, as in LLaVA-OneVision.
+            fitted into, as in LLaVA-NeXT. ``anyres_max_9``: the same for a record of one image;
+            those of several are one tile each, filled up to a square, and a frame of a video is one
+            tile of another shape, as in LLaVA-OneVision.
         pixel_mean: mean of red, green and blue, from 0 to 1: what squares are filled with.
         resample: how images are resized to tiles: ``bicubic`` or ``bilinear``; those of
             ``patches`` are always bilinear.
@@ -86,7 +87,12 @@ class Tiling:
     @property
     def takes_frames(self) -> bool:
         """Whether a frame of a video can be one tile."""
-        return self.mode != "patches" and not self.has_grids
+        return self.mode not in ("patches", "anyres")
+
+    @property
+    def joins_frames(self) -> bool:
+        """Whether the frames of a video are one image in the text."""
+        return self.mode == BOUNDED
 
     @property
     def pad_colour(self) -> tuple[int, int, int] | None:

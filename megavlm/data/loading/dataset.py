@@ -227,12 +227,12 @@ class PackedDataset:
             local: where each token of the pack is among the rank's tokens; -1: nowhere.
         """
         features = self.manifest.features_per_tile
-        numbers = numbers_in_pack(pack.images, self._layout, features)
+        numbers = numbers_in_pack(pack.images, self.layout, features)
         found = local[self._placeholders(pack, positions, len(numbers))]
         is_feature = (found >= 0) & (numbers >= 0)
         of_mixed = found[numbers == MIXED]
         is_mixed = of_mixed >= 0
-        mixed = mixed_in_pack(pack.images, self._layout, features)
+        mixed = mixed_in_pack(pack.images, self.layout, features)
         return dict(
             feature_positions=found[is_feature],
             feature_numbers=numbers[is_feature],
@@ -248,7 +248,7 @@ class PackedDataset:
         )
 
     @cached_property
-    def _layout(self) -> FeatureLayout:
+    def layout(self) -> FeatureLayout:
         """Which features of an image stand in its text."""
         return feature_layout(self.manifest.tiling, self.manifest.features_per_tile)
 

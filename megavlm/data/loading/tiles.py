@@ -101,10 +101,13 @@ class TileDecoder:
         """Decode all tiles of one image into ``room``."""
         row = pack.images[index]
         columns, rows, count = (int(row[name]) for name in ("columns", "rows", "tiles"))
+        is_frame = not columns
+        if is_frame:
+            columns = rows = 1
         size = self.manifest.image_size
         has_thumbnail = count > columns * rows
         operations = self.augment if self._is_augmented(pack, index) else ()
-        if self.is_plain and not operations:
+        if (self.is_plain or is_frame) and not operations:
             encoded = pack.image(index)
             decode_tiles(encoded, columns, rows, size, has_thumbnail, room, self.manifest.resample)
             return
@@ -112,7 +115,9 @@ class TileDecoder:
         height = int(row["height"])
         cut = None
         colour = self.pad_colour
-        if self.has_grids and count == 1:  # one of several images of its record
+        if is_frame:
+            colour = None
+        elif self.has_grids and count == 1:  # one of several images of its record
             colour = colour_of(self.manifest.pixel_mean)
         elif self.cut is not None:
             cut = partial(self.cut, (width, height), (columns, rows))

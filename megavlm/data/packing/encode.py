@@ -5,7 +5,7 @@ becomes tokens.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal, TypeVar
@@ -16,7 +16,7 @@ from megavlm.data.images.decode import check_pixels, load_decoders, read_header,
 from megavlm.data.images.feature_layout import feature_layout, sizes_in_text
 from megavlm.data.images.frame_sampling import FrameChoice, show_frames
 from megavlm.data.images.tiling import Tiling
-from megavlm.data.images.video import frame_times, open_media, read_frames, read_media
+from megavlm.data.images.video import Frame, frame_times, open_media, read_frames, read_media
 from megavlm.data.packing.picture_order import in_text_order
 from megavlm.data.packing.shorten import cut_windows, truncated
 from megavlm.data.packing.windows import Windows
@@ -37,6 +37,7 @@ from megavlm.io.remote import RemoteError, is_remote
 DeepImages = Literal["clip", "scale", "reject"]
 Result = TypeVar("Result")
 ALL = Filter()  # keeps every record
+_UNREAD = Frame(encoded=b"", width=0, height=0)
 
 
 class Images(Enum):
@@ -250,7 +251,8 @@ class Encoder:
             rng = np.random.default_rng((self.seed, source, line))
             clips = [self._frames(video, images, rng) for video in record.videos]
             pictures = in_text_order(record, stills, clips)
-            turns = show_frames(turns, [len(clip) for clip in clips])
+            frames = [len(clip) for clip in clips]
+            turns = show_frames(turns, frames, joined=self.tiling.joins_frames)
         else:
             pictures = tuple(stills)
         tiles, shown = sizes_in_text(pictures, self.layout)
@@ -343,8 +345,7 @@ class Encoder:
         try:
             chosen = self.frames.choose(frame_times(video.file), video.clip, rng)
             if how is Images.HEADER:
-                blank = Image(encoded=b"", width=0, height=0, columns=1, rows=1, tiles=1)
-                return tuple(blank for _ in chosen)
+                return self._as_images([_UNREAD] * len(chosen), video.file.path)
             load_decoders()
             frames = read_frames(video.file, chosen, self.tiling)
             for frame in frames if how is Images.DECODE else ():
@@ -359,17 +360,24 @@ class Encoder:
             raise RejectError(error.reason, f"{video.file.path}: {error.detail}") from None
         except ValueError as error:
             raise RejectError("unreadable_video", f"{video.file.path}: {error}") from None
-        blank = Image(
-            encoded=b"", width=0, height=0, columns=1, rows=1, tiles=1, name=video.file.path
-        )
+        if how is Images.DECODE:
+            frames = [dataclasses.replace(frame, encoded=b"") for frame in frames]
+        return self._as_images(frames, video.file.path)
+
+    def _as_images(self, frames: Sequence[Frame], name: str) -> tuple[Image, ...]:
+        """Return the frames of a video, a file of this name, as images of one tile."""
+        joined = self.tiling.joins_frames
         return tuple(
-            dataclasses.replace(
-                blank,
-                encoded=frame.encoded if how is Images.LOAD else b"",
+            Image(
+                encoded=frame.encoded,
                 width=frame.width,
                 height=frame.height,
+                columns=0 if joined else 1,
+                rows=len(frames) - number if joined else 1,
+                tiles=1,
+                name=name,
             )
-            for frame in frames
+            for number, frame in enumerate(frames)
         )
 
 

@@ -53,6 +53,7 @@ from megavlm.data.text.tokenizer import (
     first_tokens,
     load_tokenizer,
     save_tokenizer,
+    video_token,
 )
 from megavlm.io.progress import Progress
 
@@ -147,6 +148,7 @@ def _tokenizer(job: Job) -> Any:
     tokenizer.chat_template = form.hf_template(
         system_message=job.system_message,
         bos=bool(form.first_token or first_tokens(tokenizer)),
+        video=video_token(tokenizer) if job.tiling.joins_frames else None,
     )
     return tokenizer
 

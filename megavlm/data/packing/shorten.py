@@ -27,11 +27,12 @@ def truncated(whole: Sample, end: int, template: ChatTemplate, shown: Sequence[S
     context = template.context_token_id
     left = int(np.count_nonzero(whole.tokens[:end] == context))
     ends = np.cumsum(np.array([image.features for image in shown], np.int64))
-    images = int(np.count_nonzero(ends <= left))
+    kept = int(np.count_nonzero(ends <= left))
     if left not in (0, *ends.tolist()):
+        kind = "image" if shown[kept].images == 1 else "the video at image"
         raise RejectError(
             "too_long",
-            f"{whole.length} tokens, and --truncate {end} would cut image {images + 1} in two:"
+            f"{whole.length} tokens, and --truncate {end} would cut {kind} {kept + 1} in two:"
             " raise --truncate",
         )
     if not whole.supervised[1:end].any():
@@ -42,7 +43,7 @@ def truncated(whole: Sample, end: int, template: ChatTemplate, shown: Sequence[S
         whole,
         tokens=whole.tokens[:end],
         supervised=whole.supervised[:end],
-        images=whole.images[:images],
+        images=whole.images[: sum(image.images for image in shown[:kept])],
     )
 
 
@@ -59,6 +60,7 @@ def cut_windows(
     tokens = whole.tokens[first:]
     supervised = whole.supervised[first:]
     starts, ends = template.image_extents(tokens, shown)
+    firsts = [0, *np.cumsum(np.array([one.images for one in shown], np.int64)).tolist()]
     if windows.tokens:  # the first tokens stand in every window
         windows = dataclasses.replace(windows, tokens=max(1, windows.tokens - first))
     number = 0
@@ -72,7 +74,7 @@ def cut_windows(
             whole,
             tokens=np.concatenate([whole.tokens[:first], tokens[start:end]]),
             supervised=np.concatenate([whole.supervised[:first], learned]),
-            images=whole.images[image:last],
+            images=whole.images[firsts[image] : firsts[last]],
             window=number,
         )
         number += 1

@@ -16,7 +16,8 @@ class Windows:
 
     Args:
         tokens: most tokens of a window; 0: any number.
-        images: most images of a window; 0: any number.
+        images: most images of a window, of which a video that is one image in the text is one; 0:
+            any number.
     """
 
     tokens: int = 0

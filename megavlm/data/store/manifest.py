@@ -19,10 +19,10 @@ from megavlm.io.storage import LocalFiles, open_folder
 
 FILE_NAME = "manifest.json"
 FORMAT_NAME = "megavlm-packs"
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 # Version 2 had no levels, version 3 no limit of the size of images, version 4 no instructions for a
-# Q-Former, version 5 no grids.
-READ_VERSIONS = (2, 3, 4, 5, FORMAT_VERSION)
+# Q-Former, version 5 no grids, version 6 no videos whose frames are one image in the text.
+READ_VERSIONS = (2, 3, 4, 5, 6, FORMAT_VERSION)
 # More than a blend has; what is parsed is in memory anyway, as long as its dataset is open.
 KEPT_MANIFESTS = 4096
 
@@ -119,8 +119,8 @@ class Manifest:
         max_tiles: most tiles of an image, thumbnail not counted.
         thumbnail: whether an image of several tiles gets its thumbnail as one more tile.
         tiling: how images become tiles: dynamic, pad, crop, stretch, patches, anyres or
-            anyres_max_9; frames of videos are always one tile, and there are none with the last
-            three.
+            anyres_max_9; frames of videos are always one tile, and there are none with patches and
+            anyres.
         image_limit: for patches: width and height in pixels that larger images are made smaller to.
         grids: for anyres and anyres_max_9: columns and rows of the grids that images may have, the
             first of equals.

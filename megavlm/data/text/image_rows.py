@@ -14,11 +14,13 @@ from megavlm.data.text.tokenizer import ImageTokens
 
 class Shown(NamedTuple):
     """What an image takes up in the text: its context tokens, and rows of equally many of them if a
-    token stands behind each row.
+    token stands behind each row. The frames of a video may be one image there, of several
+    ``images``.
     """
 
     features: int
     rows: int = 1
+    images: int = 1
 
 
 def expand(
@@ -48,9 +50,9 @@ def expand(
     repeats[is_image] += np.array([one.rows for one in shown], np.int64)
     found = np.repeat(tokens, repeats)
     places = np.cumsum(repeats)[is_image]
-    for end, (count, lines) in zip(places, shown, strict=True):
-        width = count // lines + 1
-        found[end - lines * width + width - 1 : end : width] = newline
+    for end, one in zip(places, shown, strict=True):
+        width = one.features // one.rows + 1
+        found[end - one.rows * width + width - 1 : end : width] = newline
     return found, np.repeat(supervised, repeats)
 
 

@@ -12,6 +12,7 @@ def jinja_template(
     opening: str,
     last_end: str,
     image: str,
+    video: str | None,
     strip: bool,
     questions: bool,
     bos: bool,
@@ -25,6 +26,8 @@ def jinja_template(
         last_end: what stands behind the text of the answer that a finished conversation ends with;
             empty: the same as behind others.
         image: what an image becomes.
+        video: what a video becomes; empty: the tokenizer has no token for it; none: a user has to
+            pass its frames as images.
         strip: whether white space around texts is taken off.
         questions: whether texts of other roles than the assistant's are shown.
         bos: whether a text begins with the tokenizer's ``bos_token``.
@@ -34,6 +37,12 @@ def jinja_template(
         for role, text in rows.items()
     )
     trim = " | trim" if strip else ""
+    clip = f"{{{{ {_quoted(video or '')} }}}}"
+    if not video:
+        told = "pass the frames of a video as images"
+        if video is not None:
+            told = "the tokenizer has no token for videos"
+        clip = f"{{{{ raise_exception('{told}') }}}}"
     shown = "true" if questions else "message['role'] == 'assistant'"
     default = f"{{{{ {_quoted(beginning)} }}}}" if beginning else ""
     end = "{{ around[message['role']][1] }}"
@@ -50,8 +59,7 @@ def jinja_template(
         " for part in message['content'] %}{%- if part['type'] == 'image' %}{{"
         f" {_quoted(image)} }}}}{{% elif part['type'] == 'text' and {shown} %}}{{{{"
         f" part['text']{trim} }}}}"
-        "{% elif part['type'] == 'video' %}"
-        "{{ raise_exception('pass the frames of a video as images') }}"
+        f"{{% elif part['type'] == 'video' %}}{clip}"
         f"{{% endif %}}{{%- endfor %}}{{% endif %}}{end}"
         "{% endfor %}{%- if add_generation_prompt %}{{"
         f" {_quoted(opening)} }}}}{{% endif %}}"

@@ -126,7 +126,9 @@ class ChatFormat:
         """What an answer begins with in front of its text; learned."""
         return self.answer.partition("{}")[0]
 
-    def hf_template(self, *, system_message: str | None = None, bos: bool = False) -> str:
+    def hf_template(
+        self, *, system_message: str | None = None, bos: bool = False, video: str | None = None
+    ) -> str:
         """Return the template with which Hugging Face's apply_chat_template gives the same text.
 
         An image becomes one context token, which the processor expands, on a line of its own unless
@@ -136,7 +138,10 @@ class ChatFormat:
             system_message: replaces the format's own; empty: a conversation without a system turn
                 begins without one.
             bos: whether a text begins with the tokenizer's ``bos_token``.
+            video: token of a video, which stands as an image does; empty or none as in
+                ``jinja_template``.
         """
+        line_end = "\n" if self.questions else ""
         message = self.system_message if system_message is None else system_message
         return jinja_template(
             {
@@ -148,7 +153,8 @@ class ChatFormat:
             opening=self.opening,
             last_end=self.last_end and self.last_end + self.closing,
             # A template without questions shows images alone, one behind the other.
-            image=self.images.context + ("\n" if self.questions else ""),
+            image=self.images.context + line_end,
+            video=video and video + line_end,
             strip=self.strip,
             questions=self.questions,
             bos=bos,

@@ -17,6 +17,7 @@ IMAGE_START = "<img>"
 IMAGE_END = "</img>"
 IMAGE_CONTEXT = "<IMG_CONTEXT>"
 IMAGE_TOKENS = (IMAGE_START, IMAGE_END, IMAGE_CONTEXT)
+VIDEO_TOKENS = ("<video>", "<|video_pad|>")
 AROUND_IMAGE = "<fake_token_around_image>"
 CHUNK_END = "<|endofchunk|>"
 SPECIAL_TOKENS = (*IMAGE_TOKENS, "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
@@ -178,6 +179,12 @@ def extend(tokenizer: PreTrainedTokenizerBase, image_tokens: str = "internvl") -
     before = set(tokenizer.get_vocab().values())
     add_special_tokens(tokenizer, image_tokens)
     return tuple(sorted(set(tokenizer.get_vocab().values()) - before))
+
+
+def video_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the token of videos: LLaVA-OneVision's, or Qwen2.5's; empty: there is none."""
+    known = tokenizer.get_vocab()
+    return next((token for token in VIDEO_TOKENS if token in known), "")
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -30,6 +30,7 @@ from megavlm.convert.hf.model_config import architecture_from_hf
 from megavlm.convert.hf.reference import refuse_other_tiles
 from megavlm.convert.weights.tables import llava_name_on_disk, rows, unused_rows
 from megavlm.data.images.anyres import ONEVISION_GRIDS
+from megavlm.data.images.decode import decode_pixels
 from megavlm.data.images.feature_layout import feature_layout, sizes_in_text
 from megavlm.data.records.record import Turn
 from megavlm.data.text.chat_tokens import ChatTemplate
@@ -40,6 +41,7 @@ from tests.convert.llava_next_models import (
     LARGE_SIZES,
     ONEVISION,
     SMALL,
+    make_frames,
     make_image,
     make_llava_onevision,
     make_onevision_packs,
@@ -142,6 +144,41 @@ def test_transformers_loads_an_export_and_its_processor(
         assert made.shape[1] > inputs["input_ids"].shape[1]
     if find_spec("torchvision"):
         assert run_example(out, monkeypatch, capsys)
+    with pytest.raises(Exception, match="the tokenizer has no token for videos"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}])
+
+
+@pytest.mark.parametrize("token", ["<video>", "<|video_pad|>"])
+def test_transformers_reads_videos_with_an_export_whose_tokenizer_has_a_token_for_them(
+    tmp_path: Path, words: Path, token: str
+) -> None:
+    tokenizer = load_tokenizer(words)
+    tokenizer.add_tokens([token], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "words")
+    source = make_llava_onevision(tmp_path / "hf", SEEING)
+    start = convert.import_(source, tmp_path / "start", tokenizer=tmp_path / "words")
+    out = convert.export(start, tmp_path / "out", dtype=torch.float32)
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    assert read_json(out / "config.json")["video_token_index"] == token_id
+    processor = load_processor(out)
+    content = [{"type": "video"}, {"type": "text", "text": "what is it"}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    assert text.count(f"{token}\nwhat is it") == 1
+    layout = feature_layout("anyres_max_9", SEEING.features_per_tile)
+    frames = make_frames(np.random.default_rng(2), 3, (40, 30))
+    _, [shown] = sizes_in_text(frames, layout)
+    clip = np.stack([decode_pixels(frame.encoded) for frame in frames])
+    made = processor.replace_video_token({"pixel_values_videos": clip[None]}, 0)
+    assert made == token * shown.features
+    if not find_spec("torchvision"):  # without it the class that resizes frames cannot
+        return
+    inputs = processor(videos=[clip], text=[text], return_tensors="pt")
+    assert int((inputs["input_ids"] == token_id).sum()) == shown.features
+    model = LlavaOnevisionForConditionalGeneration.from_pretrained(out)
+    answer = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert answer.shape[1] > inputs["input_ids"].shape[1]
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import LlavaOnevisionConfig
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
@@ -18,9 +22,10 @@ from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOn
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
 from megavlm.data.images import anyres, decode
-from megavlm.data.images.feature_layout import MIXED, NEWLINE, feature_layout
+from megavlm.data.images.feature_layout import MIXED, NEWLINE, feature_layout, sizes_in_text
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.sample import Image as StoredImage
+from megavlm.data.text.image_rows import Shown
 
 SIDE = 28
 PATCH = 7
@@ -147,6 +152,31 @@ def test_features_of_large_grids_are_mixed_as_transformers_does() -> None:
     assert (one.columns, one.rows, one.tiles, layout.mixed(one)) == (1, 1, 1, None)
     assert layout.numbers(one).tolist() == [*range(FEATURES), NEWLINE]
     assert layout.count(one) == FEATURES + 1
+
+
+@pytest.mark.parametrize("side", [1, 2, 5, 27])
+def test_features_of_frames_are_mixed_as_transformers_does(side: int) -> None:
+    settings = LlavaOnevisionConfig(vision_config=dict(image_size=14 * side, patch_size=14))
+    layout = feature_layout("anyres_max_9", side**2)
+    frame = stored((50, 20), anyres.ONEVISION_GRIDS, "anyres_max_9", images=2)
+    frames = [replace(frame, columns=0, rows=left) for left in (3, 2, 1)]
+    features = torch.from_numpy(RNG.normal(size=(3, side**2, 5)).astype(np.float32))
+    expected = LlavaOnevisionModel.apply_pooling(SimpleNamespace(config=settings), features)
+    for image, own, theirs in zip(frames, features, expected, strict=True):
+        numbers = layout.numbers(image).tolist()
+        if image.rows == 1:
+            assert numbers.pop() == NEWLINE
+        assert len(numbers) == len(theirs)
+        assert layout.count(image) == len(numbers) + (image.rows == 1)
+        mixed = layout.mixed(image)
+        if side == 1:
+            assert (numbers, mixed) == ([0], None)
+            continue
+        assert numbers == [MIXED] * len(theirs)
+        found = (own[mixed.numbers] * torch.from_numpy(mixed.weights)[..., None]).sum(1)
+        torch.testing.assert_close(found, theirs, rtol=0, atol=1e-5)
+    tiles, [shown] = sizes_in_text(frames, layout)
+    assert (tiles, shown) == ([3], Shown(3 * len(theirs) + 1, images=3))
 
 
 @pytest.mark.parametrize("text", ["", "2x", "0x1", "2x1,", "1X2"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -15,13 +16,20 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 
 from megavlm.config.recipes.llava_next import VICUNA_7B
 from megavlm.data.images import anyres, decode
-from megavlm.data.images.feature_layout import NEWLINE, feature_layout, numbers_in_pack
+from megavlm.data.images.feature_layout import (
+    MIXED,
+    NEWLINE,
+    as_tiled,
+    feature_layout,
+    numbers_in_pack,
+)
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.rank_slice import RankSlice
 from megavlm.data.packing.asked_job import make_job
 from megavlm.data.packing.command_line import parse
 from megavlm.data.packing.job import pack_dataset
+from megavlm.data.text.tokenizer import load_tokenizer
 from tests.convert.round_trip import golden_words
 from tests.data.images.test_anyres import resize_along_rows_first
 
@@ -120,6 +128,104 @@ def test_packs_have_the_tiles_of_llava_onevision(
             numbers = numbers_in_pack(stored.images[places], layout, 16)
             assert numbers.tolist() == [*range(16), NEWLINE, *range(16, 32), NEWLINE]
     assert first == len(batch.tiles)
+
+
+@pytest.fixture
+def videos(data: Path) -> Path:
+    """Write records of a question and a folder, and of a GIF, an image and a folder: a question and
+    a text.
+    """
+    rng = np.random.default_rng(1)
+    frames = rng.integers(0, 256, (9, 40, 70), np.uint8)
+    pictures = [Image.fromarray(pixels) for pixels in frames]
+    pictures[0].save(data / "a.gif", save_all=True, append_images=pictures[1:])
+    (data / "b").mkdir()
+    for number, picture in enumerate(pictures[:3]):
+        picture.save(data / "b" / f"{number}.png")
+    mixed = {"image": ["0.png"], "video": ["a.gif", "b"]}
+    records = [
+        {"video": "b", "conversations": _turns("what moves here <video>")},
+        mixed | {"conversations": _turns("<video>then <image>and <video>\nwhat moves")},
+        mixed | {"text": "first <video> then <image> and <video> which is all"},
+    ]
+    (data / "records.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return data
+
+
+def _turns(question: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": "a cat"}]
+
+
+ONEVISION = ["--tiling", "anyres_max_9", "--min_frames", "5", "--max_frames", "5"]
+
+
+def _texts(packs: PackedDataset, folder: Path) -> list[str]:
+    """Return the text of each sample, with the length of each run of image tokens in brackets."""
+    context = packs.manifest.context_token_id
+    words = load_tokenizer(folder / "packs" / "tokenizer")
+    stored = packs.reader.read(0)
+    found = []
+    for tokens in np.split(stored.tokens, np.cumsum(stored.lengths)[:-1]):
+        text = ""
+        for is_image, run in itertools.groupby(tokens.tolist(), context.__eq__):
+            ids = list(run)
+            text += f"[{len(ids)}]" if is_image else words.decode(ids, skip_special_tokens=True)
+        found.append(text)
+    return sorted(text.partition("USER: ")[2] or text for text in found)
+
+
+def test_a_video_is_one_image_in_the_text(videos: Path) -> None:
+    packs = pack(videos, *ONEVISION)
+    # 4 features a frame and one newline; the only image of a record has a grid.
+    assert _texts(packs, videos) == [
+        "[13]\nwhat moves here ASSISTANT: a cat",
+        "[21]then [52]and [13]\nwhat moves ASSISTANT: a cat",
+        "first [21]then [52]and [13]which is all",
+    ]
+    stored = packs.reader.read(0)
+    numbers = numbers_in_pack(stored.images, packs.layout, 16)
+    assert len(numbers) == int((stored.tokens == packs.manifest.context_token_id).sum())
+    first = 0
+    places = iter(numbers.tolist())
+    tiles = packs.batch(0, 0).tiles.numpy()
+    for index, row in enumerate(stored.images):
+        count = packs.layout.count(as_tiled(stored.images[index : index + 1])[0])
+        own = [next(places) for _ in range(count)]
+        if not row["columns"]:
+            assert own == [MIXED] * 4 + ([NEWLINE] if row["rows"] == 1 else [])
+            # Another shape, not filled up to a square.
+            pixels = decode.decode_pixels(stored.image(index))
+            [expected] = decode.cut_tiles(pixels, 1, 1, 28, False)
+            assert np.array_equal(tiles[first], expected)
+            assert (row["width"], row["height"], row["tiles"]) == (70, 40, 1)
+        first += row["tiles"]
+    left = stored.images["rows"][stored.images["columns"] == 0].tolist()
+    assert [left.count(number) for number in (5, 4, 3, 2, 1)] == [2, 2, 5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("options", "text", "images"),
+    [
+        (["--window_images", "2"], ["[13]which is all", "first [21]then [52]and "], [6, 3]),
+        (["--window_tokens", "70"], ["[52]and [13]which is", "first [21]then "], [5, 4]),
+        (["--truncate", "26"], ["first [21]"], [5]),
+        (["--truncate", "10"], "would cut the video at image 1 in two: raise --truncate", []),
+        (["--truncate", "60"], "would cut image 2 in two: raise --truncate", []),
+    ],
+)
+def test_a_video_is_kept_or_lost_as_a_whole(
+    videos: Path, options: list[str], text: list[str] | str, images: list[int]
+) -> None:
+    records = videos / "records.jsonl"
+    records.write_text(records.read_text().split("\n")[-1])
+    options = [*ONEVISION, *options, "--max_rejects", "0"]
+    if isinstance(text, str):
+        with pytest.raises(ValueError, match=text):
+            pack(videos, *options)
+        return
+    packs = pack(videos, *options)
+    assert _texts(packs, videos) == text
+    assert sorted(np.bincount(packs.reader.read(0).images["sample"])) == sorted(images)
 
 
 def test_slices_of_ranks_hold_every_feature_and_newline_once(data: Path) -> None:
