@@ -14,7 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from megavlm.convert.hf.hub_formats import dialect_of, hub_format_of
-from megavlm.convert.hf.reference import load_reference, refuse_other_tiles, size_inputs
+from megavlm.convert.hf.reference import (
+    load_reference,
+    refuse_other_tiles,
+    size_inputs,
+    with_videos,
+)
 from megavlm.data.store.manifest import read_manifest
 from megavlm.evaluate.graded import ANSWERS, chosen, grade, write_rows, written
 from megavlm.evaluate.packs import TaskPacks, prepare
@@ -143,4 +148,5 @@ def _inputs(model: nn.Module, task: TaskPacks) -> Iterator[dict[str, Tensor]]:
                 # All of a prompt is a prefix, which sees itself; a choice behind it is not.
                 choice = torch.from_numpy(one.supervised.astype(np.int64))[None]
                 inputs["token_type_ids"] = choice
-            yield {name: value.to(model.device) for name, value in inputs.items()}
+            inputs = {name: value.to(model.device) for name, value in inputs.items()}
+            yield with_videos(model, inputs, one.images, task.packs.layout)

@@ -135,6 +135,7 @@ def _rows(task: Task, given: Sequence[Given], score: Score) -> list[dict[str, An
             "answers": list(question.truth),
             "score": value,
         }
+        | ({"video": [each.video.file.path for each in question.videos]} if question.videos else {})
         | ({"tokens": list(one.tokens)} if one.tokens else {})
         for question, one, value in zip(task.questions, given, score.each, strict=True)
     ]

@@ -15,11 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megavlm.data.images.decode import read_size
 from megavlm.data.images.feature_layout import feature_layout, sizes_in_text
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.loading.dataset import PackedDataset
-from megavlm.data.records.record import IMAGE_PLACEHOLDER, Turn
+from megavlm.data.records.record import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 from megavlm.data.records.reject import RejectError
 from megavlm.data.sample import Image, Sample
 from megavlm.data.store.manifest import Manifest, Source, read_manifest
@@ -27,6 +26,7 @@ from megavlm.data.store.memory_reader import MemoryReader
 from megavlm.data.text.chat_tokens import ChatTemplate
 from megavlm.data.text.instruction import NO_INSTRUCTION
 from megavlm.data.text.tokenizer import QFORMER_TOKENIZER, load_tokenizer
+from megavlm.evaluate.media import loaded, media_of
 from megavlm.evaluate.metrics import METRICS
 from megavlm.evaluate.task import Question, Task
 
@@ -40,7 +40,8 @@ class Asked:
         line: of the question in it.
         tokens: int32 [n], up to where the answer begins; with a choice, to the choice's end.
         supervised: bool [n], the tokens of the choice.
-        images: its images, whose files are not read yet; ``name`` is the path.
+        images: its images and frames, whose files are not read yet; ``name`` is the path.
+        frames: number of each in its video, as in ``Media``; empty: there are no videos.
         instruction: int32 [m], what a Q-Former reads beside them.
         room: tokens that are kept free behind it.
     """
@@ -50,6 +51,7 @@ class Asked:
     tokens: np.ndarray
     supervised: np.ndarray
     images: tuple[Image, ...]
+    frames: tuple[int, ...] = ()
     instruction: np.ndarray = field(default_factory=lambda: NO_INSTRUCTION)
     room: int = 0
 
@@ -74,16 +76,16 @@ def ask(task: Task, question: Question, template: ChatTemplate, tiling: Tiling) 
         tiling: how images become tiles.
 
     Raises:
-        ValueError: an image that cannot be read, or a text that the template refuses.
+        ValueError: an image or video that cannot be read, or a text that the template refuses.
     """
     where = task.where(question)
     _check_text(question, template, where)
-    images = tuple(image_of(path, tiling, len(question.images), where) for path in question.images)
+    media = media_of(question, tiling, where)
     layout = feature_layout(tiling.mode, template.features_per_tile)
-    tiles, shown = sizes_in_text(images, layout)
+    tiles, shown = sizes_in_text(media.images, layout)
     try:
         if not question.choices:
-            tokens = template.prompt(question.turns, tiles, shown)
+            tokens = template.prompt(media.turns, tiles, shown)
             found = [(tokens, np.zeros(len(tokens), bool))]
         else:
             metric = METRICS[task.metric]
@@ -91,7 +93,7 @@ def ask(task: Task, question: Question, template: ChatTemplate, tiling: Tiling) 
                 Turn(role="gpt", text=metric.choice(index, choice))
                 for index, choice in enumerate(question.choices)
             )
-            found = [template.encode((*question.turns, ending), tiles, shown) for ending in endings]
+            found = [template.encode((*media.turns, ending), tiles, shown) for ending in endings]
     except RejectError as error:
         raise ValueError(f"--eval.tasks {where}: {error.detail}") from None
     return [
@@ -100,8 +102,9 @@ def ask(task: Task, question: Question, template: ChatTemplate, tiling: Tiling) 
             line=question.line,
             tokens=tokens,
             supervised=supervised,
-            images=images,
-            instruction=template.instruction(question.turns, tiles),
+            images=media.images,
+            frames=media.frames,
+            instruction=template.instruction(media.turns, tiles),
             room=0 if question.choices else 1,
         )
         for tokens, supervised in found
@@ -111,30 +114,12 @@ def ask(task: Task, question: Question, template: ChatTemplate, tiling: Tiling) 
 def _check_text(question: Question, template: ChatTemplate, where: str) -> None:
     """Refuse a text that the template would leave out."""
     asked = "".join(turn.text for turn in question.turns if turn.role != "gpt")
-    shown = asked.replace(IMAGE_PLACEHOLDER, "").strip()
+    shown = asked.replace(IMAGE_PLACEHOLDER, "").replace(VIDEO_PLACEHOLDER, "").strip()
     if shown and not template.format.questions:
         raise ValueError(
             f"--eval.tasks {where}: the template {template.format.name} of the packs shows images"
             f" alone, and would leave out {shown[:40]!r}; write {IMAGE_PLACEHOLDER} as the question"
         )
-
-
-def image_of(path: Path, tiling: Tiling, images: int, where: str) -> Image:
-    """Return an image as its header describes it, without its content."""
-    try:
-        width, height = read_size(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--eval.tasks {where}: {path}: {error}") from None
-    columns, rows = tiling.grid(width, height, images=images)
-    return Image(
-        encoded=b"",
-        width=width,
-        height=height,
-        columns=columns,
-        rows=rows,
-        tiles=tiling.count(columns, rows, images),
-        name=str(path),
-    )
 
 
 def arrange(asked: Sequence[Asked], manifest: Manifest) -> list[list[int]]:
@@ -205,16 +190,14 @@ class QuestionReader(MemoryReader):
     def samples(self, pack_id: int, *, load: bool) -> list[Sample]:
         """See ``MemoryReader``: the samples have room for the answers."""
         fill = self._fill
+        tiling = tiling_of(self.manifest)
         pack = self.order[pack_id]
         return [
             Sample(
                 tokens=np.pad(one.tokens, (0, one.room), constant_values=fill),
                 # Where an answer begins, a prefix ends.
                 supervised=np.pad(one.supervised, (0, one.room), constant_values=True),
-                images=tuple(
-                    replace(image, encoded=Path(image.name).read_bytes()) if load else image
-                    for image in one.images
-                ),
+                images=tuple(loaded(one.images, one.frames, tiling)) if load else one.images,
                 source=index,
                 line=one.line,
                 instruction=one.instruction,
@@ -323,7 +306,12 @@ def usage_of(folder: Path | str, pair_length: int = 0) -> tuple[Manifest, ChatTe
         instruction_length=manifest.instruction_length,
         pair_length=pair_length,
     )
-    tiling = Tiling(
+    return manifest, template, tiling_of(manifest)
+
+
+def tiling_of(manifest: Manifest) -> Tiling:
+    """Return how images of a packed dataset became tiles."""
+    return Tiling(
         tile_size=manifest.image_size,
         min_tiles=manifest.min_tiles,
         max_tiles=manifest.max_tiles,
@@ -334,4 +322,3 @@ def usage_of(folder: Path | str, pair_length: int = 0) -> tuple[Manifest, ChatTe
         limit=manifest.image_limit,
         grids=manifest.grids,
     )
-    return manifest, template, tiling

@@ -101,11 +101,12 @@ def task_lines(task: str, models: Sequence[Answered], questions: int) -> Iterato
     shown = f": the first {questions} of {len(rows)}" if len(rows) > questions else ""
     yield f"<h2>{escape(task)}{shown}</h2>\n<table>"
     names = "".join(f"<th>{escape(model.model)}</th>" for model in models)
-    yield f"<tr><th>id</th><th>images</th><th>question</th><th>right</th>{names}</tr>"
+    yield f"<tr><th>id</th><th>images, videos</th><th>question</th><th>right</th>{names}</tr>"
     # Runs may have been asked different questions under one name.
     given = {model.model: {row["id"]: row for row in model.rows[task]} for model in models}
     for row in rows[:questions]:
         pictures = "".join(_picture(Path(path)) for path in row["image"])
+        pictures += "<br>".join(escape(Path(path).name) for path in row.get("video", ()))
         text = escape(str(row["question"])).replace("\n", "<br>")
         truth = "<br>".join(escape(answer) for answer in dict.fromkeys(row["answers"]))
         answers = "".join(_answer(given[model.model].get(row["id"])) for model in models)

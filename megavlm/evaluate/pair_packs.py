@@ -20,7 +20,8 @@ from megavlm.data.records.reject import RejectError
 from megavlm.data.sample import Image
 from megavlm.data.text.chat_tokens import ChatTemplate
 from megavlm.evaluate.answer import Score
-from megavlm.evaluate.packs import Asked, QuestionReader, arrange, image_of, usage_of
+from megavlm.evaluate.media import image_of
+from megavlm.evaluate.packs import Asked, QuestionReader, arrange, usage_of
 from megavlm.evaluate.pair_metrics import PAIR_METRICS, Embedded
 from megavlm.evaluate.task import Task
 

@@ -175,9 +175,12 @@ def _state(path: Path) -> list[int]:
 
 
 def _images(tasks: Sequence[Task]) -> str:
-    """Return a hash of the states of the tasks' images."""
-    images = sorted({image for task in tasks for one in task.questions for image in one.images})
-    states = [[str(image), *_state(image)] for image in images]
+    """Return a hash of the states of the tasks' images and videos."""
+    questions = [question for task in tasks for question in task.questions]
+    files = {image for one in questions for image in one.images}
+    for path in {Path(each.video.file.path) for one in questions for each in one.videos}:
+        files |= set(path.iterdir()) if path.is_dir() else {path}
+    states = [[str(file), *_state(file)] for file in sorted(files)]
     return hashlib.sha256(json.dumps(states).encode()).hexdigest()
 
 

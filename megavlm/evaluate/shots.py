@@ -66,7 +66,7 @@ def _behind(question: Question, pool: Task, count: int) -> Question:
     others = [
         one
         for one in pool.questions
-        if (one.turns, one.images) != (question.turns, question.images)
+        if (one.turns, one.images, one.videos) != (question.turns, question.images, question.videos)
     ]
     if len(others) < count:
         raise ValueError(
@@ -81,8 +81,9 @@ def _behind(question: Question, pool: Task, count: int) -> Question:
         for turn in (one.turns[-1], Turn(role="gpt", text=_right(one, pool.metric), learned=False))
     ]
     *system, asked = question.turns
-    images = tuple(image for one in chosen for image in one.images)
-    return replace(question, turns=(*system, *shown, asked), images=(*images, *question.images))
+    images = tuple(image for one in (*chosen, question) for image in one.images)
+    videos = tuple(video for one in (*chosen, question) for video in one.videos)
+    return replace(question, turns=(*system, *shown, asked), images=images, videos=videos)
 
 
 def _right(question: Question, metric: str) -> str:

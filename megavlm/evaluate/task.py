@@ -3,21 +3,41 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megavlm.data.records.record import IMAGE_PLACEHOLDER, Turn
+from megavlm.data.records.media_fields import read_videos
+from megavlm.data.records.record import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn, Video
+from megavlm.data.records.reject import RejectError
 from megavlm.evaluate.metrics import METRICS
 from megavlm.evaluate.pair_metrics import PAIR_METRICS
 from megavlm.evaluate.short_answers import LETTERS
 
 _KEYS = (
-    *("question", "answer", "answers", "image", "choices", "system"),
+    *("question", "answer", "answers", "image", "video", "frames", "clip", "choices", "system"),
     *("id", "metric", "category", "templates"),
 )
+_VIDEO_KEYS = ("video", "frames", "clip")
+
+
+USUAL_FRAMES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskedVideo:
+    """A video of a question.
+
+    Args:
+        video: the file or folder, and the part of it.
+        frames: most frames that are shown, from the middles of equal parts.
+    """
+
+    video: Video
+    frames: int = USUAL_FRAMES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +49,7 @@ class Question:
         line: its line in the file, from 1.
         turns: what stands before the answer: system (optional) and human.
         images: paths of its images, in the order of their placeholders.
+        videos: in the order of theirs.
         truth: right answers; of a metric of pairs, the texts or the class of its one image.
         choices: of which the model takes the likeliest; empty: it answers freely.
         category: figures are given for each, too; empty: none.
@@ -39,6 +60,7 @@ class Question:
     turns: tuple[Turn, ...]
     images: tuple[Path, ...]
     truth: tuple[str, ...]
+    videos: tuple[AskedVideo, ...] = ()
     choices: tuple[str, ...] = ()
     category: str = ""
 
@@ -165,13 +187,18 @@ def _question(fields: Mapping[str, Any], line: int, folder: Path) -> Question:
     if "templates" in fields:
         raise ValueError(f"has templates, which only {_with_classes()} takes")
     images = _images(fields, folder)
-    if len(images) == 1 and IMAGE_PLACEHOLDER not in text:
-        text = f"{IMAGE_PLACEHOLDER}\n{text}"
-    if text.count(IMAGE_PLACEHOLDER) != len(images):
-        raise ValueError(
-            f"has {text.count(IMAGE_PLACEHOLDER)} {IMAGE_PLACEHOLDER} in its question, but"
-            f" {len(images)} images"
-        )
+    videos = _videos(fields, folder)
+    for placeholder, name, media in (
+        (IMAGE_PLACEHOLDER, "images", images),
+        (VIDEO_PLACEHOLDER, "videos", videos),
+    ):
+        if len(media) == 1 and placeholder not in text:
+            text = f"{placeholder}\n{text}"
+        if text.count(placeholder) != len(media):
+            raise ValueError(
+                f"has {text.count(placeholder)} {placeholder} in its question, but"
+                f" {len(media)} {name}"
+            )
     turns = [Turn(role="human", text=text)]
     if "system" in fields:
         turns.insert(0, Turn(role="system", text=_text(fields, "system")))
@@ -180,6 +207,7 @@ def _question(fields: Mapping[str, Any], line: int, folder: Path) -> Question:
         line=line,
         turns=tuple(turns),
         images=images,
+        videos=videos,
         truth=_truth(fields),
         choices=_texts(fields, "choices"),
         category=_text(fields, "category"),
@@ -189,7 +217,8 @@ def _question(fields: Mapping[str, Any], line: int, folder: Path) -> Question:
 def _image_of_pair(fields: Mapping[str, Any], line: int, folder: Path) -> Question:
     """Read an image with its texts, or with its class."""
     metric = _text(fields, "metric")
-    _refuse(fields, ("question", "system", "choices", "templates"), f"beside {metric} and an image")
+    used = ("question", "system", "choices", "templates", *_VIDEO_KEYS)
+    _refuse(fields, used, f"beside {metric} and an image")
     images = _images(fields, folder)
     if len(images) != 1:
         raise ValueError(f"has {len(images)} images, but the metric {metric} needs one")
@@ -210,7 +239,7 @@ def _image_of_pair(fields: Mapping[str, Any], line: int, folder: Path) -> Questi
 
 def _classes(fields: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     """Read the line that names classes, and the templates of their prompts."""
-    used = ("question", "system", "answer", "answers", "id", "category")
+    used = ("question", "system", "answer", "answers", "id", "category", *_VIDEO_KEYS)
     _refuse(fields, used, "but no image")
     found = {"classes": _texts(fields, "choices"), "templates": _texts(fields, "templates")}
     if not any(found.values()):
@@ -241,6 +270,25 @@ def _images(fields: Mapping[str, Any], folder: Path) -> tuple[Path, ...]:
         if not image.is_file():
             raise ValueError(f"its image {image} is missing")
     return images
+
+
+def _videos(fields: Mapping[str, Any], folder: Path) -> tuple[AskedVideo, ...]:
+    """Return the videos of a question."""
+    paths = [str(folder / video) for video in _texts(fields, "video")]
+    if not paths:
+        _refuse(fields, _VIDEO_KEYS[1:], "but no video")
+        return ()
+    for path in paths:
+        if not os.path.exists(path):
+            raise ValueError(f"its video {path} is missing")
+    frames = fields.get("frames", USUAL_FRAMES)
+    if type(frames) is not int or frames < 1:
+        raise ValueError(f"frames is {json.dumps(frames)}, not a number of at least 1")
+    try:
+        videos = read_videos(paths, fields, "", {})
+    except RejectError as error:
+        raise ValueError(error.detail) from None
+    return tuple(AskedVideo(video=video, frames=frames) for video in videos)
 
 
 def _truth(fields: Mapping[str, Any]) -> tuple[str, ...]:

@@ -26,9 +26,13 @@ MISSING = {
     "verify_export.py": ["--load", ".", "--hf", "nowhere", "--data", "."],
 }
 # Other mistakes, and what is told of them.
-MISTAKES = {
-    "chat.py": ([".", "<image> or?", "--image", __file__, __file__], "the question has <image> 1"),
-}
+MISTAKES = (
+    (
+        ["chat.py", ".", "<image> or?", "--image", __file__, __file__],
+        "the question has <image> 1",
+    ),
+    (["chat.py", ".", "what", "--frames", "3"], "--frames: 3 has no effect without --video"),
+)
 # Runs tools with their arguments, all in one process, and prints the status of each, what it
 # printed and which of the slow modules were imported by then.
 PROGRAM = """
@@ -52,8 +56,8 @@ def test_help_and_mistakes_come_before_slow_imports(tmp_path: Path):
     assert sorted(MISSING) == TOOLS
     commands = [[name, "--help"] for name in TOOLS] + [[name, *MISSING[name]] for name in TOOLS]
     expected = ["usage:"] * len(TOOLS) + ["nowhere"] * len(TOOLS)
-    for name, (words, message) in MISTAKES.items():
-        commands.append([name, *words])
+    for words, message in MISTAKES:
+        commands.append(words)
         expected.append(message)
     asked = [[str(ROOT / "tools" / name), *words] for name, *words in commands]
     done = subprocess.run(

@@ -17,6 +17,7 @@ from megavlm.data.text.templates import FORMATS
 from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS, add_special_tokens, load_tokenizer
 from megavlm.evaluate.packs import Asked, QuestionReader, prepare
 from megavlm.evaluate.task import Task, read_task
+from tests.data.images.test_video import level, write_folder, write_video
 from tests.data.samples import make_dataset
 
 
@@ -68,6 +69,45 @@ def test_there_is_room_for_one_token(tmp_path: Path) -> None:
     lengths = [length for pack in packs for length in pack.lengths.tolist()]
     assert lengths == [len(one.tokens) + 1 for one in task.asked]
     assert sum(pack.supervised.sum() for pack in packs) == 2
+
+
+def test_a_video_that_cannot_be_read_is_told_with_its_line(tmp_path: Path) -> None:
+    packs = make_packs(tmp_path / "packs", "internvl2_5", "tokenizer", "internvl")
+    (tmp_path / "empty").mkdir()
+    for video, told in (("exam.jsonl", "exam.jsonl: not a video"), ("empty", "empty: it has no f")):
+        row = dict(question="Who?", video=video, answer="x")
+        (tmp_path / "exam.jsonl").write_text(json.dumps(row) + "\n")
+        with pytest.raises(ValueError, match=rf"--eval.tasks .*exam.jsonl:1: .*{told}"):
+            prepare(read_task(tmp_path / "exam.jsonl"), packs)
+    manifest = dataclasses.replace(read_manifest(packs), tiling="patches", image_limit=(64, 64))
+    manifest.write(packs)
+    with pytest.raises(ValueError, match="of --tiling patches, which takes images alone"):
+        prepare(read_task(tmp_path / "exam.jsonl"), packs)
+
+
+def test_frames_of_a_video_are_those_in_the_middles_of_its_parts(tmp_path: Path) -> None:
+    packs = make_packs(tmp_path / "packs", "internvl2_5", "tokenizer", "internvl")
+    dataclasses.replace(read_manifest(packs), tile_cap=16, capacity=400).write(packs)
+    write_video(tmp_path / "a.mp4", 40)
+    write_folder(tmp_path / "b", 3)
+    make_task(tmp_path, "Who?")
+    row = dict(question="<video>, <image>, <video>, <video>?", image="a.png", frames=4, answer="x")
+    row |= dict(video=["a.mp4", "b", "a.mp4"])
+    (tmp_path / "exam.jsonl").write_text(json.dumps(row) + "\n")
+    task = prepare(read_task(tmp_path / "exam.jsonl"), packs)
+    [one] = task.asked
+    middles = [4, 14, 24, 34]
+    assert one.frames == (*middles, -1, 0, 1, 2, *middles)
+    text = task.template.tokenizer.decode(one.tokens)
+    assert [f"Frame-{number}: <img>" in text for number in (0, 1, 4, 5)] == [
+        False,
+        True,
+        True,
+        False,
+    ]
+    found = task.packs.batch(0, 0).tiles.float().mean(dim=(1, 2, 3)).tolist()
+    bright = [level(place) for place in middles]
+    assert found == pytest.approx([*bright, 0, *map(level, range(3)), *bright], abs=3)
 
 
 def test_an_answer_ends_at_a_special_token(tmp_path: Path) -> None:

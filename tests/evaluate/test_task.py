@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from megavlm.evaluate.task import read_task, read_tasks
+from megavlm.data.records.record import MediaFile, Video
+from megavlm.evaluate.task import AskedVideo, read_task, read_tasks
 
 QUESTION = dict(question="What?", answer="red")
 RETRIEVAL = dict(image="a.png", answers=["red", "blue"], metric="retrieval")
@@ -37,10 +38,35 @@ def test_a_question_with_everything(tmp_path: Path):
     assert question.truth == ("red", "Red")
 
 
+def test_questions_about_videos(tmp_path: Path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    rows = (
+        dict(question="What?", video="a", frames=4, clip=[1, 2.5], answer="x"),
+        dict(question="<video>, <image> or <video>?", video=["b", "a"], image="a.png", answer="x"),
+    )
+    first, second = read_task(write(tmp_path, *rows)).questions
+    assert first.turns[0].text == "<video>\nWhat?"
+    file = MediaFile(path=str(tmp_path / "a"))
+    assert first.videos == (AskedVideo(video=Video(file=file, clip=(1.0, 2.5)), frames=4),)
+    assert second.turns[0].text == rows[1]["question"]
+    assert [(Path(one.video.file.path).name, one.frames) for one in second.videos] == [
+        ("b", 16),
+        ("a", 16),
+    ]
+
+
 @pytest.mark.parametrize(
     ("rows", "told"),
     [
         ((), ": has no question"),
+        ((QUESTION | dict(video="gone.mp4"),), r":1: its video .*gone.mp4 is missing"),
+        ((QUESTION | dict(frames=4),), r":1: has frames but no video; leave that out"),
+        ((QUESTION | dict(question="<video>"),), r":1: has 1 <video> in its question, but 0 vid"),
+        ((QUESTION | dict(video=".", frames=0),), r":1: frames is 0, not a number of at least 1"),
+        ((QUESTION | dict(video=".", clip=[2, 1]),), r":1: clip \[2, 1\] is not \[start, end\]"),
+        ((QUESTION | dict(video=[".", "."], question="<video>" * 2, clip=[1, 2]),), ":1: one clip"),
         (("{",), r":1: is not JSON"),
         (("[1]",), r":1: is not a JSON object"),
         ((QUESTION, dict(answer="x")), r":2: has no question"),

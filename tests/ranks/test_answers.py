@@ -63,6 +63,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(3):
         image = make_image(rng, 16, 1 + number, 1)
         (root / f"{number}.png").write_bytes(image.encoded)
+    (root / "frames").mkdir()
+    for number in range(5):
+        (root / "frames" / f"{number}.png").write_bytes(make_image(rng, 16, 1, 1).encoded)
     asked = [
         dict(question="What is it?", image="0.png", answer="red", category="one"),
         dict(question="Who?", answers=["he", "she"], category="none"),
@@ -71,10 +74,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
             question="A rather long question, in many words. " * 3, answer="no", system="Be kind."
         ),
         dict(question="How many?", image="2.png", answer="3", category="one"),
+        dict(question="What happens?", video="frames", frames=3, answer="red"),
     ]
     chosen = [
         dict(question=f"{row['question']} A. red B. green C. blue", answer="B")
-        | {key: row[key] for key in ("image",) if key in row}
+        | {key: row[key] for key in ("image", "video", "frames") if key in row}
         | dict(choices=["red", "green", "blue"], metric="multiple_choice")
         for row in asked
     ]
@@ -190,7 +194,7 @@ def test_training_does_not_notice_that_it_is_evaluated(folders: Path, ranks: Poo
     written = sorted((tmp_path / "asked" / "answers").iterdir())
     assert [folder.name for folder in written] == [f"step-0000000{step}" for step in range(4)]
     rows = [json.loads(line) for line in (written[3] / "choice.jsonl").read_text().splitlines()]
-    assert [row["id"] for row in rows] == ["1", "2", "3", "4", "5"]
+    assert [row["id"] for row in rows] == ["1", "2", "3", "4", "5", "6"]
     assert {row["prediction"] for row in rows} <= {"A", "B", "C"}
     right = sum(row["prediction"] == "B" for row in rows) / 5
     assert found[3]["choice/accuracy"] == right == sum(row["score"] for row in rows) / 5
@@ -210,13 +214,20 @@ def test_one_question_is_answered(folders: Path, alone, capfd: pytest.CaptureFix
 
     free, _ = open_tasks(configure(folders))
     words = [
-        *(str(folders / "hf"), "What is it?", "--image", str(folders / "0.png")),
+        *(
+            str(folders / "hf"),
+            "What happens?",
+            "--video",
+            str(folders / "frames"),
+            "--frames",
+            "3",
+        ),
         *("--packs", str(folders / "packs"), "--max_new_tokens", str(NEW_TOKENS)),
         *("--", "--training.precision", "float32"),
     ]
     assert chat.main(words) == 0
-    assert capfd.readouterr().out == free.template.text(alone[0][0]).strip() + "\n"
-    words[3] = str(folders / "gone.png")
+    assert capfd.readouterr().out == free.template.text(alone[0][5]).strip() + "\n"
+    words[2:4] = ["--image", str(folders / "gone.png")]
     with pytest.raises(SystemExit) as ended:
         chat.main(words)
     done = capfd.readouterr()
@@ -244,7 +255,7 @@ def test_models_are_compared(
         (out / "hf" / "run" / "answers" / "step-00000000" / "choice.jsonl").read_text().splitlines()
     )
     assert [json.loads(row)["prediction"] for row in rows] == ["ABC"[i] for i in alone[1]]
-    assert summary["hf"]["choice/accuracy"] == alone[1].count(1) / 5
+    assert summary["hf"]["choice/accuracy"] == alone[1].count(1) / 6
     page = (out / "index.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 8  # 4 images of each task
     assert "http" not in page

@@ -110,6 +110,18 @@ def answers_of_transformers(config: Config, folder: Path) -> list[list[int]]:
     return by_transformers.generate(load_reference(folder), task, NEW_TOKENS)
 
 
+def _about_videos(folder: Path, rng: np.random.Generator, size: int) -> list[dict]:
+    """Return questions about videos, which are folders of frames: some of one, and two of unlike
+    lengths with an image.
+    """
+    for name, frames in (("a", 5), ("b", 2)):
+        (folder / name).mkdir()
+        for number in range(frames):
+            (folder / name / f"{number}.png").write_bytes(make_image(rng, size, 2, 1).encoded)
+    both = dict(video=["a", "b"], image="0.png", question="is <video> <image> or <video>")
+    return [dict(video="a", frames=3, question="what", answer="a"), both | dict(answer="b")]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_answers_equal_those_of_transformers(ranks: Pool, tmp_path: Path, name: str) -> None:
     small, make_model, make_tokenizer, tiling, trainable = CASES[name]
@@ -145,6 +157,8 @@ def test_answers_equal_those_of_transformers(ranks: Pool, tmp_path: Path, name: 
         image = make_image(rng, size, 1 + number, 2)
         (tmp_path / f"{number}.png").write_bytes(image.encoded)
         rows.append(dict(question=question, image=f"{number}.png", answer="a"))
+    if name in ("llava", "llava_onevision"):
+        rows += _about_videos(tmp_path, rng, size)
     (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def configure(**settings) -> Config:

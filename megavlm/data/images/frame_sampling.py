@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,6 +20,8 @@ from megavlm.data.records.record import (
     Turn,
 )
 from megavlm.data.records.reject import RejectError
+
+Picture = TypeVar("Picture")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,3 +134,22 @@ def show_frames(
         else turn
         for turn in turns
     )
+
+
+def in_text_order(
+    turns: Sequence[Turn], stills: Sequence[Picture], clips: Sequence[Sequence[Picture]]
+) -> tuple[Picture, ...]:
+    """Return images and frames in the order of their placeholders. If the texts hold more or fewer
+    images, the template refuses them.
+    """
+    left_stills = iter(stills)
+    left_clips = iter(clips)
+    pictures: list[Picture] = []
+    for turn in turns:
+        if turn.role in SHOWING_ROLES:
+            for sign in re.findall(f"{IMAGE_PLACEHOLDER}|{VIDEO_PLACEHOLDER}", turn.text):
+                if sign == VIDEO_PLACEHOLDER:
+                    pictures += next(left_clips, ())
+                elif (still := next(left_stills, None)) is not None:
+                    pictures.append(still)
+    return (*pictures, *left_stills)

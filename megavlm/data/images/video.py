@@ -25,6 +25,7 @@ from megavlm.data.images.decode import MAX_PIXELS, cut_tiles, describe, open_ima
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.images.transforms import centre_crop, to_square
 from megavlm.data.records.record import MediaFile
+from megavlm.data.sample import Image
 from megavlm.io.remote import is_remote, open_file
 
 JPEG_QUALITY = 95
@@ -40,6 +41,10 @@ class Frame:
     encoded: bytes
     width: int
     height: int
+
+
+UNREAD = Frame(encoded=b"", width=0, height=0)
+"""Stands for a frame of which nothing but its number is known."""
 
 
 def frame_times(file: MediaFile) -> list[float]:
@@ -75,6 +80,28 @@ def read_frames(file: MediaFile, numbers: Sequence[int], tiling: Tiling) -> list
         return [_stored(path.read_bytes(), path.name) for path in files]
     decoded = _gif_frames(file, numbers) if _is_gif(file) else _video_frames(file, numbers)
     return [_encode(image, tiling) for image in decoded]
+
+
+def frames_as_images(frames: Sequence[Frame], name: str, *, joined: bool) -> tuple[Image, ...]:
+    """Return the frames of a video as images of one tile.
+
+    Args:
+        frames: of a video.
+        name: of its file, for messages.
+        joined: whether they are one image in the text.
+    """
+    return tuple(
+        Image(
+            encoded=frame.encoded,
+            width=frame.width,
+            height=frame.height,
+            columns=0 if joined else 1,
+            rows=len(frames) - number if joined else 1,
+            tiles=1,
+            name=name,
+        )
+        for number, frame in enumerate(frames)
+    )
 
 
 def _stored(encoded: bytes, name: str) -> Frame:

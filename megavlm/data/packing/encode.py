@@ -5,7 +5,7 @@ becomes tokens.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal, TypeVar
@@ -14,10 +14,16 @@ import numpy as np
 
 from megavlm.data.images.decode import check_pixels, load_decoders, read_header, scale_deep
 from megavlm.data.images.feature_layout import feature_layout, sizes_in_text
-from megavlm.data.images.frame_sampling import FrameChoice, show_frames
+from megavlm.data.images.frame_sampling import FrameChoice, in_text_order, show_frames
 from megavlm.data.images.tiling import Tiling
-from megavlm.data.images.video import Frame, frame_times, open_media, read_frames, read_media
-from megavlm.data.packing.picture_order import in_text_order
+from megavlm.data.images.video import (
+    UNREAD,
+    frame_times,
+    frames_as_images,
+    open_media,
+    read_frames,
+    read_media,
+)
 from megavlm.data.packing.shorten import cut_windows, truncated
 from megavlm.data.packing.windows import Windows
 from megavlm.data.records.filters import Filter
@@ -37,7 +43,6 @@ from megavlm.io.remote import RemoteError, is_remote
 DeepImages = Literal["clip", "scale", "reject"]
 Result = TypeVar("Result")
 ALL = Filter()  # keeps every record
-_UNREAD = Frame(encoded=b"", width=0, height=0)
 
 
 class Images(Enum):
@@ -250,7 +255,7 @@ class Encoder:
         if record.videos:
             rng = np.random.default_rng((self.seed, source, line))
             clips = [self._frames(video, images, rng) for video in record.videos]
-            pictures = in_text_order(record, stills, clips)
+            pictures = in_text_order(turns, stills, clips)
             frames = [len(clip) for clip in clips]
             turns = show_frames(turns, frames, joined=self.tiling.joins_frames)
         else:
@@ -342,10 +347,11 @@ class Encoder:
         if not self.tiling.takes_frames:
             told = f"a video, but --tiling {self.tiling.mode} takes images alone"
             raise RejectError("unsupported", told)
+        joined = self.tiling.joins_frames
         try:
             chosen = self.frames.choose(frame_times(video.file), video.clip, rng)
             if how is Images.HEADER:
-                return self._as_images([_UNREAD] * len(chosen), video.file.path)
+                return frames_as_images([UNREAD] * len(chosen), video.file.path, joined=joined)
             load_decoders()
             frames = read_frames(video.file, chosen, self.tiling)
             for frame in frames if how is Images.DECODE else ():
@@ -362,23 +368,7 @@ class Encoder:
             raise RejectError("unreadable_video", f"{video.file.path}: {error}") from None
         if how is Images.DECODE:
             frames = [dataclasses.replace(frame, encoded=b"") for frame in frames]
-        return self._as_images(frames, video.file.path)
-
-    def _as_images(self, frames: Sequence[Frame], name: str) -> tuple[Image, ...]:
-        """Return the frames of a video, a file of this name, as images of one tile."""
-        joined = self.tiling.joins_frames
-        return tuple(
-            Image(
-                encoded=frame.encoded,
-                width=frame.width,
-                height=frame.height,
-                columns=0 if joined else 1,
-                rows=len(frames) - number if joined else 1,
-                tiles=1,
-                name=name,
-            )
-            for number, frame in enumerate(frames)
-        )
+        return frames_as_images(frames, video.file.path, joined=joined)
 
 
 def reject(raw: RawRecord, annotations: Annotations, source: int, error: RejectError) -> Reject:
