@@ -74,13 +74,16 @@ def clean(root: Path) -> list[str]:
         if entry.name.startswith((_GROWING, _LEAVING, f".{LATEST}")) or atomic.is_partial(entry)
     ]
     for entry in left:
-        _remove(entry)
+        _remove(entry, ignore_errors=True)
     return [entry.name for entry in left]
 
 
-def _remove(entry: Path) -> None:
-    if entry.is_dir():
-        shutil.rmtree(entry, ignore_errors=True)
+def _remove(entry: Path, *, ignore_errors: bool = False) -> None:
+    """Remove a file, a folder with all that is in it, or a link, but not what a link leads to: a
+    checkpoint may have been moved to another disk.
+    """
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry, ignore_errors=ignore_errors)
     else:
         entry.unlink(missing_ok=True)
 
@@ -94,7 +97,7 @@ def publish(growing: Path, target: Path) -> None:
     atomic.rename(growing, target)
     atomic.write_text(target.parent / LATEST, target.name + "\n")
     if before is not None:
-        shutil.rmtree(before, ignore_errors=True)
+        _remove(before, ignore_errors=True)
 
 
 def drop_old(
@@ -149,7 +152,7 @@ def _figure(folder: Path, name: str) -> float | None:
 
 def _drop(folder: Path) -> None:
     """Rename, then remove: half a checkpoint never has a checkpoint's name."""
-    shutil.rmtree(_set_aside(folder))
+    _remove(_set_aside(folder))
 
 
 def _set_aside(folder: Path) -> Path:

@@ -115,6 +115,21 @@ def test_one_that_cannot_be_removed_is_told_and_keeps_no_other(
     assert _steps(tmp_path) == [1, 3]
 
 
+def test_a_link_to_a_checkpoint_goes_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    moved = _checkpoint(tmp_path / "other disk", 1)
+    for name in (directory.step_name(1), directory.step_name(2), ".leaving_step_00000000_ab"):
+        root.mkdir(exist_ok=True)
+        (root / name).symlink_to(moved, target_is_directory=True)
+    growing = root / directory.growing_name(2)
+    growing.mkdir()
+    directory.publish(growing, root / directory.step_name(2))
+    assert not directory.drop_old(root, root / directory.step_name(2), keep=1, keep_best=0)
+    assert directory.clean(root) == [".leaving_step_00000000_ab"]
+    assert sorted(entry.name for entry in root.iterdir()) == ["latest", directory.step_name(2)]
+    assert not (root / directory.step_name(2)).is_symlink() and (moved / "state.json").exists()
+
+
 def test_a_run_that_went_back_keeps_what_it_has_just_written(tmp_path: Path) -> None:
     for step in (100, 200, 900):
         _checkpoint(tmp_path, step)
