@@ -292,7 +292,7 @@ def _wait_for_its_death(
         if _started(found.pid) == found.started:
             raise LockedError(refusal)
         return
-    first = _age(path)
+    first = max(_age(path), 0.0)  # below 0 if a clock went back meanwhile
     if first > dead_seconds:
         return
     tell(
@@ -300,7 +300,8 @@ def _wait_for_its_death(
         f" waiting up to {dead_seconds - first:.0f} s for another one"
     )
     before = path.stat().st_mtime_ns if path.exists() else 0
-    while path.exists() and _age(path) <= dead_seconds:
+    until = time.monotonic() + dead_seconds - first
+    while path.exists() and time.monotonic() < until:
         time.sleep(beat_seconds / 4)
         if path.exists() and path.stat().st_mtime_ns != before:
             raise LockedError(refusal)

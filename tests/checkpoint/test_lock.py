@@ -106,14 +106,16 @@ def test_a_holder_elsewhere_that_gives_signs_of_life_keeps_the_lock(
     assert len(told) == 1 and "locked by process" in told[0] and "waiting up to" in told[0]
 
 
+@pytest.mark.parametrize("ahead", [0, 3600])
 def test_a_holder_elsewhere_without_signs_of_life_is_waited_for_and_then_dead(
-    tmp_path: Path, other: multiprocessing.Process
+    tmp_path: Path, other: multiprocessing.Process, ahead: int
 ) -> None:
     other.kill()
     other.join()
     path = tmp_path / "run" / FILE_NAME
     from_elsewhere(path)
-    os.utime(path)
+    touched = time.time() + ahead  # an hour ahead: the clock of the file system was set back
+    os.utime(path, (touched, touched))
     start = time.monotonic()
     with held(tmp_path / "run", tell=lambda text: None, **QUICK) as found:
         assert 0.5 < time.monotonic() - start < 10
