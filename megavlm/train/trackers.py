@@ -47,7 +47,8 @@ class TensorBoard:
 
     Args:
         config: the run.
-        step: updates that are done; what an earlier attempt recorded of later ones is hidden.
+        step: updates that are done; what an earlier attempt recorded of later ones is hidden, and
+            all that it recorded if the run begins anew.
     """
 
     name = "TensorBoard"
@@ -56,7 +57,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = str(Path(config.checkpoint.save) / "tensorboard")
-        self._writer = SummaryWriter(folder, purge_step=step + 1 if step else None)
+        self._writer = SummaryWriter(folder, purge_step=step + 1 if step else 0)
 
     def record(self, step: int, numbers: Mapping[str, float]) -> None:
         """Take the figures of a step."""

@@ -183,6 +183,9 @@ def test_tensorboard_hides_the_steps_that_are_trained_again(tmp_path: Path) -> N
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     config = config_for(tmp_path / "run", tensorboard=True)
+    with Metrics(config, is_writer=True, step=0) as metrics:  # killed before its first checkpoint
+        metrics.record(0, {"loss": 3.0})
+        metrics.record(2, {"loss": 3.0})
     for start, value in ((0, 1.0), (3, 2.0)):
         with Metrics(config, is_writer=True, step=start) as metrics:
             for step in range(start + 1, 6):
