@@ -118,10 +118,13 @@ class Writing:
             request.async_fn, *arguments, **request.async_fn_kwargs
         )
         work = partial(_write, write, self._queue, shards)
-        if beside:
-            self._start(work)
-        else:
+        if not beside:
             self._outcome = work()
+            return
+        try:
+            self._start(work)
+        except OSError as error:  # of this rank: no memory for another process, or no open files
+            self._outcome = Outcome(error=f"{type(error).__name__}: {error}")
 
     def _start(self, work: Callable[[], Outcome]) -> None:
         # A forked process has the memory as it is now; pages that training changes are copied for

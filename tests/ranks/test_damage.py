@@ -11,7 +11,9 @@ import resource
 import shutil
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -296,6 +298,31 @@ def with_slow_disk(config: Config) -> tuple[str, str]:
         return told(config)
     finally:
         vars(async_writer)["_write"] = write
+
+
+def without_processes(config: Config) -> tuple[str, str]:
+    """Run a job in which rank 1 has no memory for a process that writes."""
+
+    def start_or_refuse(process: BaseProcess) -> None:
+        if dist.get_rank() == 1 and process.name == "checkpoint":
+            raise OSError(12, "Cannot allocate memory")
+        start(process)
+
+    start = BaseProcess.start
+    with mock.patch.object(BaseProcess, "start", start_or_refuse):
+        return told(config)
+
+
+def test_a_rank_that_cannot_start_its_writing_process_costs_the_checkpoint_alone(
+    ranks: Pool, dataset: Path, three_steps: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(three_steps, tmp_path / "run")
+    config = make_job(dataset, tmp_path / "run", tensor_model_parallel_size=2)
+    beside = dataclasses.replace(config.checkpoint, asynchronous=True)
+    config = dataclasses.replace(config, checkpoint=beside)
+    for _, error in ranks.run(without_processes, 2, config):
+        assert "(rank 1: OSError: [Errno 12] Cannot allocate memory" in error
+    assert len(losses(tmp_path / "run")) == STEPS
 
 
 @pytest.mark.parametrize(
