@@ -73,7 +73,7 @@ def train(job: Job, state: State, metrics: Metrics, stop: StopRequest | None = N
     with (
         _listen(job, stop) as stop,
         _watchdog(job) as watchdog,
-        ProfiledSteps(config.profile, groups.rank, metrics) as profiled,
+        ProfiledSteps(config.profile, groups.rank, metrics, state.step) as profiled,
         contextlib.closing(_load_batches(job, state)) as loader,
     ):
         batches = supply.timed(watchdog.count(loader))

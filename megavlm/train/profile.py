@@ -18,14 +18,20 @@ class ProfiledSteps:
     Args:
         settings: which steps, and where the traces go.
         rank: this rank.
-        metrics: told where the traces are.
+        metrics: told where the traces are, or that there will be none.
+        step: updates that are done.
     """
 
-    def __init__(self, settings: Profile, rank: int, metrics: Metrics):
+    def __init__(self, settings: Profile, rank: int, metrics: Metrics, step: int):
         self._settings = settings
         self._rank = rank
         self._metrics = metrics
         self._running: profile | None = None
+        if settings.folder and step >= settings.first_step:
+            metrics.log(
+                f"WARNING: --profile.first_step {settings.first_step}: step {step} is done already;"
+                f" for a profile of this run use {step + 1} or more"
+            )
 
     def enter_step(self, step: int) -> None:
         """Begin or end the profile, before step ``step``, counted from 1."""

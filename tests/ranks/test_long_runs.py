@@ -129,6 +129,7 @@ def test_a_bad_step_is_skipped_on_all_ranks_and_the_run_resumes_bit_for_bit(
     config = job_with_rules(dataset, tmp_path / "killed", **layout)
     shown = "".join(ranks.run(run_planted, world, config, planted))
     assert shown.count("WARNING: step 5 is skipped: its loss") == 1, shown
+    assert shown.count("WARNING: --profile.first_step 2: step 3 is done already") == 1, shown
     assert are_equal(last, tensors_of(ranks, tmp_path / "killed", 6))
 
 
