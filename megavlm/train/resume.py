@@ -135,7 +135,8 @@ def check_fits(config: Config, start: Checkpoint) -> Checkpoint:
     if resumes(config, start):
         # What lies below a checkpoint of trained parameters is known by its content.
         asks_by_name = is_own(config, start) and not start.state.trained_only
-        problems += refusals(start.config, config, is_own=asks_by_name)
+        own = start.folder if asks_by_name else None
+        problems += refusals(start.config, config, own=own)
         problems += _pack_problems(config, start)
         _warn_of_other_packs(config, start)
     elif config.checkpoint.moments == "keep" and start.state.stage is None:

@@ -95,13 +95,13 @@ _REASONS = {
 }
 
 
-def refusals(old: Config, new: Config, *, is_own: bool) -> list[str]:
+def refusals(old: Config, new: Config, *, own: Path | None) -> list[str]:
     """Name the options, but those of ``architecture``, that must be as they were.
 
     Args:
         old: the run that wrote the checkpoint.
         new: the run that resumes.
-        is_own: whether it resumes a checkpoint of its own save folder.
+        own: the checkpoint that it resumes, if that is of its own save folder.
     """
     found = []
     for key, kind in KINDS.items():
@@ -109,10 +109,11 @@ def refusals(old: Config, new: Config, *, is_own: bool) -> list[str]:
         now = _value(new, key)
         if kind == "refused" and before != now:
             found.append(f"{_difference(key, before, now)}: {_reason(key)}{_remedy(key, old, new)}")
-        elif kind == "origin" and is_own and _asks_for_another_start(key, old, new):
+        elif kind == "origin" and own and _asks_for_another_start(key, old, new, own):
             found.append(
-                f"{_difference(key, before, now)}: the run resumes its own checkpoint, and this"
-                " says where it began; leave it out, or name another --checkpoint.save"
+                f"{_difference(key, before, now)}: the run resumes its own checkpoint {own}, and"
+                " this says where it began; leave it out, or name another --checkpoint.save"
+                + _way_back(key, new)
             )
     if new.data.batch_shares and old.training.global_batch_size != new.training.global_batch_size:
         sizes = (old.training.global_batch_size, new.training.global_batch_size)
@@ -160,9 +161,10 @@ def with_origin(new: Config, before: Config) -> Config:
     return new
 
 
-def _asks_for_another_start(key: str, old: Config, new: Config) -> bool:
+def _asks_for_another_start(key: str, old: Config, new: Config, own: Path) -> bool:
     """Return whether an option of another value than before would do something if it were not
     ignored; its default asks for nothing. Folders may have moved together with the save folder.
+    Arguments as of ``refusals``.
     """
     before = _value(old, key)
     now = _value(new, key)
@@ -170,13 +172,22 @@ def _asks_for_another_start(key: str, old: Config, new: Config) -> bool:
         return False
     save = Path(new.checkpoint.save).resolve()
     folder = Path(str(now)).resolve()
-    is_itself = key == "checkpoint.load" and save in (folder, folder.parent)
+    is_itself = key == "checkpoint.load" and folder in (save, own.resolve())
     is_path = isinstance(before, str) and before != ""
     is_same = is_path and folder == Path(before).resolve()
     has_moved = is_path and os.path.relpath(folder, save) == os.path.relpath(
         Path(before).resolve(), Path(old.checkpoint.save).resolve()
     )
     return not is_itself and not is_same and not has_moved
+
+
+def _way_back(key: str, new: Config) -> str:
+    """Return how to go back to an earlier checkpoint of the run, if the command names one."""
+    save = Path(new.checkpoint.save).resolve()
+    step = Path(new.checkpoint.load).resolve()
+    if key != "checkpoint.load" or step.parent != save:
+        return ""
+    return f"; to go back to that checkpoint, write {step.name} into {new.checkpoint.save}/latest"
 
 
 def _difference(key: str, before: Any, now: Any) -> str:

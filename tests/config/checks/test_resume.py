@@ -20,6 +20,7 @@ from megavlm.config.options import options
 from megavlm.config.schema import Config
 
 NAMES = ["--stage", "2", "--model", "tiny", "--data.train", "packs", "--save", "runs/a"]
+OWN = Path("runs/a/step_00000001")
 
 
 @cache
@@ -61,7 +62,7 @@ def test_each_option_has_the_effect_that_the_table_says(key: str) -> None:
     old = run()
     new = run(f"--{key}", another(key))
     assert old != new
-    refused = [line for line in refusals(old, new, is_own=True) if line.startswith(f"--{key}:")]
+    refused = [line for line in refusals(old, new, own=OWN) if line.startswith(f"--{key}:")]
     shown = [line for line in changes(old, new) if line.split()[0] == f"--{key}"]
     assert (len(refused), len(shown)) == {
         "refused": (1, 0),
@@ -69,7 +70,7 @@ def test_each_option_has_the_effect_that_the_table_says(key: str) -> None:
         "taken": (0, 1),
         "free": (0, 0),
     }[KINDS[key]]
-    assert refusals(new, new, is_own=True) == [] == changes(new, new)
+    assert refusals(new, new, own=OWN) == [] == changes(new, new)
 
 
 def test_a_table_says_what_changed() -> None:
@@ -84,26 +85,26 @@ def test_a_table_says_what_changed() -> None:
 
 def test_settings_without_effect_may_change() -> None:
     shares = ("--data.weights", "1,2")
-    assert not refusals(run(*shares, "--data.sampling", "sqrt"), run(*shares), is_own=False)
+    assert not refusals(run(*shares, "--data.sampling", "sqrt"), run(*shares), own=None)
     stored = ("--data.shuffle", "false")
-    assert not refusals(run(*stored, "--data.group", "8"), run(*stored), is_own=False)
+    assert not refusals(run(*stored, "--data.group", "8"), run(*stored), own=None)
     for before, now in (((), shares), ((), ("--data.sampling", "sqrt")), ((), stored)):
-        assert refusals(run(*before), run(*now), is_own=False)
+        assert refusals(run(*before), run(*now), own=None)
 
 
 def test_the_batch_may_change_if_the_order_of_the_packs_stays() -> None:
     old = run("--global-batch-size", "8")
-    [refused] = refusals(old, run("--global-batch-size", "16"), is_own=False)
+    [refused] = refusals(old, run("--global-batch-size", "16"), own=None)
     assert refused.startswith("--data.group: 8 in the checkpoint, 16 asked for")
     assert refused.endswith("to change the batch size alone, add --data.group 8")
-    [refused] = refusals(old, run("--data.group", "4"), is_own=False)
+    [refused] = refusals(old, run("--data.group", "4"), own=None)
     assert "add --data.group" not in refused  # the command gives it already
-    assert not refusals(old, run("--global-batch-size", "16", "--data.group", "8"), is_own=False)
+    assert not refusals(old, run("--global-batch-size", "16", "--data.group", "8"), own=None)
     shared = ["--data.group", "8", "--data.batch_shares", "true"]
     [refused] = refusals(
         run("--global-batch-size", "8", *shared),
         run("--global-batch-size", "16", *shared),
-        is_own=False,
+        own=None,
     )
     assert refused.startswith("--training.global_batch_size: 8 in the checkpoint")
 
@@ -111,29 +112,34 @@ def test_the_batch_may_change_if_the_order_of_the_packs_stays() -> None:
 def test_weights_of_4_bits_keep_the_dtype_that_they_were_rounded_from() -> None:
     lora = ["--architecture.lora.rank", "4", "--architecture.lora.nf4", "language"]
     old = run("--training.precision", "bfloat16", *lora)
-    [refused] = refusals(old, run("--training.precision", "float32", *lora), is_own=True)
+    [refused] = refusals(old, run("--training.precision", "float32", *lora), own=OWN)
     assert refused.startswith("--training.precision: bfloat16 in the checkpoint, float32 asked for")
     assert "--architecture.lora.nf4" in refused
     old = run("--training.precision", "bfloat16", *lora[:2])
-    assert not refusals(old, run("--training.precision", "float32", *lora[:2]), is_own=True)
+    assert not refusals(old, run("--training.precision", "float32", *lora[:2]), own=OWN)
 
 
 def test_where_a_run_began_may_be_left_out_or_said_again(tmp_path: Path) -> None:
     began = tmp_path / "one"
     save = tmp_path / "two"
+    own = save / "step_00000003"
     old = run("--load", str(began), "--save", str(save))
     for load in ("", str(began), f"{began}/", str(save), str(save / "step_00000003")):
-        assert not refusals(old, run("--load", load, "--save", str(save)), is_own=True), load
+        assert not refusals(old, run("--load", load, "--save", str(save)), own=own), load
     other = run("--load", str(tmp_path / "three"), "--save", str(save))
-    [refused] = refusals(old, other, is_own=True)
-    assert "says where it began" in refused
-    assert not refusals(old, other, is_own=False)  # it is what the run loads
+    [refused] = refusals(old, other, own=own)
+    assert "says where it began" in refused and "latest" not in refused
+    earlier = run("--load", str(save / "step_00000002"), "--save", str(save))
+    [refused] = refusals(old, earlier, own=own)  # which would be ignored
+    assert f"write step_00000002 into {save}/latest" in refused
+    assert not refusals(earlier, earlier, own=own)
+    assert not refusals(old, other, own=None)  # it is what the run loads
     kept = dataclasses.replace(old.checkpoint, moments="keep")
-    assert refusals(old, dataclasses.replace(old, checkpoint=kept), is_own=True)
+    assert refusals(old, dataclasses.replace(old, checkpoint=kept), own=OWN)
 
 
 def test_where_a_run_began_stays_on_record_if_the_command_leaves_it_out(tmp_path: Path) -> None:
     before = run("--load", str(tmp_path), "--checkpoint.moments", "keep")
     after = with_origin(run("--lr", "1e-3"), before)
     assert after.checkpoint == before.checkpoint and after.optimizer.lr == 1e-3
-    assert refusals(before, after, is_own=True) == []
+    assert refusals(before, after, own=OWN) == []
