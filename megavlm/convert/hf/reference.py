@@ -65,8 +65,10 @@ def with_videos(
         return dict(inputs)
     config = model.config
     tokens = inputs["input_ids"].clone()
-    if config.video_token_id < 0:  # the tokenizer has none, so any that the sample lacks
-        config.video_token_id = int(min(set(range(tokens.numel() + 1)) - set(tokens[0].tolist())))
+    taken = {-1, *tokens[0].tolist()}
+    # The tokenizer has none, or the text holds it: any that the sample lacks.
+    if config.video_token_id in taken:
+        config.video_token_id = min(set(range(len(taken))) - taken)
     is_video = np.repeat(
         [is_joined(image) for image in images], [layout.count(image) for image in images]
     )

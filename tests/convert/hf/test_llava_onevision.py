@@ -27,7 +27,7 @@ from megavlm.convert.hf.hub_formats import hub_format_of
 from megavlm.convert.hf.json_files import read_json, write_json
 from megavlm.convert.hf.llava_next_config import pinpoints
 from megavlm.convert.hf.model_config import architecture_from_hf
-from megavlm.convert.hf.reference import refuse_other_tiles
+from megavlm.convert.hf.reference import refuse_other_tiles, with_videos
 from megavlm.convert.weights.tables import llava_name_on_disk, rows, unused_rows
 from megavlm.data.images.anyres import ONEVISION_GRIDS
 from megavlm.data.images.decode import decode_pixels
@@ -146,6 +146,23 @@ def test_transformers_loads_an_export_and_its_processor(
         assert run_example(out, monkeypatch, capsys)
     with pytest.raises(Exception, match="the tokenizer has no token for videos"):
         processor.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}])
+
+
+@pytest.mark.parametrize("video", [-1, 0])
+def test_the_token_of_videos_stands_for_nothing_else_in_any_sample(video: int) -> None:
+    model = torch.nn.Module()
+    model.config = LlavaOnevisionConfig(image_token_index=7, video_token_index=video)
+    layout = feature_layout("anyres_max_9", SEEING.features_per_tile)
+    frames = make_frames(np.random.default_rng(2), 3, (40, 30))
+    features = sum(map(layout.count, frames))
+    side = SEEING.vision.image_size
+    # The first lacks the token that the second holds.
+    for words in ([1, 2], [0, 2]):
+        tokens = torch.tensor([[*words, *[7] * features]])
+        inputs = {"input_ids": tokens, "pixel_values": torch.zeros(3, 3, side, side)}
+        found = with_videos(model, inputs, frames, layout)
+        is_video = found["input_ids"] == model.config.video_token_id
+        assert torch.equal(is_video, tokens == 7)
 
 
 @pytest.mark.parametrize("token", ["<video>", "<|video_pad|>"])
