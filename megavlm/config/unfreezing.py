@@ -22,12 +22,6 @@ def frozen_steps(key: str, training: Training) -> int:
     return found[-1] if found else 0
 
 
-def waits(part: str, training: Training, step: int) -> bool:
-    """Return whether a whole part is still frozen in the step after ``step`` steps."""
-    found = [steps for pattern, steps in _entries(training) if pattern == part]
-    return bool(found) and step < found[-1]
-
-
 def setting_problems(config: Config) -> Iterator[str]:
     """Name the entries that no model could have."""
     training = config.training

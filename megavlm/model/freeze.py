@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from megavlm.config.checks.rules import PARTS
-from megavlm.config.freeze_mask import matches
+from megavlm.config.freeze_mask import PARTS, matches
+from megavlm.config.schema import Training
+from megavlm.config.unfreezing import frozen_steps
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.model.weights import named_weights, weight_sizes
 
@@ -20,21 +21,23 @@ class Trained:
     Args:
         weights: numbers in trained tensors of each part.
         total: numbers in all tensors of each part.
+        frozen_steps: steps of the run in which nothing of each part is trained yet.
     """
 
     weights: dict[str, int]
     total: dict[str, int]
+    frozen_steps: dict[str, int]
 
 
 def apply(
-    chunks: Sequence[VisionLanguageModel], trainable: Sequence[str], whole_model: dist.ProcessGroup
+    chunks: Sequence[VisionLanguageModel], training: Training, whole_model: dist.ProcessGroup
 ) -> Trained:
-    """Freeze every weight that no pattern of ``trainable`` means. Collective; call it before DDP
+    """Freeze every weight that no pattern of the freeze mask means. Collective; call it before DDP
     and the optimizer are built.
 
     Args:
         chunks: this rank's.
-        trainable: parts, or patterns of checkpoint keys with ``*``, ``?`` and ``[]``.
+        training: ``trainable`` has parts, or patterns of checkpoint keys with ``*``, ``?``, ``[]``.
         whole_model: ranks that have all layers and all experts between them.
 
     Raises:
@@ -46,13 +49,13 @@ def apply(
         whole = weight_sizes(chunk)
         sizes = found.setdefault(chunk.number, {})
         for key, parameter in named_weights(chunk).items():
-            patterns = {pattern for pattern in trainable if matches(key, pattern)}
+            patterns = {pattern for pattern in training.trainable if matches(key, pattern)}
             parameter.requires_grad_(bool(patterns))
             used |= patterns
             sizes[key] = whole[key], bool(patterns)
     everywhere: list = [None] * whole_model.size()
     dist.all_gather_object(everywhere, (used, found), group=whole_model)
-    unused = set(trainable) - set().union(*(seen for seen, _ in everywhere))
+    unused = set(training.trainable) - set().union(*(seen for seen, _ in everywhere))
     if unused:
         listed = ", ".join(sorted(unused))
         raise ValueError(
@@ -61,17 +64,20 @@ def apply(
         )
     numbered = [(number, sizes) for _, found in everywhere for number, sizes in found.items()]
     merged = {key: size for _, sizes in numbered for key, size in sizes.items()}
-    trains_vision = any(
-        trained for key, (_, trained) in merged.items() if key.startswith("vision.")
-    )
+    waiting: dict[str, list[int]] = {part: [] for part in PARTS}
+    for key, (_, is_trained) in merged.items():
+        if is_trained:
+            waiting[key.split(".")[0]].append(frozen_steps(key, training))
     first_trained = min(
         number for number, sizes in numbered if any(trained for _, trained in sizes.values())
     )
     for chunk in chunks:
-        chunk.trains_vision = trains_vision
+        chunk.trains_vision = bool(waiting["vision"])
         chunk.first_trained = first_trained
     return Trained(
-        weights=_by_part(merged, trained_only=True), total=_by_part(merged, trained_only=False)
+        weights=_by_part(merged, trained_only=True),
+        total=_by_part(merged, trained_only=False),
+        frozen_steps={part: min(steps, default=0) for part, steps in waiting.items()},
     )
 
 

@@ -77,7 +77,7 @@ def build_model(
         for module in quantised:
             nf4_layers.clear(module)
     whole_model = groups.collection.tp_ep_pp
-    trained = freeze.apply(chunks, config.training.trainable, whole_model)
+    trained = freeze.apply(chunks, config.training, whole_model)
     ddp_chunks = wrap_chunks(config, chunks)
     set_schedule_hooks(ddp_chunks)
     optimizer = build_optimizer(config, ddp_chunks, stage_moments.ages(chunks, history))

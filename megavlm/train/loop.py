@@ -200,8 +200,9 @@ def _step(
         )
     router_state.let_wait(job.chunks, config.training, state.step)
     if highest := config.training.highest_drop_path:
+        rate = drop_path(state.step, config.training, job.trained.frozen_steps["vision"])
         for chunk in job.chunks:
-            chunk.set_drop_path(drop_path(state.step, config.training) / highest)
+            chunk.set_drop_path(rate / highest)
     skips = partial(rule.skips, state.step + 1, ids.tolist())
     weight_of_pack = _weight_of_pack(job, ids, records)
     count = len(ids) // job.groups.data_size

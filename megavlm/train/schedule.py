@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 from megavlm.config.schema import Optimizer, Training
-from megavlm.config.unfreezing import waits
 
 
 def learning_rate(step: int, optimizer: Optimizer, steps: int) -> float:
@@ -75,11 +74,11 @@ def weight_decay(step: int, optimizer: Optimizer, steps: int) -> float:
     )
 
 
-def drop_path(step: int, training: Training) -> float:
-    """Return the drop path rate of the last layer in update ``step``, counted from 0; 0 while the
-    vision encoder is frozen.
+def drop_path(step: int, training: Training, frozen_steps: int) -> float:
+    """Return the drop path rate of the last layer in update ``step``, counted from 0; 0 in the
+    first ``frozen_steps``, in which the vision encoder is frozen.
     """
-    if waits("vision", training, step):
+    if step < frozen_steps:
         return 0.0
     progress = step / max(training.steps - 1, 1)
     return _between(

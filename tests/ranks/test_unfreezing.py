@@ -13,7 +13,7 @@ from megavlm.config.schema import BadSteps, Config
 from megavlm.job_checks import parameter_problems
 from tests.ranks.pool import Pool
 from tests.ranks.runs import config_for, make_packs, train_curve, whole_weights
-from tests.ranks.test_resume import make_job, resume_bit_for_bit
+from tests.ranks.test_resume import losses, make_job, resume_bit_for_bit, run_job
 
 UNTIL = ("vision=2", "language.decoder.layers.1=4")
 SETTINGS = dict(frozen_until=UNTIL, lr=1e-2, warmup_ratio=0.0, schedule="constant", adam_eps=1e-12)
@@ -63,6 +63,17 @@ def test_a_run_resumes_bit_for_bit_before_and_after_the_step(
         return dataclasses.replace(config, bad_steps=BadSteps(skip=True, spike_factor=50))
 
     resume_bit_for_bit(ranks, 2, job, tmp_path)
+
+
+def test_drop_path_waits_for_the_vision_encoder_however_it_is_named(
+    ranks: Pool, dataset: Path, tmp_path: Path
+) -> None:
+    found = []
+    for number, entries in enumerate((("vision=2",), ("vision.*=2",), ("vision=1", "visi*=2"))):
+        settings = SETTINGS | dict(frozen_until=entries, steps=3, drop_path=0.5)
+        ranks.run(run_job, 1, make_job(dataset, tmp_path / str(number), **settings))
+        found.append(losses(tmp_path / str(number)))
+    assert found[0] == found[1] == found[2]
 
 
 def test_a_group_counts_its_own_updates_past_skipped_steps() -> None:

@@ -309,7 +309,7 @@ def test_a_configuration_file_without_a_model_will_do(tmp_path: Path) -> None:
 def test_drop_path_goes_from_its_first_rate_to_its_last() -> None:
     def rates(**settings) -> list[float]:
         training = Training(steps=5, drop_path=0.1, **settings)
-        return [drop_path(step, training) for step in range(5)]
+        return [drop_path(step, training, 0) for step in range(5)]
 
     assert rates() == [0.1] * 5
     linear = rates(drop_path_schedule="linear", end_drop_path=0.5)
