@@ -14,6 +14,7 @@ import torch
 from megavlm.config.schema import Architecture, Config
 from megavlm.data.sample import Sample
 from tests.data.samples import write_packs
+from tests.ranks.layouts import asks_for_all
 from tests.ranks.pool import Pool
 from tests.ranks.runs import config_for
 from tests.ranks.test_packs import losses_and_gradients
@@ -39,8 +40,11 @@ def sizes_of(architecture: Architecture) -> dict[str, int]:
 
 
 def recipe_config(recipe: str, architecture: Architecture, packs: Path, **settings: Any) -> Config:
-    """Return a run of a recipe's model; ``settings`` as in ``config_for``."""
-    config = config_for(packs, **settings)
+    """Return a run of a recipe's model, on two packs a step unless interleaved stages may need
+    four; ``settings`` as in ``config_for``.
+    """
+    usual = dict(global_batch_size=4 if asks_for_all() else 2)
+    config = config_for(packs, **usual | settings)
     return dataclasses.replace(config, architecture=architecture, recipe=recipe)
 
 
