@@ -25,8 +25,9 @@ LINEARS = (
 EXPERT_LINEARS = ("linear_fc1", "linear_fc2")
 """Linear layers of an expert."""
 MAGNITUDE = ".lora.magnitude"
-SMALLEST_NORM = 1e-15  # taken for that of a row of zeros, which is padding
 """End of the keys of DoRA's norms."""
+SMALLEST_NORM = 1e-15
+"""Taken for that of a row of zeros, which is padding."""
 NF4_BLOCK = 64
 """Numbers of a row that share a scale in 4 bits."""
 _ADAPTABLE = re.compile(
