@@ -44,6 +44,7 @@ GROUPS = dict(
     language_layer_decay=0.9,
 )
 SETTINGS = GROUPS | dict(trainable=MASK, steps=3, lr=1e-2, warmup_ratio=0.0, adam_eps=1e-4)
+SETTINGS |= dict(global_batch_size=2)
 TENSOR = dict(tensor_model_parallel_size=2)
 PIPELINE = dict(pipeline_model_parallel_size=2, layout="v*2|v,t*3")
 

@@ -76,10 +76,11 @@ def test_training_is_the_same_as_with_the_head_on_all_tokens(
 
 
 def run(dataset: Path, reduction: str, tokens: str, **settings) -> Config:
-    """Three steps; Adam's eps is large, so that it does not blow up the last bits of gradients."""
-    config = config_for(
-        dataset, steps=3, adam_eps=1e-3, clip_grad=0.0, head_tokens=tokens, **settings
-    )
+    """Three steps of two packs; Adam's eps is large, so that it does not blow up the last bits of
+    gradients.
+    """
+    settings = dict(global_batch_size=2, adam_eps=1e-3, clip_grad=0.0) | settings
+    config = config_for(dataset, steps=3, head_tokens=tokens, **settings)
     arch = TIED if "pipeline_model_parallel_size" in settings else TINY
     data = dataclasses.replace(config.data, loss_reduction=reduction)
     return dataclasses.replace(config, architecture=arch, data=data)
