@@ -58,16 +58,21 @@ def has_begun(config: Config) -> bool:
     return save.is_dir() and bool(directory.candidates(save))
 
 
-def is_done(config: Config) -> bool:
-    """Tell whether the newest checkpoint of a run is its last one, and its export is written."""
+def steps_done(config: Config) -> int:
+    """Return the step of the newest checkpoint of a run; 0 if there is none that can be read."""
     try:
         found = step_folder.find(config.checkpoint.save)
     except (ValueError, OSError):
-        return False
+        return 0
+    return found.state.step if found else 0
+
+
+def is_done(config: Config) -> bool:
+    """Tell whether the newest checkpoint of a run is its last one, and its export is written."""
     steps = config.training.steps
     files = config.checkpoint
     exports = files.export_hf and exported_step(files, averages=config.ema.export) != steps
-    return found is not None and found.state.step >= steps and not exports
+    return 0 < steps <= steps_done(config) and not exports
 
 
 def _first_whole(config: Config, candidates: Sequence[Path], problems: list[str]) -> Checkpoint:

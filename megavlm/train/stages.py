@@ -32,6 +32,8 @@ def launch_all(stages: Sequence[Config]) -> None:
     next one starts from what it then saves.
     """
     number = _first(stages)
+    for text in _left(stages, number):
+        _warn(text)
     ahead: Callable[[], None] = partial(_check_ahead, stages[number:])
     attempts: Counter[int] = Counter()
     with StopRequest() as stop:
@@ -44,7 +46,8 @@ def launch_all(stages: Sequence[Config]) -> None:
                     config, stop, ahead=ahead, attempt=attempts[number], can_go_back=goes_back
                 )
             except DamagedError as error:
-                _warn_of_going_back(stages[number - 1], error)
+                before = stages[number - 1].stage
+                _warn(f"{error}\nstage {before} resumes from the checkpoint before")
                 attempts[number] += 1
                 number -= 1
                 attempts[number] += 1
@@ -60,13 +63,23 @@ def launch_all(stages: Sequence[Config]) -> None:
                 torch.cuda.empty_cache()
 
 
-def _warn_of_going_back(before: Config, error: DamagedError) -> None:
+def _warn(text: str) -> None:
     if torchrun.rank() == 0:
-        print(
-            f"WARNING: {error}\nstage {before.stage} resumes from the checkpoint before",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"WARNING: {text}", file=sys.stderr, flush=True)
+
+
+def _left(stages: Sequence[Config], number: int) -> Iterator[str]:
+    """Yield which stages before stage ``number`` have fewer steps than the command asks for, and
+    get no more, since a later one has begun.
+    """
+    for config, later in pairwise(stages[: number + 1]):
+        steps = resume.steps_done(config)
+        if 0 < steps < config.training.steps:
+            yield (
+                f"stage {config.stage} is at step {steps} of {config.training.steps} and stays so,"
+                f" since a later one has begun; to train it on, move {later.checkpoint.save} and"
+                " those of the stages behind it away"
+            )
 
 
 def _first(stages: Sequence[Config]) -> int:
@@ -89,6 +102,7 @@ def describe_start(stages: Sequence[Config]) -> str:
     number = _first(stages)
     first = stages[number]
     text = start_point.describe_ahead(first, find_start(first))
+    text = "\n".join([text, *_left(stages, number)])
     for run in stages[number + 1 :]:
         try:
             resume.find_own(run)

@@ -10,6 +10,7 @@ import io
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -143,6 +144,27 @@ def test_a_stage_whose_last_checkpoint_is_damaged_resumes_from_the_one_before(
     assert "stage 1.5 resumes from the checkpoint before" in told
     assert "the run resumes from step_00000008" in told
     assert_equal_ends(ranks, undisturbed, save)
+
+
+def test_new_steps_of_a_stage_behind_which_another_has_begun_are_told(
+    arguments: list[str],
+    undisturbed: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    from megavlm.train.stages import launch_all
+
+    runs = stages([*arguments[:-1], arguments[-1].removesuffix("10") + "12"], undisturbed)
+    state = SimpleNamespace(step=12)
+    monkeypatch.setattr("megavlm.train.stages.launch", lambda *_, **__: state)
+    launch_all(runs)
+    told = (
+        "stage 1.5 is at step 10 of 12 and stays so, since a later one has begun; to train it on,"
+        f" move {undisturbed / 'stage_2'} and those of the stages behind it away"
+    )
+    assert capsys.readouterr().err == f"WARNING: {told}\n"
+    launch_all(stages(arguments, undisturbed))
+    assert capsys.readouterr().err == ""
 
 
 def test_a_later_stage_that_could_not_run_is_refused_before_the_first_starts(
