@@ -92,12 +92,12 @@ def test_frames_of_a_video_are_those_in_the_middles_of_its_parts(tmp_path: Path)
     write_folder(tmp_path / "b", 3)
     make_task(tmp_path, "Who?")
     row = dict(question="<video>, <image>, <video>, <video>?", image="a.png", frames=4, answer="x")
-    row |= dict(video=["a.mp4", "b", "a.mp4"])
+    row |= dict(video=["b", "a.mp4", "a.mp4"])
     (tmp_path / "exam.jsonl").write_text(json.dumps(row) + "\n")
     task = prepare(read_task(tmp_path / "exam.jsonl"), packs)
     [one] = task.asked
     middles = [4, 14, 24, 34]
-    assert one.frames == (*middles, -1, 0, 1, 2, *middles)
+    assert one.frames == (0, 1, 2, -1, *middles, *middles)
     text = task.template.tokenizer.decode(one.tokens)
     assert [f"Frame-{number}: <img>" in text for number in (0, 1, 4, 5)] == [
         False,
@@ -107,7 +107,7 @@ def test_frames_of_a_video_are_those_in_the_middles_of_its_parts(tmp_path: Path)
     ]
     found = task.packs.batch(0, 0).tiles.float().mean(dim=(1, 2, 3)).tolist()
     bright = [level(place) for place in middles]
-    assert found == pytest.approx([*bright, 0, *map(level, range(3)), *bright], abs=3)
+    assert found == pytest.approx([*map(level, range(3)), 0, *bright, *bright], abs=3)
 
 
 def test_an_answer_ends_at_a_special_token(tmp_path: Path) -> None:

@@ -176,15 +176,18 @@ def test_other_images_and_packs_are_asked_about_again(
     layout = "v*2,c,t|" + "t|" * 150 + "h"
 
     def asked() -> int:
-        ask(model, "--parallel.layout", layout, image="a.png")
+        ask(model, "--parallel.layout", layout, image="a.png", video="b")
         return len(runs)
 
+    (tmp_path / "b").mkdir()
     (tmp_path / "a.png").write_bytes(b"one")
     assert [asked(), asked()] == [1, 1]
     (tmp_path / "a.png").write_bytes(b"other")
     assert [asked(), asked()] == [2, 2]
     (tmp_path / "packs" / "manifest.json").write_text("{}")
     assert [asked(), asked()] == [3, 3]
+    (tmp_path / "b" / "frame_1.png").write_bytes(b"one")
+    assert [asked(), asked()] == [4, 4]
 
 
 def test_transformers_needs_a_folder_of_its_own(

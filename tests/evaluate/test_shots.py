@@ -56,6 +56,16 @@ def test_each_image_of_a_prompt_has_its_own_tokens(tmp_path: Path) -> None:
     assert tokenizer.decode(asked.tokens).count("Answer: shade") == 4
 
 
+def test_videos_of_examples_come_before_that_of_the_question(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    rows = [dict(question="Which?", video=name, answer=name) for name in ("a", "b")]
+    files = str(write(tmp_path, *rows)), str(write(tmp_path, *rows, name="examples.jsonl"))
+    [one] = with_shots(read_tasks(files[:1]), files[1], (1,))
+    shown = [[Path(each.video.file.path).name for each in asked.videos] for asked in one.questions]
+    assert shown == [["b", "a"], ["a", "b"]]
+
+
 def test_too_few_examples_are_told(tmp_path: Path) -> None:
     task, examples = _files(tmp_path)
     with pytest.raises(ValueError, match="--eval.examples .*: has 4 questions .* asks for 5"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -199,6 +200,13 @@ def test_a_video_is_one_image_in_the_text(videos: Path) -> None:
             assert np.array_equal(tiles[first], expected)
             assert (row["width"], row["height"], row["tiles"]) == (70, 40, 1)
         first += row["tiles"]
+    augmented = replace(packs.manifest.sources[0], augment=True)
+    replace(packs.manifest, sources=(augmented,)).write(videos / "packs")
+    flipped = PackedDataset(videos / "packs", augment=("flip",)).batch(0, 0).tiles.numpy()
+    places = np.cumsum(stored.images["tiles"]) - 1
+    for place in places[stored.images["columns"] == 0]:  # not filled up to squares
+        sides = [abs(flipped[place][..., ::step].astype(int) - tiles[place]) for step in (1, -1)]
+        assert min(side.mean() for side in sides) < 2
     left = stored.images["rows"][stored.images["columns"] == 0].tolist()
     assert [left.count(number) for number in (5, 4, 3, 2, 1)] == [2, 2, 5, 5, 5]
 
