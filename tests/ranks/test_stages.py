@@ -152,7 +152,7 @@ def test_new_steps_of_a_stage_behind_which_another_has_begun_are_told(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    from megavlm.train.stages import launch_all
+    from megavlm.train.stages import describe_start, launch_all
 
     runs = stages([*arguments[:-1], arguments[-1].removesuffix("10") + "12"], undisturbed)
     state = SimpleNamespace(step=12)
@@ -163,6 +163,7 @@ def test_new_steps_of_a_stage_behind_which_another_has_begun_are_told(
         f" move {undisturbed / 'stage_2'} and those of the stages behind it away"
     )
     assert capsys.readouterr().err == f"WARNING: {told}\n"
+    assert describe_start(runs).endswith(f"\n{told}")
     launch_all(stages(arguments, undisturbed))
     assert capsys.readouterr().err == ""
 
