@@ -27,6 +27,7 @@ from megavlm.data.text.tokenizer import (
     IMAGE_CONTEXT,
     IMAGE_END,
     IMAGE_START,
+    QWEN_VIDEO,
     first_tokens,
     load_tokenizer,
     video_token,
@@ -35,7 +36,6 @@ from megavlm.data.text.tokenizer import (
 # The processor wants a token for videos that texts do not hold. Qwen2.5's tokenizers have one.
 # Elsewhere it is one of InternVL's that nothing uses, since a new token would make another
 # tokenizer than the one that the model was trained with.
-_VIDEO = "<|video_pad|>"
 _UNUSED = "<quad>"
 _PROCESSOR = "InternVLProcessor"
 GENERATION_NAME = "generation_config.json"
@@ -145,7 +145,7 @@ def _tokenizer_settings(tokenizer: Path) -> dict[str, Any]:
 
 def _processor_tokens(tokenizer: Path) -> dict[str, Any]:
     """Return the entries of ``tokenizer_config.json`` that name the processor and its tokens."""
-    video = _VIDEO if _VIDEO in load_tokenizer(tokenizer).get_vocab() else _UNUSED
+    video = QWEN_VIDEO if QWEN_VIDEO in load_tokenizer(tokenizer).get_vocab() else _UNUSED
     extra = _tokenizer_settings(tokenizer).get("extra_special_tokens")
     names = {
         "start_image_token": IMAGE_START,

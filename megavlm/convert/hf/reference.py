@@ -14,7 +14,13 @@ from megavlm.convert.hf.hub_formats import hub_format_of
 from megavlm.convert.hf.json_files import class_of_transformers
 from megavlm.convert.hf.model_config import architecture_from_hf
 from megavlm.data.images.anyres import grids_text
-from megavlm.data.images.feature_layout import FeatureLayout, Tiled, is_end, is_joined
+from megavlm.data.images.feature_layout import (
+    FeatureLayout,
+    Tiled,
+    images_in_text,
+    is_joined,
+    sizes_in_text,
+)
 from megavlm.data.loading.batch import Instructions
 from megavlm.data.store.manifest import Manifest
 
@@ -69,21 +75,15 @@ def with_videos(
     # The tokenizer has none, or the text holds it: any that the sample lacks.
     if config.video_token_id in taken:
         config.video_token_id = min(set(range(len(taken))) - taken)
-    is_video = np.repeat(
-        [is_joined(image) for image in images], [layout.count(image) for image in images]
-    )
+    tiles, shown = sizes_in_text(images, layout)
+    are_videos = [is_joined(group[0]) for group in images_in_text(images)]
+    of_videos = np.repeat(are_videos, [one.features for one in shown])
     places = (tokens[0] == config.image_token_id).nonzero()[:, 0]
-    tokens[0, places[torch.from_numpy(is_video)]] = config.video_token_id
+    tokens[0, places[torch.from_numpy(of_videos)]] = config.video_token_id
     found: dict[str, Any] = dict(inputs, input_ids=tokens)
-    tiles = found.pop("pixel_values").split([image.tiles for image in images])
-    videos: list[list[Tensor]] = []
-    for before, image, pixels in zip([None, *images], images, tiles, strict=False):
-        if is_joined(image):
-            if before is None or is_end(before):
-                videos.append([])
-            videos[-1].append(pixels)
-    clips = [torch.cat(video)[None] for video in videos]
-    stills = [pixels for image, pixels in zip(images, tiles, strict=True) if not is_joined(image)]
+    pixels = list(zip(are_videos, found.pop("pixel_values").split(tiles), strict=True))
+    clips = [own[None] for is_video, own in pixels if is_video]
+    stills = [own for is_video, own in pixels if not is_video]
     if stills:
         found["pixel_values"] = torch.cat(stills)
     if len({clip.shape for clip in clips}) == 1:

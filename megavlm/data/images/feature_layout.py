@@ -164,7 +164,7 @@ class BoundedRows(UnpaddedRows):
         """See ``FeatureLayout``."""
         columns, rows = self._kept(image)
         if image.tiles == 1:
-            return columns * rows + is_end(image)
+            return columns * rows + _is_end(image)
         return self.side**2 + rows * (columns + 1)
 
     def numbers(self, image: Tiled) -> np.ndarray:
@@ -174,7 +174,7 @@ class BoundedRows(UnpaddedRows):
         if image.tiles == 1:
             count = columns * rows
             features = np.full(count, MIXED, np.int64) if is_mixed else np.arange(count)
-            return np.append(features, NEWLINE) if is_end(image) else features
+            return np.append(features, NEWLINE) if _is_end(image) else features
         if is_mixed:
             return self._in_rows(np.full((rows, columns), MIXED, np.int64))
         return super().numbers(image)
@@ -213,7 +213,7 @@ def is_joined(image: Tiled) -> bool:
     return not image.columns
 
 
-def is_end(image: Tiled) -> bool:
+def _is_end(image: Tiled) -> bool:
     """Whether an image in the text ends with this image, as with all but frames that others of
     their video follow.
     """
@@ -241,18 +241,21 @@ def sizes_in_text(images: Sequence[Tiled], layout: FeatureLayout) -> tuple[list[
     """
     tiles: list[int] = []
     shown: list[Shown] = []
-    is_begun = False
-    for image in images:
-        features = layout.count(image)
-        if is_begun:
-            tiles[-1] += image.tiles
-            before = shown[-1]
-            shown[-1] = Shown(before.features + features, images=before.images + 1)
-        else:
-            tiles.append(image.tiles)
-            shown.append(Shown(features, 1 if is_joined(image) else image.rows))
-        is_begun = not is_end(image)
+    for group in images_in_text(images):
+        rows = 1 if is_joined(group[0]) else group[0].rows
+        tiles.append(sum(image.tiles for image in group))
+        shown.append(Shown(sum(map(layout.count, group)), rows, len(group)))
     return tiles, shown
+
+
+def images_in_text(images: Sequence[Tiled]) -> Iterator[list[Tiled]]:
+    """Yield what is one image in the text: an image, or the frames of a video if they are."""
+    group: list[Tiled] = []
+    for image in images:
+        group.append(image)
+        if _is_end(image):
+            yield group
+            group = []
 
 
 def numbers_in_pack(
