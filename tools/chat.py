@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from megavlm.config.option_types import existing, existing_file
+from megavlm.config.option_types import existing, existing_file, existing_path
 from megavlm.data.records.record import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER
 from tools.evaluation.options import add_options, parse_options
 
@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         "--video",
         nargs="+",
         default=[],
-        type=existing,
+        type=existing_path,
         metavar="PATH",
         help="videos or folders of frames, in the order of the question's <video>",
     )
@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     row = dict(question=options.question, answer="")
     row |= dict(image=[str(path.resolve()) for path in options.image])
-    row |= dict(video=[str(Path(path).resolve()) for path in options.video])
+    row |= dict(video=[str(path.resolve()) for path in options.video])
     row |= {} if options.frames is None else dict(frames=options.frames)
     row |= {} if options.system is None else dict(system=options.system)
     with tempfile.TemporaryDirectory(prefix="megavlm-chat-") as folder:

@@ -54,6 +54,13 @@ def existing_file(name: str) -> Path:
     return Path(name)
 
 
+def existing_path(name: str) -> Path:
+    """Return the path of a file or folder; raises ArgumentTypeError if there is none."""
+    if not Path(name).exists():
+        raise argparse.ArgumentTypeError(f"{name}: no such file or folder")
+    return Path(name)
+
+
 def new_file(name: str) -> Path:
     """Return the path of a file to write; one that exists is replaced.
 

@@ -31,6 +31,8 @@ MISTAKES = (
         ["chat.py", ".", "<image> or?", "--image", __file__, __file__],
         "the question has <image> 1",
     ),
+    (["chat.py", ".", "what", "--video", "gone.mp4"], "gone.mp4: no such file or folder"),
+    (["chat.py", ".", "what", "--video", __file__, __file__], "the question has <video> 0 times"),
     (["chat.py", ".", "what", "--frames", "3"], "--frames: 3 has no effect without --video"),
 )
 # Runs tools with their arguments, all in one process, and prints the status of each, what it
