@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.util import register_after_fork
-from types import FrameType
 
 import psutil
+
+from megavlm.io.child_processes import ChildWatcher
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -57,7 +58,7 @@ def watched_writers() -> Iterator[None]:
     register_after_fork(parent, _Parent.end_child)  # as long as there is ``parent``
     others = {process.pid for process in psutil.Process().children()}
 
-    def check(number: int, frame: FrameType | None) -> None:
+    def check() -> None:
         own = [process for process in psutil.Process().children() if process.pid not in others]
         for process in own:
             if (killed_by := _killed_by(process.pid)) is not None:
@@ -67,11 +68,8 @@ def watched_writers() -> Iterator[None]:
                     " if the memory of the machine was full, the kernel's log says so"
                 )
 
-    before = signal.signal(signal.SIGCHLD, check)
-    try:
+    with ChildWatcher(check):
         yield
-    finally:
-        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
 
 
 def end_with_parent(parent: int) -> None:

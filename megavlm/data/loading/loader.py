@@ -22,7 +22,7 @@ from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.order import Plan
 from megavlm.data.loading.worker_processes import (
-    WorkerFailureWatcher,
+    failing_with_workers,
     ignore_signals_but_from_parent,
     kill_frozen,
     starting_workers,
@@ -85,7 +85,7 @@ def batches(
     try:
         for position in positions:
             try:
-                with WorkerFailureWatcher(processes):
+                with failing_with_workers(processes):
                     batch = _made(next(arriving))
             except Exception as error:
                 if not workers:

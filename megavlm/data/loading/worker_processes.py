@@ -14,10 +14,11 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
-from types import FrameType
-from typing import Self
+
+from megavlm.io.child_processes import ChildWatcher
 
 ENDING = (signal.SIGTERM, signal.SIGINT)
 
@@ -28,7 +29,7 @@ def starting_workers(start_method: str | None = None) -> Iterator[list[BaseProce
     moment. The yielded list holds the processes afterwards.
 
     The handler of SIGCHLD is left as it was: PyTorch's would raise at any point of the training
-    process when a worker dies; ``WorkerFailureWatcher`` raises only while a batch is awaited.
+    process when a worker dies; ``failing_with_workers`` raises only while a batch is awaited.
     """
     if (start_method or multiprocessing.get_start_method()) != "fork":
         resource_tracker.ensure_running()  # started inside, it would unblock the signals
@@ -39,7 +40,7 @@ def starting_workers(start_method: str | None = None) -> Iterator[list[BaseProce
     try:
         yield started
     finally:
-        if _in_main_thread():
+        if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         started += [
@@ -78,9 +79,9 @@ def kill_frozen(processes: Sequence[BaseProcess]) -> None:
             process.kill()
 
 
-class WorkerFailureWatcher:
-    """Context that raises as soon as a worker dies: ``with WorkerFailureWatcher(workers): wait()``.
-    It does nothing outside the main thread.
+def failing_with_workers(processes: Sequence[BaseProcess]) -> ChildWatcher:
+    """Return a context that raises as soon as a worker dies: ``with failing_with_workers(workers):
+    wait()``.
 
     Args:
         processes: the workers.
@@ -88,37 +89,16 @@ class WorkerFailureWatcher:
     Raises:
         RuntimeError: a worker died; the message says which, and how.
     """
-
-    def __init__(self, processes: Sequence[BaseProcess]) -> None:
-        self.processes = processes
-
-    def __enter__(self) -> Self:
-        if self.processes and _in_main_thread():
-            self._before = signal.signal(signal.SIGCHLD, self._check)
-            try:
-                self._check()
-            except RuntimeError:
-                self.__exit__()
-                raise
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.processes and _in_main_thread():
-            signal.signal(signal.SIGCHLD, self._before)
-
-    def _check(self, number: int = 0, frame: FrameType | None = None) -> None:
-        for process in self.processes:
-            if (code := process.exitcode) is not None:
-                killed = (
-                    f"was killed by signal {-code} ({signal.Signals(-code).name})"
-                    if code < 0
-                    else ""
-                )
-                raise RuntimeError(
-                    f"DataLoader worker (pid {process.pid})"
-                    f" {killed or f'exited unexpectedly with status {code}'}"
-                )
+    return ChildWatcher(partial(_require_alive, processes))
 
 
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
+def _require_alive(processes: Sequence[BaseProcess]) -> None:
+    for process in processes:
+        if (code := process.exitcode) is not None:
+            killed = (
+                f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else ""
+            )
+            raise RuntimeError(
+                f"DataLoader worker (pid {process.pid})"
+                f" {killed or f'exited unexpectedly with status {code}'}"
+            )
