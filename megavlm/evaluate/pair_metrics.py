@@ -15,9 +15,13 @@ from torch.nn.functional import normalize
 from megavlm.evaluate.answer import Score
 
 CUTS = (1, 5, 10)
-DIRECTIONS = ("image_to_text", "text_to_image")
+RECALLS = tuple(f"{way}_at_{cut}" for way in ("image_to_text", "text_to_image") for cut in CUTS)
+"""Names of R@1, R@5 and R@10, both ways."""
 # Rows of the similarity matrix that are held at once.
 _ROWS = 1024
+# Cosines that differ by less are equal: those of the same two vectors differ in their last bits, by
+# where in a matrix the vectors are.
+_ALIKE = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +67,9 @@ def retrieval(found: Embedded) -> tuple[Score, list[int]]:
     own = found.truth
     of_images = ranks(found.images, found.texts, own, found.owners)
     of_texts = ranks(found.texts, found.images, found.owners, own)
-    figures = {
-        f"{direction}_at_{cut}": _share(places < cut)
-        for direction, places in zip(DIRECTIONS, (of_images, of_texts), strict=True)
-        for cut in CUTS
-    }
+    places = (of_images, of_texts)
+    shares = [_share(one < cut) for one in places for cut in CUTS]
+    figures = dict(zip(RECALLS, shares, strict=True))
     hits = tuple((of_images < 1).double().tolist())
     return Score(figures=figures, each=hits), _nearest(found.images, found.texts)
 
@@ -105,7 +107,7 @@ def clip_similarity(found: Embedded) -> tuple[Score, list[int]]:
 
 def ranks(queries: Tensor, found: Tensor, truth: Tensor, labels: Tensor) -> Tensor:
     """Return how many of those found are nearer to a query than the nearest right one, float64
-    [queries]; half of those that are as near count. Infinite without a finite similarity.
+    [queries]; half of those that are as near, to 1e-6, count. Infinite without a finite similarity.
 
     Args:
         queries: embeddings.
@@ -113,17 +115,16 @@ def ranks(queries: Tensor, found: Tensor, truth: Tensor, labels: Tensor) -> Tens
         truth: label of each query.
         labels: of each that is found; those with the query's are right.
     """
-    places = []
+    places = queries.new_empty(len(queries), dtype=torch.float64)
     for start in range(0, len(queries), _ROWS):
-        chosen = slice(start, start + _ROWS)
-        similar = queries[chosen] @ found.T
-        is_right = labels == truth[chosen, None]
+        rows = slice(start, start + _ROWS)
+        similar = queries[rows] @ found.T
+        is_right = labels == truth[rows, None]
         best = similar.masked_fill(~is_right, -torch.inf).max(dim=1).values
-        others = similar.masked_fill(is_right, -torch.inf)
-        nearer = (others > best[:, None]).sum(dim=1).double()
-        alike = (others == best[:, None]).sum(dim=1).double()
-        places.append((nearer + alike / 2).masked_fill(~best.isfinite(), torch.inf))
-    return torch.cat(places)
+        ahead = similar.masked_fill(is_right, -torch.inf) - best[:, None]
+        before = (ahead > _ALIKE).sum(dim=1) + (ahead.abs() <= _ALIKE).sum(dim=1) / 2
+        places[rows] = before.double().masked_fill(~best.isfinite(), torch.inf)
+    return places
 
 
 def _nearest(queries: Tensor, found: Tensor) -> list[int]:
@@ -136,12 +137,11 @@ def _share(which: Tensor) -> float:
     return float(which.double().mean())
 
 
-_RECALLS = tuple(f"{direction}_at_{cut}" for direction in DIRECTIONS for cut in CUTS)
 PAIR_METRICS: dict[str, PairMetric] = {
     "retrieval": PairMetric(
         judge=retrieval,
         measures="images and their captions find each other (COCO, Flickr30k)",
-        figures=_RECALLS,
+        figures=RECALLS,
     ),
     "zero_shot": PairMetric(
         judge=zero_shot,

@@ -7,26 +7,15 @@ from __future__ import annotations
 
 import contextlib
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from megavlm.data.loading.order import Plan
+from megavlm.evaluate.pair_metrics import CUTS, RECALLS, ranks
 from megavlm.parallel.gather_rows import gather_rows
 from megavlm.train.evaluate import evaluating
 from megavlm.train.job import Job
 from megavlm.train.whole_step import outputs_of
-
-CUTS = (1, 5, 10)
-NAMES = tuple(
-    f"recall/{direction}_at_{cut}"
-    for direction in ("image_to_text", "text_to_image")
-    for cut in CUTS
-)
-"""Figures: the share of images, or texts, whose own is among so many of the most similar."""
-# Rows of the similarity matrix that are held at once.
-_ROWS = 1024
 
 
 @torch.no_grad()
@@ -34,12 +23,13 @@ def recalls(job: Job) -> dict[str, float]:
     """Measure retrieval among the first ``eval_packs`` validation packs (all for 0). Collective;
     the chunks' parameters are whole.
 
-    If others are exactly as similar as the right one, such as the same words for another image,
-    half of them count as better. So one more such text does no harm, and embeddings that are all
-    alike find nothing.
+    If others are as similar as the right one, such as the same words for another image, half of
+    them count as better. So one more such text does no harm, and embeddings that are all alike find
+    nothing.
 
     Returns:
-        The figures of ``NAMES``, on ranks with the last chunk; nothing on others.
+        Figures by name: the share of images, or texts, whose own is among so many of the most
+            similar; on ranks with the last chunk, nothing on others.
     """
     wanted = job.config.training.eval_packs
     count = min(wanted, len(job.valid)) if wanted else len(job.valid)
@@ -62,7 +52,7 @@ def recalls(job: Job) -> dict[str, float]:
         ]
     )
     shares = job.groups.sum_over_data(hits) / sum(counts)
-    return dict(zip(NAMES, shares.tolist(), strict=True))
+    return {f"recall/{name}": share for name, share in zip(RECALLS, shares.tolist(), strict=True)}
 
 
 def _embed(job: Job, plan: Plan, count: int) -> list[Tensor]:
@@ -84,13 +74,6 @@ def _hits(queries: Tensor, found: Tensor, first: int) -> Tensor:
         found: what they find, of all ranks [N, E].
         first: index among ``found`` of the first query's own.
     """
-    counts = np.zeros(len(CUTS))
-    for start in range(0, len(queries), _ROWS):
-        similar = linear(queries[start : start + _ROWS], found)
-        rows = torch.arange(len(similar), device=similar.device)
-        own = similar[rows, first + start + rows]
-        alike = (similar == own[:, None]).sum(dim=1) - 1
-        before = (similar > own[:, None]).sum(dim=1) + alike / 2
-        is_finite = own.isfinite()
-        counts += [float(((before < cut) & is_finite).sum()) for cut in CUTS]
-    return torch.tensor(counts, device=queries.device)
+    labels = torch.arange(len(found), device=found.device)
+    places = ranks(queries, found, labels[first : first + len(queries)], labels)
+    return torch.stack([(places < cut).sum() for cut in CUTS]).double()

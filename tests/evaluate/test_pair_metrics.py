@@ -70,6 +70,10 @@ def test_what_is_as_near_counts_half_and_what_is_no_number_is_missed() -> None:
     nothing = torch.full((1, 2), -torch.inf)
     missed = ranks(torch.cat([nothing, alike[:1]]), alike, labels[:2], labels)
     assert missed.tolist() == [torch.inf, 1.5]
+    # Products of the same vectors differ in their last bits, by where they are in a matrix.
+    rounded = torch.tensor([[1 - 2**-23, 0.0], [1.0, 0.0], [1 - 2**-16, 0.0]])
+    assert ranks(rounded[1:2], rounded, labels[:1], labels[:3]).tolist() == [0.5]
+    assert ranks(alike[:0], alike, labels[:0], labels).tolist() == []
     # A text that is no number harms its own image alone.
     texts = torch.cat([nothing, alike[1:]])
     assert ranks(alike[:2], texts, labels[:2], labels).tolist() == [torch.inf, 1.0]
