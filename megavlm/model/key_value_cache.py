@@ -110,6 +110,7 @@ class Prefill:
         starts: position in the pack where each of its questions starts, by its number.
         ends: int [N + 1], where the samples of the whole pack start and end.
         tiles: which tile of the pack each question's answer reads by cross-attention, if any.
+        questions: those whose next token this rank finds, in the order of its logits.
     """
 
     def __init__(
@@ -118,7 +119,9 @@ class Prefill:
         starts: Mapping[int, int],
         ends: np.ndarray,
         tiles: Mapping[int, int],
+        questions: Sequence[int] = (),
     ):
+        self.questions = questions
         self._ends = ends
         self._parts: list[tuple[_Group, tuple[Tensor, Tensor, Tensor]]] = []
         self._tiles: list[tuple[_Group, Tensor, Tensor]] = []

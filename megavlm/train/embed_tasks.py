@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megavlm.data.loading.order import Plan
 from megavlm.evaluate.pair_packs import PairPacks
+from megavlm.train.evaluate import task_batches
 from megavlm.train.job import Job
 from megavlm.train.whole_step import outputs_of
 
@@ -32,9 +32,7 @@ def embed(job: Job, task: PairPacks) -> tuple[Tensor, Tensor]:
     shape = (2, len(task.asked), size)
     found = torch.full(shape, -torch.inf, device=job.backend.device)
     if len(numbers):
-        plan = Plan(num_packs=len(task.packs), seed=0, shuffle=False)
-        batches = job.batches(task.packs, plan, numbers, workers=0)
-        with contextlib.closing(batches):
+        with contextlib.closing(task_batches(job, task.packs, numbers)) as batches:
             outputs = outputs_of(job.ddp_chunks, batches, len(numbers), job.backend)
         # Ranks without the last chunk have none.
         for number, output in zip(numbers, outputs, strict=False):

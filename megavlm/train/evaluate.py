@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megavlm.config.checks.experts import spans_data_ranks
 from megavlm.config.schema import Vision
 from megavlm.data.loading.batch import Batch
+from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.order import Plan
 from megavlm.train.job import Job
 from megavlm.train.meters import Meter
@@ -113,6 +114,14 @@ def blank_packs(job: Job, count: int, most: int) -> int:
     total = max(count, most) if spans_data_ranks(job.config.parallel) else count
     total += -total % job.groups.pipeline_size if len(job.ddp_chunks) > 1 else 0
     return total - count
+
+
+def task_batches(
+    job: Job, packs: PackedDataset, numbers: Sequence[int]
+) -> Generator[Batch, None, None]:
+    """Load packs of a task by their numbers; ``close()`` frees what they hold."""
+    plan = Plan(num_packs=len(packs), seed=0, shuffle=False)
+    return job.batches(packs, plan, numbers, workers=0)
 
 
 def run_forward(

@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -23,50 +22,15 @@ from megavlm.config.schema import Config
 from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.dataset import sample_positions
 from megavlm.data.loading.media import images_read
-from megavlm.data.loading.order import Plan
 from megavlm.evaluate.packs import TaskPacks
 from megavlm.model.cross_attention import GatedLayer
 from megavlm.model.greedy import likeliest_tokens
 from megavlm.model.key_value_cache import Decode, KeyValueCache, Prefill, places_for
 from megavlm.model.precision import precision
-from megavlm.train.evaluate import blank_packs, own_positions, run_forward
+from megavlm.train.evaluate import blank_packs, own_positions, run_forward, task_batches
 from megavlm.train.job import Job
 from megavlm.train.pipeline import run_pipeline
 from megavlm.train.source_losses import SourceLosses
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Pack:
-    """A pack of questions that this rank answers.
-
-    Args:
-        number: of the pack.
-        starts: position in the pack where each of its questions starts, by the question's number.
-        ends: int32 [N + 1], where the samples of the pack start and end.
-        tiles: which of the pack's tiles an answer reads by cross-attention, by question.
-        asked: place among this rank's tokens of the last one of a question, and the question; those
-            that this rank has, in the order of places.
-    """
-
-    number: int
-    starts: dict[int, int]
-    ends: np.ndarray
-    tiles: dict[int, int]
-    asked: list[tuple[int, int]]
-
-    @property
-    def questions(self) -> list[int]:
-        """Those whose next token this rank finds, in its order."""
-        return [question for _, question in self.asked]
-
-    def prefill(self, batch: Batch, cache: KeyValueCache) -> Batch:
-        """Return the batch that asks for the first tokens of the answers, and keeps the keys."""
-        places = [place for place, _ in self.asked]
-        return dataclasses.replace(
-            batch,
-            loss_positions=torch.tensor(places or [0]),
-            cached=Prefill(cache, self.starts, self.ends, self.tiles),
-        )
 
 
 @torch.no_grad()
@@ -83,73 +47,55 @@ def generate(
         progress: called before each pass.
     """
     answers: list[list[int]] = [[] for _ in task.asked]
-    is_done = [False for _ in task.asked]
     window = job.groups.data_size * _packs_at_once(job, task, max_new_tokens)
     for start in range(0, len(task.order), window):
-        numbers = range(start, min(start + window, len(task.order)))
-        packs = [_place(job, task, numbers[own]) for own in own_positions(job, len(numbers))]
-        asked = [question for number in numbers for question in task.order[number]]
-        lengths = {one: len(task.asked[one].tokens) for pack in packs for one in pack.starts}
+        packs = range(start, min(start + window, len(task.order)))
+        own = [packs[index] for index in own_positions(job, len(packs))]
+        lengths = {one: len(task.asked[one].tokens) for pack in own for one in task.order[pack]}
         cache = KeyValueCache(lengths, max_new_tokens, job.backend.device)
+        unfinished = [question for pack in packs for question in task.order[pack]]
         progress()
-        found = _first_tokens(job, task, packs, cache, -(-len(numbers) // job.groups.data_size))
+        new = _first_tokens(job, task, own, cache, -(-len(packs) // job.groups.data_size))
         while True:
-            for question in asked:
-                if not is_done[question]:
-                    answers[question].append(found[question])
-                    is_over = task.is_over(answers[question])
-                    is_done[question] = is_over or len(answers[question]) == max_new_tokens
-            if all(is_done[question] for question in asked):
+            for question in unfinished:
+                answers[question].append(new[question])
+            unfinished = [
+                question
+                for question in unfinished
+                if len(answers[question]) < max_new_tokens and not task.is_over(answers[question])
+            ]
+            if not unfinished:
                 break
-            cache.keep({question for question in asked if not is_done[question]})
+            cache.keep(set(unfinished))
             progress()
-            found = _next_tokens(job, cache, answers)
+            new = _next_tokens(job, cache, answers)
     return answers
 
 
 def _packs_at_once(job: Job, task: TaskPacks, max_new_tokens: int) -> int:
-    """Return how many packs each data-parallel rank answers at once. Collective."""
+    """Return how many packs each data-parallel rank answers at once: as many as have keys and
+    values of at most ``--eval.cache_gib``. Collective.
+    """
     architecture = job.config.architecture
     language = architecture.language
+    counts = (language.num_query_groups, language.num_attention_heads)
+    key_heads, query_heads = (-(-count // job.groups.tensor_size) for count in counts)
     parts = [chunk.language for chunk in job.chunks if chunk.language is not None]
     layers = [layer for part in parts for layer in part.decoder.layers]
     crosses = sum(isinstance(layer, GatedLayer) for layer in layers)
-    heads = [language.num_query_groups, language.num_attention_heads]
-    own, read = (-(-count // job.groups.tensor_size) for count in heads)
-    elements = [len(layers) * own, crosses * read * architecture.features_per_tile]
-    found = torch.tensor(elements, device=job.backend.device)
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)  # pipeline stages have more layers or fewer
-    of_place, of_image = found.tolist()
-    most = max(
-        sum(places_for(len(task.asked[one].tokens) + max_new_tokens) * of_place for one in pack)
-        + len(pack) * of_image
+    keys = [len(layers) * key_heads, crosses * query_heads * architecture.features_per_tile]
+    most_keys = torch.tensor(keys, device=job.backend.device)
+    dist.all_reduce(most_keys, op=dist.ReduceOp.MAX)  # pipeline stages have more layers or fewer
+    of_token, of_image = most_keys.tolist()
+    largest_pack = max(
+        sum(
+            places_for(len(task.asked[one].tokens) + max_new_tokens) * of_token + of_image
+            for one in pack
+        )
         for pack in task.order
     )
-    size = 2 * language.head_size * precision(job.config).dtype.itemsize
-    return max(int(job.config.eval.cache_gib * 2**30) // (most * size), 1)
-
-
-def _place(job: Job, task: TaskPacks, number: int) -> _Pack:
-    """Find the questions of a pack in it."""
-    manifest = task.packs.manifest
-    questions = task.order[number]
-    asked = [task.asked[index] for index in questions]
-    lengths = np.array([len(one.tokens) + one.room for one in asked])
-    _, ends = sample_positions(lengths, manifest.alignment, manifest.capacity)
-    local = np.full(manifest.capacity, -1)
-    own = job.groups.rank_slice.tokens(ends)
-    local[own] = np.arange(len(own))
-    starts = ends[: len(asked)].tolist()
-    last = [
-        int(local[start + len(one.tokens) - 1]) for start, one in zip(starts, asked, strict=True)
-    ]
-    return _Pack(
-        number=number,
-        starts=dict(zip(questions, starts, strict=True)),
-        ends=ends,
-        tiles=_tiles_read(task, number) if job.config.architecture.cross_attention.every else {},
-        asked=sorted(pair for pair in zip(last, questions, strict=True) if pair[0] >= 0),
-    )
+    pair_bytes = 2 * language.head_size * precision(job.config).dtype.itemsize
+    return max(int(job.config.eval.cache_gib * 2**30) // (largest_pack * pair_bytes), 1)
 
 
 def _tiles_read(task: TaskPacks, number: int) -> dict[int, int]:
@@ -167,8 +113,43 @@ def _tiles_read(task: TaskPacks, number: int) -> dict[int, int]:
     return {question: tile for question, tile in found.items() if tile >= 0}
 
 
+def _prefill(job: Job, task: TaskPacks, number: int, batch: Batch, cache: KeyValueCache) -> Batch:
+    """Let a pack ask for the first tokens of its questions' answers, and keep keys and values.
+
+    Args:
+        job: the run.
+        task: the questions.
+        number: of the pack.
+        batch: the pack, as for training.
+        cache: takes the keys and values.
+    """
+    manifest = task.packs.manifest
+    questions = task.order[number]
+    asked = [task.asked[index] for index in questions]
+    lengths = np.array([len(one.tokens) + one.room for one in asked])
+    _, ends = sample_positions(lengths, manifest.alignment, manifest.capacity)
+    starts = ends[: len(asked)].tolist()
+    here = np.full(manifest.capacity, -1)  # place of each token among this rank's
+    own = job.groups.rank_slice.tokens(ends)
+    here[own] = np.arange(len(own))
+    last = [here[start + len(one.tokens) - 1] for start, one in zip(starts, asked, strict=True)]
+    found = sorted(pair for pair in zip(last, questions, strict=True) if pair[0] >= 0)
+    crosses = job.config.architecture.cross_attention.every
+    return dataclasses.replace(
+        batch,
+        loss_positions=torch.tensor([int(position) for position, _ in found] or [0]),
+        cached=Prefill(
+            cache,
+            starts=dict(zip(questions, starts, strict=True)),
+            ends=ends,
+            tiles=_tiles_read(task, number) if crosses else {},
+            questions=[question for _, question in found],
+        ),
+    )
+
+
 def _first_tokens(
-    job: Job, task: TaskPacks, packs: Sequence[_Pack], cache: KeyValueCache, most: int
+    job: Job, task: TaskPacks, packs: Sequence[int], cache: KeyValueCache, most: int
 ) -> list[int]:
     """Return the first token of the answer to each question, on every rank; -1 for those of other
     packs. Collective.
@@ -176,24 +157,22 @@ def _first_tokens(
     Args:
         job: the run.
         task: the questions.
-        packs: of this rank.
+        packs: numbers of this rank's.
         cache: takes the keys and values of their questions.
         most: packs of the rank that has most.
     """
-    plan = Plan(num_packs=len(task.packs), seed=0, shuffle=False)
-    numbers = [pack.number for pack in packs]
-    loaded = job.batches(task.packs, plan, numbers, workers=0)
+    loaded = task_batches(job, task.packs, packs)
     blank = blank_packs(job, len(packs), most)
 
     def passes() -> Iterator[Batch]:
-        for pack, batch in zip(packs, loaded, strict=True):
-            yield pack.prefill(batch, cache)
+        for number, batch in zip(packs, loaded, strict=True):
+            again = _prefill(job, task, number, batch, cache)
+            yield again
         for _ in range(blank):
-            yield batch
+            yield again
 
     with contextlib.closing(loaded):
-        questions = [*(pack.questions for pack in packs), *([] for _ in range(blank))]
-        return _tokens_of(job, len(task.asked), passes(), questions)
+        return _tokens_of(job, len(task.asked), passes(), len(packs) + blank)
 
 
 def _next_tokens(job: Job, cache: KeyValueCache, answers: Sequence[Sequence[int]]) -> list[int]:
@@ -205,13 +184,12 @@ def _next_tokens(job: Job, cache: KeyValueCache, answers: Sequence[Sequence[int]
         cache: of this rank.
         answers: so far, of each question.
     """
-    own = int(bool(cache.questions))
-    blank = blank_packs(job, own, 1)
-    nothing = KeyValueCache({}, 0, job.backend.device)
-    caches = [cache] * own + [nothing] * blank
+    caches = [cache] if cache.questions else []
+    blank = blank_packs(job, len(caches), 1)
+    caches += [KeyValueCache({}, 0, job.backend.device)] * blank
     passes = [Decode(one, _row_multiple(job.config)) for one in caches]
-    batches = [_new_tokens(job, one, answers) for one in passes]
-    return _tokens_of(job, len(answers), batches, [one.questions for one in passes])
+    batches = (_new_tokens(job, one, answers) for one in passes)
+    return _tokens_of(job, len(answers), batches, len(passes))
 
 
 def _row_multiple(config: Config) -> int:
@@ -256,25 +234,23 @@ def _new_tokens(job: Job, new: Decode, answers: Sequence[Sequence[int]]) -> Batc
     )
 
 
-def _tokens_of(
-    job: Job, count: int, batches: Iterable[Batch], questions: Sequence[Sequence[int]]
-) -> list[int]:
+def _tokens_of(job: Job, questions: int, batches: Iterator[Batch], count: int) -> list[int]:
     """Run passes, and return the likeliest next token of each question on every rank; -1 for those
     that no rank has run. Collective.
 
     Args:
         job: the run.
-        count: questions of the task.
+        questions: of the task.
         batches: of this rank.
-        questions: of each batch, in the order of its logits; there may be more logits.
+        count: their number.
     """
-    found = torch.full((count,), -1, dtype=torch.int64, device=job.backend.device)
-    if questions:
+    found = torch.full((questions,), -1, dtype=torch.int64, device=job.backend.device)
+    if count:
         run_pipeline(
             job.ddp_chunks,
-            iter(batches),
-            len(questions),
-            _keep(job, questions, found),
+            batches,
+            count,
+            _keep(job, found),
             job.backend,
             forward_only=True,
             with_loss=False,
@@ -283,18 +259,15 @@ def _tokens_of(
     return found.tolist()
 
 
-def _keep(
-    job: Job, questions: Sequence[Sequence[int]], found: Tensor
-) -> Callable[[Batch, Tensor], Tensor]:
-    """Make what the last chunk calls with the logits of each pack, in their order."""
-    waiting: Iterator[Sequence[int]] = iter(questions)
+def _keep(job: Job, found: Tensor) -> Callable[[Batch, Tensor], Tensor]:
+    """Make what the last chunk calls with the logits of each pass."""
     last = job.chunks[-1]
 
     def keep(batch: Batch, logits: Tensor) -> Tensor:
         tokens = likeliest_tokens(logits, last.language.real_rows, job.groups.collection.tp)
-        own = next(waiting)
-        if own:
-            found[torch.tensor(own, device=found.device)] = tokens[: len(own)]
+        own = batch.cached.questions
+        # There may be one more, of no question.
+        found[torch.tensor(own, dtype=torch.int64, device=found.device)] = tokens[: len(own)]
         return logits.new_zeros(())
 
     return keep
@@ -310,11 +283,10 @@ def choose(job: Job, task: TaskPacks) -> list[int]:
         task: questions with choices.
     """
     losses = SourceLosses([str(index) for index in range(len(task.asked))], job.backend.device)
-    plan = Plan(num_packs=len(task.packs), seed=0, shuffle=False)
-    ids = np.arange(len(task.packs))
-    batches = job.batches(task.packs, plan, own_positions(job, len(ids)), workers=0)
+    count = len(task.packs)
+    batches = task_batches(job, task.packs, own_positions(job, count))
     with contextlib.closing(batches):
-        run_forward(job, batches, len(ids), 1.0, (losses,))
+        run_forward(job, batches, count, 1.0, (losses,))
     means = losses.report(job.groups)["loss"]
     best: dict[int, tuple[float, int]] = {}
     first: dict[int, int] = {}

@@ -82,7 +82,6 @@ def both_ways(config: Config) -> tuple[list[list[int]], list[list[int]], float]:
     """
     import torch
 
-    from megavlm.model.greedy import likeliest_tokens
     from megavlm.train import generate
     from tests.ranks.runs import build
 
@@ -94,24 +93,19 @@ def both_ways(config: Config) -> tuple[list[list[int]], list[list[int]], float]:
     assert len(task.order) > 1
     seen: list[dict[int, torch.Tensor]] = []
 
-    def keep(job, questions, found):
-        waiting = iter(questions)
+    keep = generate._keep
 
+    def seeing(job, found):
         def of_pack(batch, logits):
-            own = next(waiting)
-            seen[-1] |= dict(zip(own, logits.clone(), strict=False))
-            last = job.chunks[-1].language
-            tokens = likeliest_tokens(logits, last.real_rows, job.groups.collection.tp)
-            if own:
-                found[torch.tensor(own)] = tokens[: len(own)]
-            return logits.new_zeros(())
+            seen[-1] |= dict(zip(batch.cached.questions, logits.clone(), strict=False))
+            return keep(job, found)(batch, logits)
 
         return of_pack
 
     def progress() -> None:
         seen.append({})
 
-    with mock.patch.object(generate, "_keep", keep):
+    with mock.patch.object(generate, "_keep", seeing):
         cached = generate.generate(job, task, NEW_TOKENS, progress)
         whole = answering.by_whole_packs(job, task, NEW_TOKENS, progress)
     differences = [
