@@ -283,7 +283,7 @@ def test_other_clips_are_refused(tmp_path: Path, wrong: dict) -> None:
 
 def test_a_model_that_hugging_face_has_no_place_for_is_not_exported(tmp_path: Path) -> None:
     clip = from_parts.vision_from_hf(make_vision(tmp_path / "clip", "clip"))
-    with pytest.raises(ValueError, match="this model is clip with mlp"):
+    with pytest.raises(ValueError, match="family internvit; this model has clip"):
         rows(replace(SMALL, vision=clip))
 
 
