@@ -165,66 +165,49 @@ _DIGITS = Architecture(
     ),
 )
 
+_INTERNVL: dict[str, tuple[Vision, Language]] = {
+    "internvl2_5-1b": (_INTERNVIT_300M, _qwen2_5(24, 896, 4864, 14, 2)),
+    "internvl2_5-2b": (_INTERNVIT_300M, _internlm2_5(24, 2048, 8192, 16, 8)),
+    "internvl2_5-4b": (_INTERNVIT_300M, _qwen2_5(36, 2048, 11008, 16, 2)),
+    "internvl2_5-8b": (_INTERNVIT_300M, _internlm2_5(32, 4096, 14336, 32, 8)),
+    "internvl2_5-26b": (_INTERNVIT_6B, _internlm2_5(48, 6144, 16384, 48, 8)),
+    "internvl2_5-38b": (_INTERNVIT_6B, _qwen2_5(64, 5120, 27648, 40, 8)),
+    "internvl2_5-78b": (_INTERNVIT_6B, _qwen2_5(80, 8192, 29568, 64, 8)),
+    "internvl3-1b": (_INTERNVIT_300M, _qwen2_5(24, 896, 4864, 14, 2)),
+    "internvl3-2b": (_INTERNVIT_300M, _qwen2_5(28, 1536, 8960, 12, 2)),
+    "internvl3-8b": (_INTERNVIT_300M, _qwen2_5(28, 3584, 18944, 28, 4)),
+    "internvl3-14b": (_INTERNVIT_300M, _qwen2_5(48, 5120, 13824, 40, 8, epsilon=1e-5)),
+    "internvl3-38b": (_INTERNVIT_6B, _qwen2_5(64, 5120, 27648, 40, 8, epsilon=1e-5)),
+    "internvl3-78b": (_INTERNVIT_6B, _qwen2_5(80, 8192, 29568, 64, 8, epsilon=1e-5)),
+    "internvl3_5-1b": (
+        _INTERNVIT_300M,
+        _qwen3(28, 1024, 3072, 16, 8, kv_channels=128, tied_head=True),
+    ),
+    "internvl3_5-2b": (_INTERNVIT_300M, _qwen3(28, 2048, 6144, 16, 8, tied_head=True)),
+    "internvl3_5-4b": (
+        _INTERNVIT_300M,
+        _qwen3(36, 2560, 9728, 32, 8, kv_channels=128, tied_head=True),
+    ),
+    "internvl3_5-8b": (_INTERNVIT_300M, _qwen3(36, 4096, 12288, 32, 8)),
+    "internvl3_5-14b": (_INTERNVIT_300M, _qwen3(40, 5120, 17408, 40, 8)),
+    "internvl3_5-38b": (_INTERNVIT_6B, _qwen3(64, 5120, 25600, 64, 8, kv_channels=128)),
+    "internvl3_5-30b-a3b": (
+        _INTERNVIT_300M,
+        _qwen3_moe(48, 2048, 6144, 32, 4, expert_ffn_hidden_size=768),
+    ),
+    "internvl3_5-241b-a28b": (
+        _INTERNVIT_6B,
+        _qwen3_moe(94, 4096, 12288, 64, 4, expert_ffn_hidden_size=1536),
+    ),
+    "internvl3_5-gpt-oss-20b": (_INTERNVIT_300M, _GPT_OSS_20B),
+}
+
 MODELS: dict[str, Architecture] = {
     "tiny": _TINY,
-    "internvl2_5-1b": Architecture(vision=_INTERNVIT_300M, language=_qwen2_5(24, 896, 4864, 14, 2)),
-    "internvl2_5-2b": Architecture(
-        vision=_INTERNVIT_300M, language=_internlm2_5(24, 2048, 8192, 16, 8)
-    ),
-    "internvl2_5-4b": Architecture(
-        vision=_INTERNVIT_300M, language=_qwen2_5(36, 2048, 11008, 16, 2)
-    ),
-    "internvl2_5-8b": Architecture(
-        vision=_INTERNVIT_300M, language=_internlm2_5(32, 4096, 14336, 32, 8)
-    ),
-    "internvl2_5-26b": Architecture(
-        vision=_INTERNVIT_6B, language=_internlm2_5(48, 6144, 16384, 48, 8)
-    ),
-    "internvl2_5-38b": Architecture(
-        vision=_INTERNVIT_6B, language=_qwen2_5(64, 5120, 27648, 40, 8)
-    ),
-    "internvl2_5-78b": Architecture(
-        vision=_INTERNVIT_6B, language=_qwen2_5(80, 8192, 29568, 64, 8)
-    ),
-    "internvl3-1b": Architecture(vision=_INTERNVIT_300M, language=_qwen2_5(24, 896, 4864, 14, 2)),
-    "internvl3-2b": Architecture(vision=_INTERNVIT_300M, language=_qwen2_5(28, 1536, 8960, 12, 2)),
-    "internvl3-8b": Architecture(vision=_INTERNVIT_300M, language=_qwen2_5(28, 3584, 18944, 28, 4)),
-    "internvl3-14b": Architecture(
-        vision=_INTERNVIT_300M, language=_qwen2_5(48, 5120, 13824, 40, 8, epsilon=1e-5)
-    ),
-    "internvl3-38b": Architecture(
-        vision=_INTERNVIT_6B, language=_qwen2_5(64, 5120, 27648, 40, 8, epsilon=1e-5)
-    ),
-    "internvl3-78b": Architecture(
-        vision=_INTERNVIT_6B, language=_qwen2_5(80, 8192, 29568, 64, 8, epsilon=1e-5)
-    ),
-    "internvl3_5-1b": Architecture(
-        vision=_INTERNVIT_300M,
-        language=_qwen3(28, 1024, 3072, 16, 8, kv_channels=128, tied_head=True),
-    ),
-    "internvl3_5-2b": Architecture(
-        vision=_INTERNVIT_300M, language=_qwen3(28, 2048, 6144, 16, 8, tied_head=True)
-    ),
-    "internvl3_5-4b": Architecture(
-        vision=_INTERNVIT_300M,
-        language=_qwen3(36, 2560, 9728, 32, 8, kv_channels=128, tied_head=True),
-    ),
-    "internvl3_5-8b": Architecture(vision=_INTERNVIT_300M, language=_qwen3(36, 4096, 12288, 32, 8)),
-    "internvl3_5-14b": Architecture(
-        vision=_INTERNVIT_300M, language=_qwen3(40, 5120, 17408, 40, 8)
-    ),
-    "internvl3_5-38b": Architecture(
-        vision=_INTERNVIT_6B, language=_qwen3(64, 5120, 25600, 64, 8, kv_channels=128)
-    ),
-    "internvl3_5-30b-a3b": Architecture(
-        vision=_INTERNVIT_300M,
-        language=_qwen3_moe(48, 2048, 6144, 32, 4, expert_ffn_hidden_size=768),
-    ),
-    "internvl3_5-241b-a28b": Architecture(
-        vision=_INTERNVIT_6B,
-        language=_qwen3_moe(94, 4096, 12288, 64, 4, expert_ffn_hidden_size=1536),
-    ),
-    "internvl3_5-gpt-oss-20b": Architecture(vision=_INTERNVIT_300M, language=_GPT_OSS_20B),
+    **{
+        name: Architecture(vision=vision, language=language)
+        for name, (vision, language) in _INTERNVL.items()
+    },
     **llava_next.MODELS,
     **llava_onevision.MODELS,
     "digits": _DIGITS,

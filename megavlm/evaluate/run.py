@@ -48,6 +48,7 @@ from megavlm.evaluate.page import Answered, read_rows
 from megavlm.evaluate.task import Task, read_tasks
 from megavlm.io import atomic
 from megavlm.io.remote import is_remote
+from megavlm.io.storage import file_states, size_and_time
 
 _PROGRAM = Path(__file__).parents[2] / "pretrain_vlm.py"
 _DONE = "evaluated.json"
@@ -95,7 +96,7 @@ def answer_with(
     name = _noted_name(name, saved.folder if saved else folder, out)
     target = out / name
     asked = {
-        "model": _content(saved.folder if saved else folder),
+        "model": file_states(saved.folder if saved else folder),
         "packs": str(packs),
         "settings": [max_new_tokens, by_transformers, *others],
         "files": _files(found, _manifest(packs, saved), others),
@@ -110,9 +111,9 @@ def answer_with(
                 max_new_tokens=max_new_tokens,
                 only=True,
             )
-            words = _words(saved, folder, evaluation, target, packs)
-            words += ["--training.global_batch_size", str(ranks)]
-            _run([*words, *others], ranks, folder, is_quiet=is_quiet)
+            arguments = _arguments(saved, folder, evaluation, target, packs)
+            arguments += ["--training.global_batch_size", str(ranks), *others]
+            _run(arguments, ranks, folder, is_quiet=is_quiet)
         atomic.write_text(target / _DONE, json.dumps(asked) + "\n")
     return _read(name, target / _RUN)
 
@@ -162,25 +163,13 @@ def _noted_name(name: str, folder: Path, out: Path) -> str:
     return name
 
 
-def _content(folder: Path) -> dict[str, list[int]]:
-    """Return the states of a model's files."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {str(path.relative_to(folder)): _state(path) for path in files}
-
-
-def _state(path: Path) -> list[int]:
-    """Return the size and time of a file, by which a changed one is known."""
-    stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns]
-
-
 def _images(tasks: Sequence[Task]) -> str:
     """Return a hash of the states of the tasks' images and videos."""
     questions = [question for task in tasks for question in task.questions]
     files = {image for one in questions for image in one.images}
     for path in {Path(each.video.file.path) for one in questions for each in one.videos}:
         files |= set(path.iterdir()) if path.is_dir() else {path}
-    states = [[str(file), *_state(file)] for file in sorted(files)]
+    states = [[str(file), *size_and_time(file)] for file in sorted(files)]
     return hashlib.sha256(json.dumps(states).encode()).hexdigest()
 
 
@@ -219,10 +208,10 @@ def _forget(target: Path) -> None:
     shutil.rmtree(target / _RUN, ignore_errors=True)
 
 
-def _words(
+def _arguments(
     saved: Checkpoint | None, model: Path, evaluation: Eval, target: Path, packs: Path | None
 ) -> list[str]:
-    """Return the options of the run that answers.
+    """Return the command line of the run that answers, and write the settings that it names.
 
     Args:
         saved: the checkpoint; none: ``model`` is a Hugging Face folder.
@@ -231,21 +220,26 @@ def _words(
         target: folder of its answers.
         packs: packed dataset; none: the checkpoint's.
     """
-    words = _options(saved, evaluation, target) if saved else _of_folder(model)
-    if saved is None:
-        settings = {"eval": dataclasses.asdict(evaluation) | {"tasks": list(evaluation.tasks)}}
-        atomic.write_text(target / _SETTINGS, yaml.safe_dump(settings, allow_unicode=True))
-        words += ["--config", str(target / _SETTINGS)]
-    words += ["--checkpoint.save", str(target / _RUN)]
-    return words + (["--data.train", str(packs)] if packs else [])
+    if saved is not None:
+        settings = to_yaml(_settings(saved, evaluation))
+    else:
+        asked = dataclasses.asdict(evaluation) | {"tasks": list(evaluation.tasks)}
+        settings = yaml.safe_dump({"eval": asked}, allow_unicode=True)
+    atomic.write_text(target / _SETTINGS, settings)
+    return [
+        *([] if saved else _of_folder(model)),
+        *("--config", str(target / _SETTINGS), "--checkpoint.save", str(target / _RUN)),
+        *(["--data.train", str(packs)] if packs else []),
+    ]
 
 
-def _options(saved: Checkpoint, evaluation: Eval, target: Path) -> list[str]:
-    """Return the options that give a checkpoint's model and data, on one rank. Little is trained,
-    so that the optimizer, which is not used, is small; FP8 would need scales that training finds.
+def _settings(saved: Checkpoint, evaluation: Eval) -> Config:
+    """Return the settings that answer with a checkpoint's model and data, on one rank. Little is
+    trained, so that the optimizer, which is not used, is small; FP8 would need scales that training
+    finds.
     """
     found = saved.config if saved.config.stage else _as_trained(saved.config)
-    config: Config = replace(
+    return replace(
         found,
         init=Init(),
         data=replace(
@@ -272,8 +266,6 @@ def _options(saved: Checkpoint, evaluation: Eval, target: Path) -> list[str]:
         logging=Logging(),
         eval=evaluation,
     )
-    atomic.write_text(target / _SETTINGS, to_yaml(config))
-    return ["--config", str(target / _SETTINGS)]
 
 
 def _as_trained(config: Config) -> Config:
@@ -287,25 +279,25 @@ def _as_trained(config: Config) -> Config:
 
 
 def _of_folder(model: Path) -> list[str]:
-    """Return the options that give the model of a Hugging Face folder, also if the recipe's last
+    """Return the arguments that give the model of a Hugging Face folder, also if the recipe's last
     stage trains at another image size.
     """
     row = recipe_of(dialect_of(model))
     last = list(row.stages)[-1]
-    words = ["--recipe", row.name, "--stage", last, "--model", str(model)]
+    arguments = ["--recipe", row.name, "--stage", last, "--model", str(model)]
     if row.stages[last].image_size:
         size = architecture_from_hf(model).vision.image_size
-        words += ["--architecture.vision.image_size", str(size)]
+        arguments += ["--architecture.vision.image_size", str(size)]
     small = ["--training.trainable", "connector", "--training.drop_path", "0"]
-    return [*words, *small, "--checkpoint.load", str(model)]
+    return [*arguments, *small, "--checkpoint.load", str(model)]
 
 
-def _run(words: Sequence[str], ranks: int, model: Path, *, is_quiet: bool) -> None:
+def _run(arguments: Sequence[str], ranks: int, model: Path, *, is_quiet: bool) -> None:
     """Run pretrain_vlm.py, whose own output says what went wrong."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     launcher = torchrun if ranks > 1 else []
     done = subprocess.run(
-        [sys.executable, *launcher, str(_PROGRAM), *words],
+        [sys.executable, *launcher, str(_PROGRAM), *arguments],
         check=False,
         stdout=subprocess.PIPE if is_quiet else None,
         stderr=subprocess.STDOUT if is_quiet else None,

@@ -10,6 +10,18 @@ from megavlm.io.open_files import OpenFiles
 from megavlm.io.remote import facts_of, is_remote, open_system, read_range, request
 
 
+def file_states(folder: Path) -> dict[str, list[int]]:
+    """Return size and time of each file below a folder, by its path in it."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): size_and_time(path) for path in files}
+
+
+def size_and_time(path: Path) -> list[int]:
+    """Return what tells whether a local file has changed, as JSON."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]
+
+
 class LocalFiles:
     """The files of a local folder.
 

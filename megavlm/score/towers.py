@@ -26,6 +26,7 @@ from megavlm.data.loading.batch import Batch
 from megavlm.data.text.chat_tokens import ChatTemplate
 from megavlm.data.text.templates import chat_format
 from megavlm.data.text.tokenizer import fingerprint, load_tokenizer
+from megavlm.io.storage import file_states
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel import backend, process_groups
 from megavlm.planner.layout import make_layout
@@ -174,11 +175,6 @@ class Towers:
         backend.stop()
 
 
-def folder_of(start: Start) -> Path:
-    """Return the folder that holds the weights."""
-    return start.folder if isinstance(start, Checkpoint) else Path(start)
-
-
 def _choose_device() -> None:
     """Give each worker process of a machine one of its devices, in turn, and no part in a job of
     several ranks that the environment may tell of; ``backend.start`` reads the variables.
@@ -195,14 +191,9 @@ def facts(model: TwoTowers) -> dict[str, Any]:
     """Return what embeddings depend on, as JSON: the files of weights with their sizes and times,
     the tokenizer, settings.
     """
-    folder = folder_of(model.start)
-    weights = {
-        str(path.relative_to(folder)): [path.stat().st_size, path.stat().st_mtime_ns]
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    start = model.start
     return {
-        "model": weights,
+        "model": file_states(start.folder if isinstance(start, Checkpoint) else Path(start)),
         "tokenizer": fingerprint(load_tokenizer(model.tokenizer)),
         "template": model.usage.template,
         "tiling": model.usage.tiling,

@@ -14,7 +14,7 @@ from megavlm.config.cli import parse
 from megavlm.config.schema import Config, Data, Ema, Eval, Init
 from megavlm.evaluate import run
 from megavlm.evaluate.page import Answered, table_lines
-from megavlm.evaluate.run import _options, answer_with
+from megavlm.evaluate.run import _arguments, answer_with
 from tools import evaluate
 
 EXPERTS = (
@@ -27,7 +27,7 @@ def test_settings_of_trained_experts_do_not_stand_in_the_way(tmp_path: Path) -> 
     trained = parse(["--stage", "2", *EXPERTS])
     assert not [told for told in problems(trained, 8) if "experts" in told]
     saved = SimpleNamespace(config=trained, folder=tmp_path / "step_00000001")
-    measuring = parse(_options(saved, Eval(), tmp_path))
+    measuring = parse(_arguments(saved, tmp_path, Eval(), tmp_path, None))
     assert not [told for told in problems(measuring, 1) if "experts" in told]
     assert measuring.architecture == trained.architecture
 
@@ -41,7 +41,7 @@ def test_a_checkpoint_needs_neither_a_stage_nor_the_folder_that_its_model_was_ma
     trained = dataclasses.replace(trained, model="clip+language", init=Init(vision="gone"))
     kept = trained if stage else dataclasses.replace(trained, stage="", data=Data())  # an import
     saved = SimpleNamespace(config=kept, folder=tmp_path / "step_00000001")
-    measuring = parse(_options(saved, Eval(), tmp_path))
+    measuring = parse(_arguments(saved, tmp_path, Eval(), tmp_path, None))
     assert (measuring.model, measuring.architecture) == (trained.model, trained.architecture)
     assert measuring.data.loss_reduction == trained.data.loss_reduction
 
@@ -51,7 +51,7 @@ def test_an_imported_checkpoint_needs_no_stage_but_packs(
 ) -> None:
     imported = Config(recipe="instructblip", stage="", model="custom")
     saved = SimpleNamespace(config=imported, folder=tmp_path / "step_00000001")
-    measuring = parse(_options(saved, Eval(), tmp_path))
+    measuring = parse(_arguments(saved, tmp_path, Eval(), tmp_path, None))
     assert (measuring.recipe, measuring.stage) == ("instructblip", "1")
     monkeypatch.setattr(run.step_folder, "find", lambda model: saved)
     task = write_question(tmp_path / "exam.jsonl", "a cat")
@@ -79,7 +79,7 @@ def test_averages_do_not_stand_in_the_way(tmp_path: Path) -> None:
     trained = parse(["--stage", "2", "--model", "tiny", *settings, *folders])
     assert not [told for told in problems(trained, 1) if "ema" in told]
     saved = SimpleNamespace(config=trained, folder=tmp_path / "step_00000001")
-    measuring = parse(_options(saved, Eval(), tmp_path))
+    measuring = parse(_arguments(saved, tmp_path, Eval(), tmp_path, None))
     assert not [told for told in problems(measuring, 1) if "ema" in told]
     assert measuring.ema == Ema()
 
