@@ -65,8 +65,8 @@ def retrieval(found: Embedded) -> tuple[Score, list[int]]:
     the most similar, and the share of texts whose image is (as CLIP and its successors count).
     """
     own = found.truth
-    of_images = ranks(found.images, found.texts, own, found.owners)
-    of_texts = ranks(found.texts, found.images, found.owners, own)
+    of_images = search_ranks(found.images, found.texts, own, found.owners)
+    of_texts = search_ranks(found.texts, found.images, found.owners, own)
     places = (of_images, of_texts)
     shares = [_share(one < cut) for one in places for cut in CUTS]
     figures = dict(zip(RECALLS, shares, strict=True))
@@ -82,7 +82,7 @@ def zero_shot(found: Embedded) -> tuple[Score, list[int]]:
     classes = int(found.owners.max()) + 1
     sums = torch.zeros(classes, found.texts.shape[1]).index_add(0, found.owners, found.texts)
     centres = normalize(sums, dim=-1)
-    places = ranks(found.images, centres, found.truth, torch.arange(classes))
+    places = search_ranks(found.images, centres, found.truth, torch.arange(classes))
     is_right = places < 1
     of_classes = [_share(is_right[found.truth == one]) for one in found.truth.unique()]
     figures = {
@@ -105,7 +105,7 @@ def clip_similarity(found: Embedded) -> tuple[Score, list[int]]:
     return Score(figures=figures, each=tuple(each)), _nearest(found.images, found.texts)
 
 
-def ranks(queries: Tensor, found: Tensor, truth: Tensor, labels: Tensor) -> Tensor:
+def search_ranks(queries: Tensor, found: Tensor, truth: Tensor, labels: Tensor) -> Tensor:
     """Return how many of those found are nearer to a query than the nearest right one, float64
     [queries]; half of those that are as near, to 1e-6, count. Infinite without a finite similarity.
 

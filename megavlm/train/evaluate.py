@@ -51,16 +51,13 @@ def held_out_loss(
     """
     data = job.config.data
     groups = job.groups
-    wanted = job.config.training.eval_packs
     spans_step = job.ddp_chunks[-1].module.objective.spans_step
-    run = _run_steps if spans_step else _run_packs
-    # Stored by cost, the first packs would not stand for all.
-    plan = Plan(num_packs=len(job.valid), seed=0)
-    count = min(wanted, len(job.valid)) if wanted else len(job.valid)
+    plan, count = validation_plan(job)
     if spans_step:
         count = _whole_steps(job, count)
+    ids = plan.pack_ids(0, count)
     positions = own_positions(job, count)
-    weight = job.valid.weight_sum(plan.pack_ids(0, count), data.loss_reduction)
+    weight = job.valid.weight_sum(ids, data.loss_reduction)
     if not weight:
         raise ValueError(
             f"--data.valid {data.valid}: no token of its first {count} packs is supervised, so"
@@ -71,8 +68,12 @@ def held_out_loss(
     shown = blanked(packs, job.config.architecture.vision) if without_images else packs
     by_source = SourceLosses(job.valid.source_names, job.backend.device)
     named = NamedLosses(job.config.architecture, job.backend.device)
+    meters = (named, by_source)
     with evaluating(job.ddp_chunks), contextlib.closing(packs):
-        loss = run(job, shown, plan.pack_ids(0, count), weight, (named, by_source))
+        if spans_step:
+            loss = _run_steps(job, shown, ids, weight, meters)
+        else:
+            loss = run_forward(job, shown, count, weight, meters)
     means = by_source.report(groups)["loss"]
     return float(groups.sum_over_data(loss)), named.report(groups, 1), means
 
@@ -85,11 +86,12 @@ def blanked(packs: Iterator[Batch], vision: Vision) -> Iterator[Batch]:
         yield dataclasses.replace(pack, tiles=tiles)
 
 
-def _run_packs(
-    job: Job, packs: Iterator[Batch], ids: np.ndarray, weight: float, meters: Sequence[Meter]
-) -> torch.Tensor:
-    """Return this rank's part of the loss over packs, each of which has a loss of its own."""
-    return run_forward(job, packs, len(ids), weight, meters)
+def validation_plan(job: Job) -> tuple[Plan, int]:
+    """Return the order of the validation packs, and how many of the first ones are measured."""
+    # Stored by cost, the first packs would not stand for all.
+    plan = Plan(num_packs=len(job.valid), seed=0)
+    wanted = job.config.training.eval_packs
+    return plan, min(wanted, len(job.valid)) if wanted else len(job.valid)
 
 
 def own_positions(job: Job, count: int) -> range:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from megavlm.data.loading.order import Plan
-from megavlm.evaluate.pair_metrics import CUTS, RECALLS, ranks
+from megavlm.evaluate.pair_metrics import CUTS, RECALLS, search_ranks
 from megavlm.parallel.gather_rows import gather_rows
-from megavlm.train.evaluate import evaluating
+from megavlm.train.evaluate import evaluating, validation_plan
 from megavlm.train.job import Job
 from megavlm.train.whole_step import outputs_of
 
@@ -31,9 +31,7 @@ def recalls(job: Job) -> dict[str, float]:
         Figures by name: the share of images, or texts, whose own is among so many of the most
             similar; on ranks with the last chunk, nothing on others.
     """
-    wanted = job.config.training.eval_packs
-    count = min(wanted, len(job.valid)) if wanted else len(job.valid)
-    plan = Plan(num_packs=len(job.valid), seed=0)
+    plan, count = validation_plan(job)
     with evaluating(job.ddp_chunks):
         outputs = _embed(job, plan, count)
     if not job.groups.has_last_chunk:
@@ -75,5 +73,5 @@ def _hits(queries: Tensor, found: Tensor, first: int) -> Tensor:
         first: index among ``found`` of the first query's own.
     """
     labels = torch.arange(len(found), device=found.device)
-    places = ranks(queries, found, labels[first : first + len(queries)], labels)
+    places = search_ranks(queries, found, labels[first : first + len(queries)], labels)
     return torch.stack([(places < cut).sum() for cut in CUTS]).double()

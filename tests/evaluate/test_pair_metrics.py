@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from megavlm.evaluate.pair_metrics import PAIR_METRICS, Embedded, ranks
+from megavlm.evaluate.pair_metrics import PAIR_METRICS, Embedded, search_ranks
 
 GOLDEN = json.loads(
     gzip.decompress((Path(__file__).parents[1] / "golden" / "pair_metrics.json.gz").read_bytes())
@@ -66,14 +66,14 @@ def test_the_similarity_of_an_image_is_the_mean_of_its_texts() -> None:
 def test_what_is_as_near_counts_half_and_what_is_no_number_is_missed() -> None:
     alike = torch.ones(4, 2)
     labels = torch.arange(4)
-    assert ranks(alike[:1], alike, labels[:1], labels).tolist() == [1.5]
+    assert search_ranks(alike[:1], alike, labels[:1], labels).tolist() == [1.5]
     nothing = torch.full((1, 2), -torch.inf)
-    missed = ranks(torch.cat([nothing, alike[:1]]), alike, labels[:2], labels)
+    missed = search_ranks(torch.cat([nothing, alike[:1]]), alike, labels[:2], labels)
     assert missed.tolist() == [torch.inf, 1.5]
     # Products of the same vectors differ in their last bits, by where they are in a matrix.
     rounded = torch.tensor([[1 - 2**-23, 0.0], [1.0, 0.0], [1 - 2**-16, 0.0]])
-    assert ranks(rounded[1:2], rounded, labels[:1], labels[:3]).tolist() == [0.5]
-    assert ranks(alike[:0], alike, labels[:0], labels).tolist() == []
+    assert search_ranks(rounded[1:2], rounded, labels[:1], labels[:3]).tolist() == [0.5]
+    assert search_ranks(alike[:0], alike, labels[:0], labels).tolist() == []
     # A text that is no number harms its own image alone.
     texts = torch.cat([nothing, alike[1:]])
-    assert ranks(alike[:2], texts, labels[:2], labels).tolist() == [torch.inf, 1.0]
+    assert search_ranks(alike[:2], texts, labels[:2], labels).tolist() == [torch.inf, 1.0]
