@@ -119,6 +119,7 @@ def search_ranks(queries: Tensor, found: Tensor, truth: Tensor, labels: Tensor) 
     for start in range(0, len(queries), _ROWS):
         rows = slice(start, start + _ROWS)
         similar = queries[rows] @ found.T
+        similar = similar.masked_fill(~similar.isfinite(), -torch.inf)
         is_right = labels == truth[rows, None]
         best = similar.masked_fill(~is_right, -torch.inf).max(dim=1).values
         ahead = similar.masked_fill(is_right, -torch.inf) - best[:, None]

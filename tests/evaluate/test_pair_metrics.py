@@ -77,3 +77,8 @@ def test_what_is_as_near_counts_half_and_what_is_no_number_is_missed() -> None:
     # A text that is no number harms its own image alone.
     texts = torch.cat([nothing, alike[1:]])
     assert search_ranks(alike[:2], texts, labels[:2], labels).tolist() == [torch.inf, 1.0]
+    # And not even that, if the image has another.
+    signs = torch.tensor([[1.0, -1.0]])
+    texts = torch.cat([nothing, signs, -signs])
+    assert search_ranks(signs, texts, labels[:1], torch.tensor([0, 0, 1])).tolist() == [0.0]
+    assert search_ranks(-signs.abs(), texts, labels[1:2], torch.tensor([0, 0, 1])).tolist() == [0.5]
