@@ -194,36 +194,34 @@ def _write_arrays(
     all.
     """
     rows = np.memmap(folder / ROWS_NAME, ROW, "r", shape=(state.rows,))
+    # What rows have, and what records without a row get.
+    columns = {"scores": (rows["score"], np.float32(np.nan))}
+    if marked is not None:
+        columns["duplicates"] = (marked, np.bool_(False))
+    if places is not None:
+        columns["places"] = (places, np.int64(-1))
     first = 0
     for number, source in enumerate(state.sources):
-        lines = (source.last_line,)
-        similar = _new_array(folder / scores.array_name(number, "scores"), np.float32, lines)
-        similar[:] = np.nan
-        same = None
-        path = None
-        if places is not None:
-            path = _new_array(folder / scores.array_name(number, "places"), np.int64, lines)
-            path[:] = -1
-        if marked is not None:
-            same = _new_array(folder / scores.array_name(number, "duplicates"), np.bool_, lines)
-        for start in range(first, first + source.scored, _ROWS_AT_ONCE):
-            some = slice(start, min(start + _ROWS_AT_ONCE, first + source.scored))
-            lines_of = rows["line"][some] - 1
-            similar[lines_of] = rows["score"][some]
-            tally.add(number, rows["score"][some])
-            if same is not None:
-                same[lines_of] = marked[some]
-            if path is not None:
-                path[lines_of] = places[some]
-        first += source.scored
+        end = first + source.scored
+        for name, (values, nothing) in columns.items():
+            path = folder / scores.array_name(number, name)
+            array = _new_array(path, nothing, source.last_line)
+            for start in range(first, end, _ROWS_AT_ONCE):
+                some = slice(start, min(start + _ROWS_AT_ONCE, end))
+                array[rows["line"][some] - 1] = values[some]
+                if name == "scores":
+                    tally.add(number, values[some])
+        first = end
 
 
-def _new_array(path: Path, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
-    """Return a new array in a file, of zeros."""
-    if not shape[0]:  # which cannot be mapped
-        np.save(path, np.zeros(shape, dtype))
-        return np.zeros(shape, dtype)
-    return np.lib.format.open_memmap(path, "w+", dtype, shape)
+def _new_array(path: Path, value: np.generic, length: int) -> np.ndarray:
+    """Return a new array in a file, with one value everywhere."""
+    if not length:  # which cannot be mapped
+        np.save(path, np.full(0, value))
+        return np.full(0, value)
+    found = np.lib.format.open_memmap(path, "w+", value.dtype, (length,))
+    found[:] = value
+    return found
 
 
 def _facts(job: Job, identity: dict[str, Any], state: ScoringState, near: int | None) -> str:
