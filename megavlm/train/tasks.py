@@ -87,9 +87,8 @@ def task_facts(config: Config) -> dict[str, str]:
     return facts
 
 
-@lru_cache(
-    maxsize=8
-)  # to check each stage of a command, and to run it to check the run, and once to run it
+# Each stage of a command opens its tasks to be checked, and to run.
+@lru_cache(maxsize=8)
 def _open(
     evaluation: Eval, folder: str, best_by: str, objective: str, longest: int
 ) -> tuple[TaskPacks | PairPacks, ...]:
@@ -165,7 +164,7 @@ def figure_names(tasks: Sequence[Task]) -> list[str]:
 def _on_every_rank(job: Job, figures: Mapping[str, float]) -> dict[str, float]:
     """Return the writing rank's figures on every rank. Collective."""
     names = figure_names([task.task for task in job.tasks])
-    values = [figures[name] if job.groups.is_writer else 0.0 for name in names]
+    values = [figures.get(name, 0.0) for name in names]  # the other ranks have none
     shared = torch.tensor(values, dtype=torch.float64, device=job.backend.device)
     dist.all_reduce(shared)
     return dict(zip(names, shared.tolist(), strict=True))
