@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from megavlm.evaluate.answer import Answer, Score, mean
 from megavlm.evaluate.metrics import METRICS
 from megavlm.evaluate.packs import TaskPacks
-from megavlm.evaluate.task import Question, Task
+from megavlm.evaluate.task import Task
 from megavlm.io import atomic
 
 ANSWERS = "answers"
@@ -72,12 +72,16 @@ def chosen(task: Task, choices: Sequence[int]) -> list[Given]:
 
 def grade(task: Task, given: Sequence[Given]) -> Graded:
     """Measure the answers to a task by its metric."""
-    score = METRICS[task.metric].score(list(map(_answer, task.questions, given)))
-    return Graded(
-        figures={f"{task.name}/{figure}": value for figure, value in score.figures.items()},
-        by_category=_categories(task, given, next(iter(score.figures))),
-        rows=_rows(task, given, score),
-    )
+    measure = METRICS[task.metric].score
+    answers = [
+        Answer(prediction=one.text, truth=question.truth, choices=question.choices)
+        for question, one in zip(task.questions, given, strict=True)
+    ]
+
+    def figure_of(part: Sequence[int]) -> float:
+        return next(iter(measure([answers[index] for index in part]).figures.values()))
+
+    return _graded(task, given, measure(answers), figure_of)
 
 
 def grade_pairs(task: Task, score: Score, nearest: Sequence[str]) -> Graded:
@@ -88,16 +92,28 @@ def grade_pairs(task: Task, score: Score, nearest: Sequence[str]) -> Graded:
         score: of the metric.
         nearest: the text or class that each image is nearest to.
     """
+
+    def figure_of(part: Sequence[int]) -> float:
+        # Of a search among all images: the figure is the mean of their scores.
+        return mean(tuple(score.each[index] for index in part))
+
+    return _graded(task, [Given(text=text) for text in nearest], score, figure_of)
+
+
+def _graded(
+    task: Task, given: Sequence[Given], score: Score, figure_of: Callable[[Sequence[int]], float]
+) -> Graded:
+    """Put together what a metric says; ``figure_of`` returns the first figure of some questions."""
+    parts: dict[str, list[int]] = {}
+    for index, question in enumerate(task.questions):
+        if question.category:
+            parts.setdefault(question.category, []).append(index)
+    by_category = {name: figure_of(part) for name, part in sorted(parts.items())}
     first = f"{task.name}/{next(iter(score.figures))}"
-    of_categories: dict[str, list[float]] = {}
-    for question, one in zip(task.questions, score.each, strict=True):
-        of_categories.setdefault(question.category, []).append(one)
-    # Of a search among all images: the figure is the mean of their scores.
-    found = {name: mean(tuple(each)) for name, each in sorted(of_categories.items()) if name}
     return Graded(
         figures={f"{task.name}/{figure}": value for figure, value in score.figures.items()},
-        by_category={first: found} if found else {},
-        rows=_rows(task, [Given(text=text) for text in nearest], score),
+        by_category={first: by_category} if by_category else {},
+        rows=_rows(task, given, score),
     )
 
 
@@ -105,23 +121,6 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write answers, a line for each."""
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def _answer(question: Question, given: Given) -> Answer:
-    return Answer(prediction=given.text, truth=question.truth, choices=question.choices)
-
-
-def _categories(task: Task, given: Sequence[Given], figure: str) -> dict[str, dict[str, float]]:
-    """Return a figure of each category of the questions."""
-    found = {}
-    for category in sorted({question.category for question in task.questions} - {""}):
-        answers = [
-            _answer(question, one)
-            for question, one in zip(task.questions, given, strict=True)
-            if question.category == category
-        ]
-        found[category] = METRICS[task.metric].score(answers).figures[figure]
-    return {f"{task.name}/{figure}": found} if found else {}
 
 
 def _rows(task: Task, given: Sequence[Given], score: Score) -> list[dict[str, Any]]:
