@@ -17,7 +17,8 @@ from megavlm.train.whole_step import outputs_of
 @torch.no_grad()
 def embed(job: Job, task: PairPacks) -> tuple[Tensor, Tensor]:
     """Return the embeddings of the images and of the texts of a task, of length one, on the host of
-    every rank. Each data-parallel rank computes those of its packs. Collective.
+    every rank. Each data-parallel rank computes those of its packs. Collective; the chunks'
+    parameters are whole.
 
     Args:
         job: the run; its chunks are in evaluation mode.

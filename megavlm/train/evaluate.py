@@ -39,7 +39,7 @@ def held_out_loss(
     job: Job, *, without_images: bool = False
 ) -> tuple[float, dict[str, float], dict[str, float]]:
     """Loss over the first ``eval_packs`` validation packs (all for 0), weighed like the training
-    loss. Collective.
+    loss. Collective; the chunks' parameters are whole.
 
     Args:
         job: the run.

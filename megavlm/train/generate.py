@@ -38,7 +38,7 @@ def generate(
     job: Job, task: TaskPacks, max_new_tokens: int, progress: Callable[[], None] = lambda: None
 ) -> list[list[int]]:
     """Return the tokens of the greedy answer to each question, with the one that ends it.
-    Collective.
+    Collective; the chunks' parameters are whole.
 
     Args:
         job: the run; its chunks are in evaluation mode.
@@ -276,7 +276,7 @@ def _keep(job: Job, found: Tensor) -> Callable[[Batch, Tensor], Tensor]:
 @torch.no_grad()
 def choose(job: Job, task: TaskPacks) -> list[int]:
     """Return the likeliest choice of each question, by the sum of its tokens' log-probabilities;
-    known to ranks with the last chunk. Collective.
+    known to ranks with the last chunk. Collective; the chunks' parameters are whole.
 
     Args:
         job: the run; its chunks are in evaluation mode.
