@@ -57,10 +57,10 @@ def answer_tasks(
                 " compares images and texts; leave it out"
             )
     refuse_other_tiles(f"--packs {packs}", read_manifest(packs), model)
-    asked = [prepare(task, packs) for task in tasks]
+    prepared = [prepare(task, packs) for task in tasks]
     reference = load_reference(model).to("cuda" if torch.cuda.is_available() else "cpu")
     figures: dict[str, float] = {}
-    for task in asked:
+    for task in prepared:
         if task.task.questions[0].choices:
             given = chosen(task.task, choose(reference, task))
         else:
@@ -115,7 +115,7 @@ def choose(model: nn.Module, task: TaskPacks) -> list[int]:
         task: questions with choices.
     """
     sums: dict[int, list[float]] = {}
-    for one, owner, inputs in zip(task.asked, task.owners, _inputs(model, task), strict=True):
+    for one, owner, inputs in zip(task.requests, task.owners, _inputs(model, task), strict=True):
         logs = model(**inputs).logits[0].log_softmax(-1)
         places = np.flatnonzero(one.supervised)
         found = sum(float(logs[place - 1, one.tokens[place]]) for place in places)
@@ -132,7 +132,7 @@ def _inputs(model: nn.Module, task: TaskPacks) -> Iterator[dict[str, Tensor]]:
     for number, pack in enumerate(task.order):
         tiles = task.packs.batch(number, 0).tiles
         end = 0
-        for one in (task.asked[index] for index in pack):
+        for one in (task.requests[index] for index in pack):
             start = end
             end += one.tiles
             tokens = torch.from_numpy(one.tokens.astype(np.int64))[None]

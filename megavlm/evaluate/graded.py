@@ -19,7 +19,7 @@ ANSWERS = "answers"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Given:
+class Prediction:
     """The answer to a question.
 
     Args:
@@ -46,17 +46,17 @@ class Graded:
     rows: list[dict[str, Any]]
 
 
-def written(task: TaskPacks, answers: Sequence[Sequence[int]]) -> list[Given]:
+def written(task: TaskPacks, answers: Sequence[Sequence[int]]) -> list[Prediction]:
     """Return answers that a model wrote.
 
     Args:
         task: the questions.
         answers: tokens of each.
     """
-    return [Given(text=task.text(tokens), tokens=tuple(tokens)) for tokens in answers]
+    return [Prediction(text=task.text(tokens), tokens=tuple(tokens)) for tokens in answers]
 
 
-def chosen(task: Task, choices: Sequence[int]) -> list[Given]:
+def chosen(task: Task, choices: Sequence[int]) -> list[Prediction]:
     """Return answers that a model chose.
 
     Args:
@@ -65,12 +65,12 @@ def chosen(task: Task, choices: Sequence[int]) -> list[Given]:
     """
     metric = METRICS[task.metric]
     return [
-        Given(text=metric.choice(index, question.choices[index]))
+        Prediction(text=metric.choice(index, question.choices[index]))
         for index, question in zip(choices, task.questions, strict=True)
     ]
 
 
-def grade(task: Task, given: Sequence[Given]) -> Graded:
+def grade(task: Task, given: Sequence[Prediction]) -> Graded:
     """Measure the answers to a task by its metric."""
     measure = METRICS[task.metric].score
     answers = [
@@ -97,11 +97,14 @@ def grade_pairs(task: Task, score: Score, nearest: Sequence[str]) -> Graded:
         # Of a search among all images: the figure is the mean of their scores.
         return mean(tuple(score.each[index] for index in part))
 
-    return _graded(task, [Given(text=text) for text in nearest], score, figure_of)
+    return _graded(task, [Prediction(text=text) for text in nearest], score, figure_of)
 
 
 def _graded(
-    task: Task, given: Sequence[Given], score: Score, figure_of: Callable[[Sequence[int]], float]
+    task: Task,
+    given: Sequence[Prediction],
+    score: Score,
+    figure_of: Callable[[Sequence[int]], float],
 ) -> Graded:
     """Put together what a metric says; ``figure_of`` returns the first figure of some questions."""
     parts: dict[str, list[int]] = {}
@@ -123,7 +126,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     atomic.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _rows(task: Task, given: Sequence[Given], score: Score) -> list[dict[str, Any]]:
+def _rows(task: Task, given: Sequence[Prediction], score: Score) -> list[dict[str, Any]]:
     """Return the answers beside the truth, a row for each question."""
     return [
         {

@@ -32,8 +32,9 @@ from megavlm.evaluate.task import Question, Task
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """A question as the model reads it, or one of its choices.
+class Request:
+    """What a model reads at once: the prompt of a question, that with one of its choices, or a pair
+    of an image and a text.
 
     Args:
         path: file of the task.
@@ -66,8 +67,10 @@ class Asked:
         return f"{self.path}:{self.line}"
 
 
-def ask(task: Task, question: Question, template: ChatTemplate, tiling: Tiling) -> list[Asked]:
-    """Return a question, ready for the model; with choices, the question with each of them.
+def requests_of(
+    task: Task, question: Question, template: ChatTemplate, tiling: Tiling
+) -> list[Request]:
+    """Return the request that a question makes; with choices, one for each of them.
 
     Args:
         task: of the question.
@@ -97,7 +100,7 @@ def ask(task: Task, question: Question, template: ChatTemplate, tiling: Tiling) 
     except RejectError as error:
         raise ValueError(f"--eval.tasks {where}: {error.detail}") from None
     return [
-        Asked(
+        Request(
             path=task.path,
             line=question.line,
             tokens=tokens,
@@ -122,11 +125,11 @@ def _check_text(question: Question, template: ChatTemplate, where: str) -> None:
         )
 
 
-def arrange(asked: Sequence[Asked], manifest: Manifest) -> list[list[int]]:
-    """Put questions into packs, in their order.
+def arrange(requests: Sequence[Request], manifest: Manifest) -> list[list[int]]:
+    """Put requests into packs, in their order.
 
     Returns:
-        The indices of each pack's questions.
+        The indices of each pack's requests.
 
     Raises:
         ValueError: one is larger than a pack.
@@ -134,7 +137,7 @@ def arrange(asked: Sequence[Asked], manifest: Manifest) -> list[list[int]]:
     packs: list[list[int]] = []
     tokens = manifest.capacity
     tiles = manifest.tile_cap
-    for index, one in enumerate(asked):
+    for index, one in enumerate(requests):
         length = -(-(len(one.tokens) + one.room) // manifest.alignment) * manifest.alignment
         if length > manifest.capacity or one.tiles > manifest.tile_cap:
             raise ValueError(
@@ -152,28 +155,28 @@ def arrange(asked: Sequence[Asked], manifest: Manifest) -> list[list[int]]:
     return packs
 
 
-class QuestionReader(MemoryReader):
-    """Packs that are made of questions when they are asked for.
+class RequestReader(MemoryReader):
+    """Packs that are made of requests when they are read.
 
     Args:
-        asked: the questions; each is a source of its own, so that what ``Batch.sources`` says of
-            a token is the index of its question.
-        order: the indices of each pack's questions.
+        requests: each is a source of its own, so that what ``Batch.sources`` says of a token is the
+            index of its request.
+        order: the indices of each pack's requests.
         manifest: of the training packs.
     """
 
     def __init__(
-        self, asked: Sequence[Asked], order: Sequence[Sequence[int]], manifest: Manifest
+        self, requests: Sequence[Request], order: Sequence[Sequence[int]], manifest: Manifest
     ) -> None:
-        self.asked = asked
+        self.requests = requests
         self.order = order
         sources = tuple(
-            Source(name=str(index), annotations=str(one.path)) for index, one in enumerate(asked)
+            Source(name=str(index), annotations=str(one.path)) for index, one in enumerate(requests)
         )
         super().__init__((), replace(manifest, sources=sources), "--eval.tasks")
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.asked, self.order, self.manifest)
+        return type(self), (self.requests, self.order, self.manifest)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -202,7 +205,7 @@ class QuestionReader(MemoryReader):
                 line=one.line,
                 instruction=one.instruction,
             )
-            for index, one in ((index, self.asked[index]) for index in pack)
+            for index, one in ((index, self.requests[index]) for index in pack)
         ]
 
 
@@ -212,15 +215,15 @@ class TaskPacks:
 
     Args:
         task: the questions.
-        asked: each question, or each of its choices, one question after the other.
-        owners: index of the question of each of ``asked``.
-        order: the indices in ``asked`` of each pack.
+        requests: each question, or each of its choices, one question after the other.
+        owners: index of the question of each of ``requests``.
+        order: the indices in ``requests`` of each pack.
         packs: the packs.
         template: decodes answers.
     """
 
     task: Task
-    asked: tuple[Asked, ...]
+    requests: tuple[Request, ...]
     owners: tuple[int, ...]
     order: tuple[tuple[int, ...], ...]
     packs: PackedDataset
@@ -268,22 +271,22 @@ def prepare(
             positions, or images that cannot be read.
     """
     manifest, template, tiling = usage_of(folder)
-    found = [ask(task, question, template, tiling) for question in task.questions]
-    asked = tuple(one for each in found for one in each)
-    for one in asked if positions else ():
+    found = [requests_of(task, question, template, tiling) for question in task.questions]
+    requests = tuple(one for each in found for one in each)
+    for one in requests if positions else ():
         if (length := len(one.tokens) + one.room * max_new_tokens) > positions:
             raise ValueError(
                 f"--eval.tasks {one.where}: {length} tokens with the longest answer, but the model"
                 f" has positions for {positions}; lower --eval.max_new_tokens {max_new_tokens}, or"
                 " leave the question out"
             )
-    order = arrange(asked, manifest)
+    order = arrange(requests, manifest)
     return TaskPacks(
         task=task,
-        asked=asked,
+        requests=requests,
         owners=tuple(index for index, each in enumerate(found) for _ in each),
         order=tuple(tuple(pack) for pack in order),
-        packs=PackedDataset(QuestionReader(asked, order, manifest)),
+        packs=PackedDataset(RequestReader(requests, order, manifest)),
         template=template,
     )
 

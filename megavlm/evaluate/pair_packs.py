@@ -21,7 +21,7 @@ from megavlm.data.sample import Image
 from megavlm.data.text.chat_tokens import ChatTemplate
 from megavlm.evaluate.answer import Score
 from megavlm.evaluate.media import image_of
-from megavlm.evaluate.packs import Asked, QuestionReader, arrange, usage_of
+from megavlm.evaluate.packs import Request, RequestReader, arrange, usage_of
 from megavlm.evaluate.pair_metrics import PAIR_METRICS, Embedded
 from megavlm.evaluate.task import Task
 
@@ -35,9 +35,9 @@ class PairPacks:
         texts: all texts that are compared: captions, or prompts of classes.
         owners: of each text, the index of its image or class.
         truth: of each image, its own index or that of its class.
-        asked: the pairs that are embedded, of which the first have the images and the first have
+        requests: the pairs that are embedded, of which the first have the images and the first have
             the texts.
-        order: the indices in ``asked`` of each pack.
+        order: the indices in ``requests`` of each pack.
         packs: the packs.
     """
 
@@ -45,7 +45,7 @@ class PairPacks:
     texts: tuple[str, ...]
     owners: tuple[int, ...]
     truth: tuple[int, ...]
-    asked: tuple[Asked, ...]
+    requests: tuple[Request, ...]
     order: tuple[tuple[int, ...], ...]
     packs: PackedDataset
 
@@ -86,10 +86,10 @@ def prepare_pairs(task: Task, folder: Path | str, longest: int) -> PairPacks:
             f" template {manifest.template} of {folder} is not of pairs"
         )
     texts, owners = _texts(task)
-    asked = tuple(_pairs(task, texts, owners, template, tiling))
+    requests = tuple(_pairs(task, texts, owners, template, tiling))
     images = len(task.questions)
-    with_images = arrange(asked[:images], manifest)
-    without = arrange(asked[images:], manifest)
+    with_images = arrange(requests[:images], manifest)
+    without = arrange(requests[images:], manifest)
     order = (*with_images, *([index + images for index in pack] for pack in without))
     return PairPacks(
         task=task,
@@ -99,9 +99,9 @@ def prepare_pairs(task: Task, folder: Path | str, longest: int) -> PairPacks:
             task.classes.index(one.truth[0]) if task.classes else index
             for index, one in enumerate(task.questions)
         ),
-        asked=asked,
+        requests=requests,
         order=tuple(map(tuple, order)),
-        packs=PackedDataset(QuestionReader(asked, order, manifest)),
+        packs=PackedDataset(RequestReader(requests, order, manifest)),
     )
 
 
@@ -124,7 +124,7 @@ def _pairs(
     owners: tuple[int, ...],
     template: ChatTemplate,
     tiling: Tiling,
-) -> Iterator[Asked]:
+) -> Iterator[Request]:
     """Yield the pairs that are embedded; arguments as of ``PairPacks``."""
     tokens = [_tokens(task, text, owner, template) for text, owner in zip(texts, owners)]
     for index in range(max(len(task.questions), len(texts))):
@@ -135,7 +135,7 @@ def _pairs(
             line = question.line
             images = (image_of(question.images[0], tiling, 1, task.where(question)),)
         words = tokens[index if index < len(texts) else 0]
-        yield Asked(
+        yield Request(
             path=task.path,
             line=line,
             tokens=words,

@@ -30,7 +30,7 @@ def embed(job: Job, task: PairPacks) -> tuple[Tensor, Tensor]:
     groups = job.groups
     numbers = range(groups.data_rank, len(task.order), groups.data_size)
     size = job.config.architecture.contrastive.size
-    shape = (2, len(task.asked), size)
+    shape = (2, len(task.requests), size)
     found = torch.full(shape, -torch.inf, device=job.backend.device)
     if len(numbers):
         with contextlib.closing(task_batches(job, task.packs, numbers)) as batches:

@@ -46,12 +46,12 @@ def generate(
         max_new_tokens: longest answer.
         progress: called before each pass.
     """
-    answers: list[list[int]] = [[] for _ in task.asked]
+    answers: list[list[int]] = [[] for _ in task.requests]
     window = job.groups.data_size * _packs_at_once(job, task, max_new_tokens)
     for start in range(0, len(task.order), window):
         packs = range(start, min(start + window, len(task.order)))
         own = [packs[index] for index in own_positions(job, len(packs))]
-        lengths = {one: len(task.asked[one].tokens) for pack in own for one in task.order[pack]}
+        lengths = {one: len(task.requests[one].tokens) for pack in own for one in task.order[pack]}
         cache = KeyValueCache(lengths, max_new_tokens, job.backend.device)
         unfinished = [question for pack in packs for question in task.order[pack]]
         progress()
@@ -89,7 +89,7 @@ def _packs_at_once(job: Job, task: TaskPacks, max_new_tokens: int) -> int:
     of_token, of_image = most_keys.tolist()
     largest_pack = max(
         sum(
-            places_for(len(task.asked[one].tokens) + max_new_tokens) * of_token + of_image
+            places_for(len(task.requests[one].tokens) + max_new_tokens) * of_token + of_image
             for one in pack
         )
         for pack in task.order
@@ -107,7 +107,7 @@ def _tiles_read(task: TaskPacks, number: int) -> dict[int, int]:
     read = images_read(tokens, lengths, manifest.context_token_id, manifest.end_token_id)
     starts = np.cumsum(lengths) - lengths
     found = {
-        question: int(read[start + len(task.asked[question].tokens)])
+        question: int(read[start + len(task.requests[question].tokens)])
         for question, start in zip(task.order[number], starts, strict=True)
     }
     return {question: tile for question, tile in found.items() if tile >= 0}
@@ -125,14 +125,14 @@ def _prefill(job: Job, task: TaskPacks, number: int, batch: Batch, cache: KeyVal
     """
     manifest = task.packs.manifest
     questions = task.order[number]
-    asked = [task.asked[index] for index in questions]
-    lengths = np.array([len(one.tokens) + one.room for one in asked])
+    requests = [task.requests[question] for question in questions]
+    lengths = np.array([len(one.tokens) + one.room for one in requests])
     _, ends = sample_positions(lengths, manifest.alignment, manifest.capacity)
-    starts = ends[: len(asked)].tolist()
+    starts = ends[: len(requests)].tolist()
     here = np.full(manifest.capacity, -1)  # place of each token among this rank's
     own = job.groups.rank_slice.tokens(ends)
     here[own] = np.arange(len(own))
-    last = [here[start + len(one.tokens) - 1] for start, one in zip(starts, asked, strict=True)]
+    last = [here[start + len(one.tokens) - 1] for start, one in zip(starts, requests, strict=True)]
     found = sorted(pair for pair in zip(last, questions, strict=True) if pair[0] >= 0)
     crosses = job.config.architecture.cross_attention.every
     return dataclasses.replace(
@@ -172,7 +172,7 @@ def _first_tokens(
             yield again
 
     with contextlib.closing(loaded):
-        return _tokens_of(job, len(task.asked), passes(), len(packs) + blank)
+        return _tokens_of(job, len(task.requests), passes(), len(packs) + blank)
 
 
 def _next_tokens(job: Job, cache: KeyValueCache, answers: Sequence[Sequence[int]]) -> list[int]:
@@ -282,7 +282,7 @@ def choose(job: Job, task: TaskPacks) -> list[int]:
         job: the run; its chunks are in evaluation mode.
         task: questions with choices.
     """
-    losses = SourceLosses([str(index) for index in range(len(task.asked))], job.backend.device)
+    losses = SourceLosses([str(index) for index in range(len(task.requests))], job.backend.device)
     count = len(task.packs)
     batches = task_batches(job, task.packs, own_positions(job, count))
     with contextlib.closing(batches):
@@ -290,7 +290,7 @@ def choose(job: Job, task: TaskPacks) -> list[int]:
     means = losses.report(job.groups)["loss"]
     best: dict[int, tuple[float, int]] = {}
     first: dict[int, int] = {}
-    for index, (one, owner) in enumerate(zip(task.asked, task.owners, strict=True)):
+    for index, (one, owner) in enumerate(zip(task.requests, task.owners, strict=True)):
         first.setdefault(owner, index)
         # SourceLosses has nothing on ranks without the last chunk, and of what is not finite.
         loss = means.get(str(index), math.inf) * int(one.supervised[1:].sum())

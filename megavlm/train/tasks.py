@@ -78,7 +78,7 @@ def task_facts(config: Config) -> dict[str, str]:
     facts = {}
     for task in open_tasks(config):
         digest = hashlib.sha256(repr(task.order).encode())
-        for one in task.asked:
+        for one in task.requests:
             digest.update(one.tokens.tobytes())
             digest.update(repr([(image.columns, image.rows) for image in one.images]).encode())
         facts[f"questions and images of --eval.tasks {task.task.path}, {task.task.name}"] = (

@@ -10,7 +10,7 @@ import numpy as np
 
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.store.manifest import read_manifest
-from megavlm.evaluate.packs import Asked, QuestionReader, TaskPacks, arrange
+from megavlm.evaluate.packs import Request, RequestReader, TaskPacks, arrange
 from tests.data.samples import make_sample
 
 
@@ -39,7 +39,7 @@ def random_questions(packs: Path, folder: Path, vocab_size: int) -> TaskPacks:
         features_per_tile=manifest.features_per_tile,
         grids=((1, 1),),
     )
-    asked = []
+    requests = []
     for line, (images, words) in enumerate([(1, 9), (0, 3), (2, 12), (0, 70), (1, 33)], start=1):
         sample = make_sample(rng, images=images, text_tokens=words, line=line, **sizes)
         shown = []
@@ -47,8 +47,8 @@ def random_questions(packs: Path, folder: Path, vocab_size: int) -> TaskPacks:
             path = folder / f"{line}-{number}.png"
             path.write_bytes(image.encoded)
             shown.append(replace(image, encoded=b"", name=str(path)))
-        asked.append(
-            Asked(
+        requests.append(
+            Request(
                 path=folder / "task.jsonl",
                 line=line,
                 tokens=sample.tokens,
@@ -57,12 +57,12 @@ def random_questions(packs: Path, folder: Path, vocab_size: int) -> TaskPacks:
                 room=1,
             )
         )
-    order = arrange(asked, manifest)
+    order = arrange(requests, manifest)
     return Endless(
         task=None,
-        asked=tuple(asked),
-        owners=tuple(range(len(asked))),
+        requests=tuple(requests),
+        owners=tuple(range(len(requests))),
         order=tuple(map(tuple, order)),
-        packs=PackedDataset(QuestionReader(asked, order, manifest)),
+        packs=PackedDataset(RequestReader(requests, order, manifest)),
         template=None,
     )

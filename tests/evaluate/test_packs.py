@@ -15,7 +15,7 @@ from megavlm.data.loading.prefixes import find_prefixes
 from megavlm.data.store.manifest import read_manifest
 from megavlm.data.text.templates import FORMATS
 from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS, add_special_tokens, load_tokenizer
-from megavlm.evaluate.packs import Asked, QuestionReader, prepare
+from megavlm.evaluate.packs import Request, RequestReader, prepare
 from megavlm.evaluate.task import Task, read_task
 from tests.data.images.test_video import level, write_folder, write_video
 from tests.data.samples import make_dataset
@@ -23,8 +23,8 @@ from tests.data.samples import make_dataset
 
 def test_a_prefix_ends_where_an_answer_begins(tmp_path: Path) -> None:
     make_dataset(tmp_path, packs=1, capacity=64, alignment=4)
-    asked = [
-        Asked(
+    requests = [
+        Request(
             path=Path("task.jsonl"),
             line=number + 1,
             tokens=np.arange(2, 2 + length, dtype=np.int32),
@@ -35,7 +35,7 @@ def test_a_prefix_ends_where_an_answer_begins(tmp_path: Path) -> None:
         # Two questions with room for an answer, and a choice of five tokens behind a question.
         for number, (length, learned, room) in enumerate([(7, 7, 6), (10, 10, 6), (12, 7, 0)])
     ]
-    reader = QuestionReader(asked, [[0, 1, 2]], read_manifest(tmp_path))
+    reader = RequestReader(requests, [[0, 1, 2]], read_manifest(tmp_path))
     pack = reader.read(0)
     positions, ends = sample_positions(pack.lengths, 4, 64)
     found = find_prefixes(pack.supervised, positions, ends)
@@ -67,7 +67,7 @@ def test_there_is_room_for_one_token(tmp_path: Path) -> None:
     task = prepare(make_task(tmp_path, "Who?", "Where?"), packs)
     packs = [task.packs.reader.read(number) for number in range(len(task.packs))]
     lengths = [length for pack in packs for length in pack.lengths.tolist()]
-    assert lengths == [len(one.tokens) + 1 for one in task.asked]
+    assert lengths == [len(one.tokens) + 1 for one in task.requests]
     assert sum(pack.supervised.sum() for pack in packs) == 2
 
 
@@ -95,7 +95,7 @@ def test_frames_of_a_video_are_those_in_the_middles_of_its_parts(tmp_path: Path)
     row |= dict(video=["b", "a.mp4", "a.mp4"])
     (tmp_path / "exam.jsonl").write_text(json.dumps(row) + "\n")
     task = prepare(read_task(tmp_path / "exam.jsonl"), packs)
-    [one] = task.asked
+    [one] = task.requests
     middles = [4, 14, 24, 34]
     assert one.frames == (0, 1, 2, -1, *middles, *middles)
     text = task.template.tokenizer.decode(one.tokens)

@@ -11,7 +11,7 @@ from PIL import Image
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.text.chat_tokens import ChatTemplate
 from megavlm.data.text.tokenizer import add_special_tokens, load_tokenizer
-from megavlm.evaluate.packs import ask
+from megavlm.evaluate.packs import requests_of
 from megavlm.evaluate.shots import with_shots
 from megavlm.evaluate.task import read_tasks
 from tests.evaluate.test_task import write
@@ -51,9 +51,9 @@ def test_each_image_of_a_prompt_has_its_own_tokens(tmp_path: Path) -> None:
     add_special_tokens(tokenizer, "idefics")
     template = ChatTemplate(tokenizer, 1, name="flamingo")
     tiling = Tiling(tile_size=8, max_tiles=1, mode="stretch")
-    [asked] = ask(four, four.questions[0], template, tiling)
-    assert np.count_nonzero(asked.tokens == template.context_token_id) == 5 == len(asked.images)
-    assert tokenizer.decode(asked.tokens).count("Answer: shade") == 4
+    [request] = requests_of(four, four.questions[0], template, tiling)
+    assert np.count_nonzero(request.tokens == template.context_token_id) == 5 == len(request.images)
+    assert tokenizer.decode(request.tokens).count("Answer: shade") == 4
 
 
 def test_videos_of_examples_come_before_that_of_the_question(tmp_path: Path) -> None:

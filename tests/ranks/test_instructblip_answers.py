@@ -37,7 +37,7 @@ def answers_of_transformers(config: Config, folder: Path) -> list[list[int]]:
     found = []
     for number, pack in enumerate(task.order):
         tiles = task.packs.batch(number, 0).tiles  # one of each question
-        for place, one in enumerate(task.asked[index] for index in pack):
+        for place, one in enumerate(task.requests[index] for index in pack):
             tokens = torch.from_numpy(one.tokens.astype(np.int64))[None]
             instruction = torch.from_numpy(one.instruction.astype(np.int64))[None]
             made = model.generate(

@@ -35,23 +35,23 @@ def longer(task: TaskPacks, answers: Sequence[Sequence[int]]) -> TaskPacks:
     import numpy as np
 
     from megavlm.data.loading.dataset import PackedDataset
-    from megavlm.evaluate.packs import QuestionReader, arrange
+    from megavlm.evaluate.packs import RequestReader, arrange
 
-    asked = tuple(
+    requests = tuple(
         dataclasses.replace(
             one,
             tokens=np.append(one.tokens, answer).astype(one.tokens.dtype),
             supervised=np.append(one.supervised, np.zeros(len(answer), bool)),
         )
-        for one, answer in zip(task.asked, answers, strict=True)
+        for one, answer in zip(task.requests, answers, strict=True)
     )
     manifest = task.packs.manifest
-    order = arrange(asked, manifest)
+    order = arrange(requests, manifest)
     return dataclasses.replace(
         task,
-        asked=asked,
+        requests=requests,
         order=tuple(map(tuple, order)),
-        packs=PackedDataset(QuestionReader(asked, order, manifest)),
+        packs=PackedDataset(RequestReader(requests, order, manifest)),
     )
 
 
@@ -61,7 +61,7 @@ def by_whole_packs(
     """Answer in ``count`` tokens, each from a pass over the questions and the answers so far."""
     from megavlm.train.generate import generate
 
-    answers: list[list[int]] = [[] for _ in task.asked]
+    answers: list[list[int]] = [[] for _ in task.requests]
     for _ in range(count):
         found = generate(job, longer(task, answers), 1, progress)
         answers = [answer + new for answer, new in zip(answers, found, strict=True)]
@@ -80,8 +80,8 @@ def endless(task: TaskPacks, questions: int = 0) -> TaskPacks:
 
     found = Endless(**vars(task))
     return longer(
-        dataclasses.replace(found, asked=task.asked[: questions or None]),
-        [()] * len(task.asked[: questions or None]),
+        dataclasses.replace(found, requests=task.requests[: questions or None]),
+        [()] * len(task.requests[: questions or None]),
     )
 
 
@@ -159,12 +159,12 @@ def main() -> None:
 
     torch.set_num_threads(1)
     task = endless(prepare(read_task(options.tasks), options.packs), options.questions)
-    lengths = [len(one.tokens) for one in task.asked]
+    lengths = [len(one.tokens) for one in task.requests]
     facts = {
         "model": options.model,
         "questions": len(lengths),
         "tokens_of_a_question": round(sum(lengths) / len(lengths), 1),
-        "tiles": sum(one.tiles for one in task.asked),
+        "tiles": sum(one.tiles for one in task.requests),
         "packs": len(task.order),
     }
     print(json.dumps(facts), flush=True)
