@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -67,18 +68,18 @@ def run_pipeline(
         output = chunk(batch, with_loss=with_loss, only_loss_positions=not with_loss)
         return output, partial(_as_asked, loss, batch)
 
+    # megatron-core does so only if the language model has a recipe for FP8.
     for module in (module for chunk in model for module in chunk.modules()):
-        if "is_first_microbatch" in vars(
-            module
-        ):  # megatron-core does so only where the language model has a recipe for FP8
+        if "is_first_microbatch" in vars(module):
             module.is_first_microbatch = True
     chunks = [chunk.module for chunk in model]
-    groups = model[0].module.groups
-    packs = SharedBatches(
-        on_device(batches, backend),
-        len(chunks),
-    )
-    communicator = _communicator(chunks, packs, count) if groups.pipeline_size > 1 else None
+    groups = chunks[0].groups
+    packs = SharedBatches(on_device(batches, backend), len(chunks))
+    communicator = None
+    between: dict[str, Any] = {}
+    if groups.pipeline_size > 1:
+        communicator = _communicator(chunks, packs, count)
+        between = {"p2p_communicator": communicator, "pg_collection": groups.collection}
     losses = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=[packs.reader(number) for number in range(len(chunks))],
@@ -87,11 +88,7 @@ def run_pipeline(
         seq_length=1,  # not used: the communicator computes the shapes
         micro_batch_size=1,
         forward_only=forward_only,
-        **(
-            {"p2p_communicator": communicator, "pg_collection": groups.collection}
-            if communicator is not None
-            else {}
-        ),
+        **between,
     )
     if isinstance(communicator, InterleavedP2P):
         communicator.finish()
