@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -316,11 +317,14 @@ def _texts(fields: Mapping[str, Any], key: str) -> tuple[str, ...]:
 
 
 def _with_listed_choices(question: Question) -> Question:
-    """Return the question with a line for each choice, unless its text lists them already."""
+    """Return the question with a line for each choice, unless its text has each behind its letter,
+    such as ``(A) red``.
+    """
     *others, asked = question.turns
-    listed = [f"{letter}. {text}" for letter, text in zip(LETTERS, question.choices, strict=False)]
-    is_listed = all(text in asked.text for text in question.choices)
-    text = asked.text if is_listed else "\n".join([asked.text, *listed])
+    choices = list(zip(LETTERS, question.choices, strict=False))
+    if all(re.search(rf"\b{letter}\b\W*{re.escape(text)}", asked.text) for letter, text in choices):
+        return question
+    text = "\n".join([asked.text, *(f"{letter}. {choice}" for letter, choice in choices)])
     return replace(question, turns=(*others, replace(asked, text=text)))
 
 

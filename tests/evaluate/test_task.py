@@ -107,10 +107,10 @@ def test_a_file_that_is_missing(tmp_path: Path):
 
 
 def test_choices_are_listed_unless_the_question_lists_them(tmp_path: Path):
-    path = write(tmp_path, PAIR, PAIR | dict(question="Which?"))
+    path = write(tmp_path, PAIR, PAIR | dict(question="Which box, by size?"))
     first, second = (question.turns[-1].text for question in read_task(path).questions)
     assert first == "A. x B. y"
-    assert second == "Which?\nA. x\nB. y"
+    assert second == "Which box, by size?\nA. x\nB. y"
 
 
 def test_a_line_may_hold_other_line_breaks(tmp_path: Path):
