@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
 
 from megavlm.train.trackers import Tracker, one_line
 
@@ -18,7 +17,7 @@ _MOST_RECORDS = 20_000
 _Record = tuple[int, Mapping[str, float]]
 
 
-class Outbox:
+class Outbox(Tracker):
     """A tracker whose server may be slow, or away for hours, and costs the run nothing.
 
     Training goes on while a thread sends. While the server cannot be reached, figures wait, and the
@@ -50,9 +49,6 @@ class Outbox:
                 self._waiting.popleft()
                 self._dropped += 1
             self._change.notify()
-
-    def show(self, step: int, task: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Show nothing of answers."""
 
     def close(self, *, has_failed: bool) -> None:
         """Wait a moment for what is not yet sent, and tell what remains."""

@@ -36,13 +36,15 @@ class Tracker(Protocol):
         """Take the figures of a step."""
 
     def show(self, step: int, task: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Take the answers to a task: for each question what ``answers/`` holds of it."""
+        """Take the answers to a task: for each question what ``answers/`` holds of it; most
+        trackers show nothing of them.
+        """
 
     def close(self, *, has_failed: bool) -> None:
         """Write what is left; ``has_failed`` tells how the run ended."""
 
 
-class TensorBoard:
+class TensorBoard(Tracker):
     """Event files in the save folder.
 
     Args:
@@ -64,15 +66,12 @@ class TensorBoard:
         for name, value in numbers.items():
             self._writer.add_scalar(name, value, step)
 
-    def show(self, step: int, task: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Show nothing of answers."""
-
     def close(self, *, has_failed: bool) -> None:
         """Write what is left."""
         self._writer.close()
 
 
-class WeightsAndBiases:
+class WeightsAndBiases(Tracker):
     """A run of Weights & Biases, the same one each time that the training run resumes.
 
     Args:
@@ -132,7 +131,7 @@ class WeightsAndBiases:
         self._run.finish(exit_code=int(has_failed))
 
 
-class MLflow:
+class MLflow(Tracker):
     """A run of MLflow, the same one each time that the training run resumes.
 
     Args:
@@ -187,9 +186,6 @@ class MLflow:
         ]
         self._client.log_batch(self._run, metrics=metrics)
 
-    def show(self, step: int, task: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Show nothing of answers."""
-
     def close(self, *, has_failed: bool) -> None:
         """Write what is left."""
         self._client.set_terminated(self._run, "FAILED" if has_failed else "FINISHED")
@@ -219,7 +215,7 @@ def one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-class Watched:
+class Watched(Tracker):
     """A tracker that ends with a warning instead of ending the run.
 
     Args:
