@@ -66,7 +66,11 @@ def write_summary(options: argparse.Namespace, facts: dict[str, Any]) -> None:
 
 
 def compare(
-    description: str, share_right: Callable[[Path, str, Exam], float], before: str, after: str
+    description: str,
+    share_right: Callable[[Path, str, Exam], float],
+    before: str,
+    after: str,
+    more: Callable[[Path], dict[str, Any]] = lambda out: {},
 ) -> None:
     """Let two exported models answer the exam, and write the summary.
 
@@ -75,6 +79,7 @@ def compare(
         share_right: the share of the exam that a model in OUT answers right, by OUT and the name of
             the export.
         before, after: names of the exports.
+        more: further facts, by OUT.
     """
     options = parse(description)
     lines = (options.out / "data" / "exam.jsonl").read_text().splitlines()
@@ -83,5 +88,6 @@ def compare(
         "metric": "share of right answers to held-out questions, by transformers",
         "metric_before": share_right(options.out, before, exam),
         "metric_after": share_right(options.out, after, exam),
+        **more(options.out),
     }
     write_summary(options, facts)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from try_out import Exam, compare
@@ -26,8 +27,12 @@ def share_right(out: Path, name: str, exam: Exam) -> float:
     rows = []
     for record in exam:
         question, answer = (turn["value"] for turn in record["conversations"][:2])
-        image = str((out / "data" / "images" / record["image"]).resolve())
-        rows.append({"question": question, "answer": answer, "image": image})
+        media = {
+            key: str((out / "data" / "images" / record[key]).resolve())
+            for key in ("image", "video")
+            if key in record
+        }
+        rows.append({"question": question, "answer": answer, **media})
     path = out / "exam.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     [task] = read_tasks((str(path),))
@@ -37,5 +42,18 @@ def share_right(out: Path, name: str, exam: Exam) -> float:
     return sum(right) / len(exam)
 
 
+def about_videos(out: Path) -> dict[str, Any]:
+    """Return the share of first questions about held-out videos that are answered right, before and
+    after stage 3; nothing if there are no videos. One that guesses digits has a tenth.
+    """
+    lines = (out / "data" / "video_exam.jsonl").read_text().splitlines()
+    exam = [json.loads(line) for line in lines]
+    return {
+        f"metric_{when}_of_videos": share_right(out, name, exam)
+        for when, name in (("before", "stage2"), ("after", "stage3"))
+        if exam
+    }
+
+
 if __name__ == "__main__":
-    compare(__doc__, share_right, "stage1", "stage2")
+    compare(__doc__, share_right, "stage1", "stage2", about_videos)

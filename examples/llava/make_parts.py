@@ -1,5 +1,6 @@
 """Make what LLaVA starts from, small: boards of one or two handwritten digits with questions about
-them, a CLIP that has learned to read such boards, and a language model that has learned nothing.
+them, videos of them on request, a CLIP that has learned to read such boards, and a language model
+that has learned nothing.
 
 python examples/llava/make_parts.py OUT
 """
@@ -35,6 +36,7 @@ from megavlm.data.images.transforms import to_square
 
 SHAPES = ((1, 1), (1, 2), (2, 1))
 SIDE = 32  # pixels of a tile
+PLACES = ("first", "second", "last")  # of a digit in a video, a frame each
 EMPTY = 10  # what CLIP learns to say of an empty cell; digits are 0 to 9
 MEAN, STD = PIXELS["clip"]
 CLIP = CLIPVisionConfig(
@@ -69,6 +71,35 @@ def write_records(
             turns.append({"from": "gpt", "value": asked[place].answer})
         turns[0]["value"] = f"{turns[0]['value']}\n<image>"
         records.append({"image": picture, "conversations": turns, "caption": digits})
+    return records
+
+
+def write_videos(
+    rng: np.random.Generator, scans: Scans, count: int, folder: Path, name: str
+) -> list[dict[str, Any]]:
+    """Save videos of one digit after the other, as folders of frames, and return questions about
+    them.
+    """
+    records = []
+    for number in range(count):
+        video = f"{name}{number:05d}"
+        (folder / video).mkdir()
+        digits = []
+        for frame in range(len(PLACES)):
+            board = make_board(rng, scans, (1, 1))
+            digits.append(str(board.digits[0]))
+            board.picture.save(folder / video / f"{frame}.png")
+        asked = [
+            ("Which digits come?", " ".join(digits)),
+            *((f"Which digit comes {PLACES[i]}?", digit) for i, digit in enumerate(digits)),
+        ]
+        turns = []
+        for index in rng.permutation(len(asked)):
+            question, answer = asked[index]
+            turns.append({"from": "human", "value": question})
+            turns.append({"from": "gpt", "value": answer})
+        turns[0]["value"] = f"<video>\n{turns[0]['value']}"
+        records.append({"video": video, "conversations": turns})
     return records
 
 
@@ -187,17 +218,26 @@ def make_language(words: list[str], folder: Path) -> None:
 
 
 def main() -> None:
-    options = parse_parts(__doc__, records=3000, exam=200, clip_steps=500)
+    options = parse_parts(__doc__, records=3000, exam=200, videos=0, video_exam=0, clip_steps=500)
     images = options.out / "images"
     images.mkdir(parents=True)
     train, held_out = split_scans(HELD_OUT_SCANS, 0)
     learned = write_records(np.random.default_rng(1), train, options.records, images, "train")
     exam = write_records(np.random.default_rng(2), held_out, options.exam, images, "exam")
     write_lines(options.out / "stage1.jsonl", as_captions(learned))
-    for name, records in (("stage2", learned), ("exam", exam)):
-        kept = [{key: record[key] for key in ("image", "conversations")} for record in records]
-        write_lines(options.out / f"{name}.jsonl", kept)
-    texts = [turn["value"] for record in learned for turn in record["conversations"]]
+    watched = write_videos(np.random.default_rng(4), train, options.videos, images, "video")
+    unseen = write_videos(np.random.default_rng(5), held_out, options.video_exam, images, "unseen")
+    for name, records in (
+        ("stage2", learned),
+        ("stage3", watched + learned[: options.videos // 4]),
+        ("exam", exam),
+        ("video_exam", unseen),
+    ):
+        write_lines(
+            options.out / f"{name}.jsonl",
+            [{key: record[key] for key in record if key != "caption"} for record in records],
+        )
+    texts = [turn["value"] for record in learned + watched for turn in record["conversations"]]
     make_language(texts, options.out / "language")
     share = train_clip(np.random.default_rng(3), train, options.clip_steps, options.out / "clip")
     print(f"{len(learned)} records, {len(exam)} for the exam; CLIP reads {share:.0%} of the cells")

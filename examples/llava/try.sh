@@ -6,7 +6,7 @@
 #
 # It makes boards of digits, a small CLIP that can read them and a fresh language model, packs the boards as LLaVA does (crop, then pad or anyres, or stretch and anyres_max_9),
 # trains the connector, then connector and language model (LLaVA-NeXT and OneVision: everything), exports both stages, compares the second with transformers, and lets transformers answer
-# held-out questions after each. It ends with OUT/summary.json. Learning rates are higher than LLaVA's, since the language model starts fresh.
+# held-out questions after each. OneVision has a stage 3, with videos of digits that come one after the other; this stage is compared, too. It ends with OUT/summary.json. Learning rates are higher than LLaVA's, since the language model starts fresh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../start_try.sh"
 
@@ -14,10 +14,11 @@ RECIPE="${RECIPE:-llava}"
 first=crop tiling=pad steps=400
 # A pack holds fewer of the larger samples.
 [[ "$RECIPE" == llava_next ]] && tiling=anyres steps=1200
-[[ "$RECIPE" == llava_onevision ]] && first=stretch tiling=anyres_max_9 steps=1200
+videos=()
+[[ "$RECIPE" == llava_onevision ]] && first=stretch tiling=anyres_max_9 steps=1200 videos=(--videos 4000 --video_exam 200)
 
 step "data, a CLIP, a language model"
-OMP_NUM_THREADS=2 "$python" "$here/make_parts.py" "$out/data"
+OMP_NUM_THREADS=2 "$python" "$here/make_parts.py" "$out/data" "${videos[@]}"
 
 # pack NAME TEMPLATE TILING
 pack() {
@@ -27,6 +28,7 @@ pack() {
 step "packs"
 pack stage1 llava_plain "$first"
 pack stage2 llava_chatml "$tiling"
+((${#videos[@]})) && pack stage3 llava_chatml "$tiling"
 
 # train STAGE STEPS LR OPTION...
 train() {
@@ -40,9 +42,14 @@ train() {
 }
 train 1 60 2e-3 --init.vision "$out/data/clip" --init.language "$out/data/language"
 train 2 "$steps" 2e-3 --model "$out/exported/stage1" --checkpoint.load "$out/runs/stage1"
+last=stage2
+if ((${#videos[@]})); then
+    last=stage3
+    train 3 1200 1e-3 --model "$out/exported/stage2" --checkpoint.load "$out/runs/stage2"
+fi
 
 step "the exported model against the trained one"
-"$python" tools/verify_export.py --load "$out/runs/stage2" --hf "$out/exported/stage2" --data "$out/packs/stage2" --packs 4 --json "$out/verify.json"
+"$python" tools/verify_export.py --load "$out/runs/$last" --hf "$out/exported/$last" --data "$out/packs/$last" --packs 4 --json "$out/verify.json"
 
 step "held-out questions, answered by transformers"
 "$python" "$here/answer.py" "$out" --seconds $((SECONDS - started))
