@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# LLaVA's two stages, small, on two CPU cores, in a few minutes.
+# LLaVA's stages, small, on two CPU cores, in a few minutes.
 #
 #   bash examples/llava/try.sh [OUT]      OUT: folder to make (default: llava)
 #   RECIPE=llava_next bash examples/llava/try.sh OUT      LLaVA-NeXT: images as grids of tiles; or llava_onevision: larger grids
 #
-# It makes boards of digits, a small CLIP that can read them and a fresh language model, packs the boards as LLaVA does (crop, then pad or anyres, or stretch and anyres_max_9),
-# trains the connector, then connector and language model (LLaVA-NeXT and OneVision: everything), exports both stages, compares the second with transformers, and lets transformers answer
-# held-out questions after each. OneVision has a stage 3, with videos of digits that come one after the other; this stage is compared, too. It ends with OUT/summary.json. Learning rates are higher than LLaVA's, since the language model starts fresh.
+# It makes boards of digits, a small CLIP that can read them and a fresh language model, and packs the boards as LLaVA does (crop, then pad or anyres, or stretch and anyres_max_9). It
+# trains the connector, then connector and language model (LLaVA-NeXT and OneVision: everything), exports each stage, compares the last with transformers, and lets transformers answer
+# held-out questions after each. OneVision has a stage 3, with videos of digits that come one after the other. It ends with OUT/summary.json. Learning rates are higher than LLaVA's,
+# since the language model starts fresh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../start_try.sh"
 
