@@ -1,8 +1,9 @@
 """The processes that megatron-core forks to write shards, and waits for without a limit.
 
-If the kernel kills one of them, since memory is full, the rank would wait for ever. And if a rank
-is killed, its processes would: each waits for a rank that is gone, and keeps its memory, its open
-connections and its hold on the GPU, so that the next start finds the GPU full.
+If the kernel kills one of them, since memory is full, or one cannot tell its results, since it may
+start no more threads, the rank would wait for ever. And if a rank is killed, its processes would:
+each waits for a rank that is gone, and keeps its memory, its open connections and its hold on the
+GPU, so that the next start finds the GPU full.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class WriterError(RuntimeError):
-    """A process that wrote shards was killed."""
+    """A process that wrote shards was killed, or failed."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def watched_writers() -> Iterator[None]:
     nothing.
 
     Raises:
-        WriterError: one of them was killed; the others are ended.
+        WriterError: one of them was killed, or ended with another status than 0; the others are
+            ended.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -61,12 +63,9 @@ def watched_writers() -> Iterator[None]:
     def check() -> None:
         own = [process for process in psutil.Process().children() if process.pid not in others]
         for process in own:
-            if (killed_by := _killed_by(process.pid)) is not None:
+            if failure := _failure(process.pid):
                 _end(own)
-                raise WriterError(
-                    f"process {process.pid}, which wrote shards, was killed by signal {killed_by};"
-                    " if the memory of the machine was full, the kernel's log says so"
-                )
+                raise WriterError(f"process {process.pid}, which wrote shards, {failure}")
 
     with ChildWatcher(check):
         yield
@@ -86,15 +85,20 @@ def end_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def _killed_by(pid: int) -> int | None:
-    """Return the signal that ended a child, which stays to be waited for; none if none did."""
+def _failure(pid: int) -> str:
+    """Return how a child failed, which stays to be waited for; empty if it did not."""
     try:
         found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:  # it was waited for
-        return None
-    if found is None or found.si_code == os.CLD_EXITED:
-        return None
-    return found.si_status
+        return ""
+    if found is None or found.si_status == 0:
+        return ""
+    if found.si_code == os.CLD_EXITED:
+        return f"ended with status {found.si_status}; its error is above"
+    return (
+        f"was killed by signal {found.si_status}; if the memory of the machine was full, the"
+        " kernel's log says so"
+    )
 
 
 def _end(processes: list[psutil.Process]) -> None:

@@ -16,6 +16,7 @@ class ChildWatcher:
 
     A child may also end while the context is left. So the handler of SIGCHLD that raises puts back
     the one of before by itself: left behind, it would raise in code that has nothing to do with it.
+    The handler of before is called too: it may be that of a context around this one.
 
     Args:
         check: raises if a child is gone that must not be; again if it is called again.
@@ -23,27 +24,37 @@ class ChildWatcher:
 
     def __init__(self, check: Callable[[], None]) -> None:
         self._check = check
+        self._is_inside = False
 
     def __enter__(self) -> Self:
         if _in_main_thread():
             self._before = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
-            signal.signal(signal.SIGCHLD, self._handle)
-            self._handle()
+            self._is_inside = True
+            try:
+                signal.signal(signal.SIGCHLD, self._handle)
+                self._check()
+            except BaseException:
+                self._leave()
+                raise
         return self
 
     def __exit__(self, *error: object) -> None:
-        if _in_main_thread():
-            self._put_back()
+        self._leave()
 
-    def _handle(self, number: int = 0, frame: FrameType | None = None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         try:
-            self._check()
+            if callable(self._before):
+                self._before(number, frame)
+            # A handler that was set inside and stays may still call this one.
+            if self._is_inside:
+                self._check()
         except BaseException:
-            self._put_back()
+            self._leave()
             raise
 
-    def _put_back(self) -> None:
-        if signal.getsignal(signal.SIGCHLD) == self._handle:
+    def _leave(self) -> None:
+        self._is_inside = False
+        if _in_main_thread() and signal.getsignal(signal.SIGCHLD) == self._handle:
             signal.signal(signal.SIGCHLD, self._before)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -16,24 +18,40 @@ from megavlm.checkpoint.writer_processes import WriterError, watched_writers
 FORK = multiprocessing.get_context("fork")
 
 
-def _write(queue: multiprocessing.JoinableQueue) -> None:
-    """Be killed, as by the kernel; a process that waits for the queue waits for ever."""
+def _be_killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_writer_that_is_killed_is_an_error_and_the_others_end() -> None:
+def _start_no_thread() -> None:
+    """Fail to tell results, for which a queue starts a thread."""
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    threading.Thread.start = refuse
+    FORK.Queue().put(1)
+
+
+@pytest.mark.parametrize(
+    ("fail", "status", "told"),
+    [(_be_killed, -signal.SIGKILL, "killed by signal 9"), (_start_no_thread, 1, "with status 1")],
+)
+def test_a_writer_that_fails_is_an_error_and_the_others_end(
+    fail: Callable[[], None], status: int, told: str
+) -> None:
+    """What waits for the queue waits for ever."""
     before = signal.getsignal(signal.SIGCHLD)
     queue = FORK.JoinableQueue()
     queue.put(1)
     other = FORK.Process(target=time.sleep, args=(60,))
-    killed = FORK.Process(target=_write, args=(queue,))
-    with pytest.raises(WriterError, match="killed by signal 9"), watched_writers():
+    failing = FORK.Process(target=fail)
+    with pytest.raises(WriterError, match=told), watched_writers():
         other.start()
-        killed.start()
+        failing.start()
         queue.join()
     other.join(timeout=120)
-    killed.join(timeout=120)
-    assert (other.exitcode, killed.exitcode) == (-signal.SIGKILL, -signal.SIGKILL)
+    failing.join(timeout=120)
+    assert (other.exitcode, failing.exitcode) == (-signal.SIGKILL, status)
     assert signal.getsignal(signal.SIGCHLD) == before
 
 

@@ -84,6 +84,32 @@ def test_a_handler_that_was_set_after_it_is_kept(handler: object) -> None:
     assert signal.getsignal(signal.SIGCHLD) == later
 
 
+def test_one_inside_another_leaves_the_outer_one_its_children(handler: object) -> None:
+    process = _started(0.2)
+    inner = ChildWatcher(lambda: None)
+    start = time.monotonic()
+    with pytest.raises(Gone), ChildWatcher(lambda: _raise_if_ended(process)), inner:
+        time.sleep(120)
+    assert time.monotonic() - start < 60
+    assert signal.getsignal(signal.SIGCHLD) == handler
+
+
+def test_a_handler_that_was_set_before_it_is_called_and_one_that_calls_it_later_is_harmless(
+    handler: object,
+) -> None:
+    told = []
+    signal.signal(signal.SIGCHLD, lambda number, frame: told.append("before"))
+    process = _started(60)
+    with ChildWatcher(lambda: _raise_if_ended(process)):
+        watching = signal.getsignal(signal.SIGCHLD)
+        # PyTorch's DataLoader sets such a handler, which stays.
+        signal.signal(signal.SIGCHLD, lambda *of_signal: watching(*of_signal))
+    process.kill()
+    process.join()
+    os.kill(os.getpid(), signal.SIGCHLD)
+    assert "before" in told
+
+
 def test_outside_the_main_thread_nothing_is_called(handler: object) -> None:
     process = _started(0)
     process.join()
