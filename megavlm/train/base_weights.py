@@ -4,7 +4,7 @@ with. They are known by the content of their files, wherever these are now.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -112,16 +112,15 @@ def _named(config: Config) -> list[Path]:
 
 def _asks_for_others(config: Config, start: Checkpoint) -> bool:
     """Return whether the command names folders of weights that the run did not begin with, and that
-    are not its own.
+    are not the run itself.
     """
-    named = _named(config)
-    own = start.folder.parent.resolve()
-    places = [place.resolve() for folder in named for place in (folder, folder.parent)]
-    return (
-        named != _named(start.config)
-        and own not in places
-        and any(base_files.weight_files(folder) for folder in named)
-    )
+    named = _resolved(_named(config))
+    own = start.folder.resolve()
+    return named not in (_resolved(_named(start.config)), [own], [own.parent])
+
+
+def _resolved(folders: Sequence[Path]) -> list[Path]:
+    return [folder.resolve() for folder in folders]
 
 
 def _opened(start: Checkpoint, folders: list[Path]) -> Start:

@@ -138,10 +138,10 @@ def check_fits(config: Config, start: Checkpoint) -> Checkpoint:
     )
     problems += _tokenizer_problems(config, start)
     if resumes(config, start):
+        own = start.folder if is_own(config, start) else None
         # What lies below a checkpoint of trained parameters is known by its content.
-        asks_by_name = is_own(config, start) and not start.state.trained_only
-        own = start.folder if asks_by_name else None
-        problems += refusals(start.config, config, own=own)
+        by_content = start.state.trained_only
+        problems += refusals(start.config, config, own=own, by_content=by_content)
         problems += _pack_problems(config, start)
         _warn_of_other_packs(config, start)
     elif config.checkpoint.moments == "keep" and start.state.stage is None:
@@ -295,9 +295,11 @@ def find_undamaged(config: Config, start: Checkpoint) -> Checkpoint:
             raises it.
     """
     problems: list[str] = []
+    choice: list[Checkpoint | str] = [start]
     while True:
-        choice = [start]
         dist.broadcast_object_list(choice)  # what rank 0 sees in the folder counts
+        if isinstance(choice[0], str):
+            raise DamagedError(choice[0])
         start = choice[0]
         found = checksums.damage(start.folder, by_size_only=config.checkpoint.verify == "size")
         if not found:
@@ -311,10 +313,14 @@ def find_undamaged(config: Config, start: Checkpoint) -> Checkpoint:
                 f"--checkpoint.load {start.folder}: the checkpoint is damaged; name another one:\n"
                 f"  {listed}"
             )
-        before = directory.candidates(start.folder.parent)
-        try:
-            start = _first_whole(config, before[before.index(start.folder) + 1 :], problems)
-        except DamagedError:
-            raise
-        except ValueError as error:  # the one before does not fit this run
-            raise DamagedError(str(error)) from error
+        if dist.get_rank() == 0:
+            choice = [_one_before(config, start, problems)]
+
+
+def _one_before(config: Config, start: Checkpoint, problems: list[str]) -> Checkpoint | str:
+    """Return the newest checkpoint of the run before one that is damaged, or why there is none."""
+    before = directory.candidates(start.folder.parent)
+    try:
+        return _first_whole(config, before[before.index(start.folder) + 1 :], problems)
+    except ValueError as error:  # or the one before does not fit this run
+        return str(error)

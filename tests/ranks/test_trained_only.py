@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megavlm.checkpoint import step_folder
+from megavlm.config.checks.rules import ConfigError
 from megavlm.config.lora import Lora
 from megavlm.config.schema import Config
 from megavlm.train import base_weights
@@ -57,6 +58,13 @@ def test_a_run_resumes_from_its_adapters_and_its_base_alone(
     assert weights and all("lora" in key or "connector" in key for key in weights)
 
     forget_the_end(tmp_path / "whole", tmp_path / "killed")
+    # Which the run would not resume from.
+    earlier = tmp_path / "killed" / "step_00000002"
+    shutil.copytree(small, earlier)
+    with pytest.raises(ConfigError, match="write step_00000002 into .*/latest"):
+        inspect(adapted(dataset, tmp_path / "killed", earlier), 2)
+    with pytest.raises(ValueError, match="these are not the weights that .*\n.*: missing"):
+        inspect(adapted(dataset, tmp_path / "killed", tmp_path), 2)
     ranks.run(run_job, 2, adapted(dataset, tmp_path / "killed", base))
     assert losses(tmp_path / "killed") == losses(tmp_path / "plain")[3:]
     last = f"step_{STEPS:08d}"

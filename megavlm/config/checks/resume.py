@@ -95,13 +95,19 @@ _REASONS = {
 }
 
 
-def refusals(old: Config, new: Config, *, own: Path | None) -> list[str]:
+_FOLDERS = ("checkpoint.load", "init.vision", "init.connector", "init.text", "init.language")
+"""Options that name the weights that a run begins with."""
+
+
+def refusals(old: Config, new: Config, *, own: Path | None, by_content: bool = False) -> list[str]:
     """Name the options, but those of ``architecture``, that must be as they were.
 
     Args:
         old: the run that wrote the checkpoint.
         new: the run that resumes.
         own: the checkpoint that it resumes, if that is of its own save folder.
+        by_content: whether folders of weights outside of that are compared by what is in them,
+            which ``train/base_weights`` does, and not by name.
     """
     found = []
     for key, kind in KINDS.items():
@@ -109,7 +115,7 @@ def refusals(old: Config, new: Config, *, own: Path | None) -> list[str]:
         now = _value(new, key)
         if kind == "refused" and before != now:
             found.append(f"{_difference(key, before, now)}: {_reason(key)}{_remedy(key, old, new)}")
-        elif kind == "origin" and own and _asks_for_another_start(key, old, new, own):
+        elif kind == "origin" and own and _asks_for_another_start(key, old, new, own, by_content):
             found.append(
                 f"{_difference(key, before, now)}: the run resumes its own checkpoint {own}, and"
                 " this says where it began; leave it out, or name another --checkpoint.save"
@@ -161,7 +167,9 @@ def with_origin(new: Config, before: Config) -> Config:
     return new
 
 
-def _asks_for_another_start(key: str, old: Config, new: Config, own: Path) -> bool:
+def _asks_for_another_start(
+    key: str, old: Config, new: Config, own: Path, by_content: bool
+) -> bool:
     """Return whether an option of another value than before would do something if it were not
     ignored; its default asks for nothing. Folders may have moved together with the save folder.
     Arguments as of ``refusals``.
@@ -172,6 +180,8 @@ def _asks_for_another_start(key: str, old: Config, new: Config, own: Path) -> bo
         return False
     save = Path(new.checkpoint.save).resolve()
     folder = Path(str(now)).resolve()
+    if by_content and key in _FOLDERS and folder.parent != save:
+        return False
     is_itself = key == "checkpoint.load" and folder in (save, own.resolve())
     is_path = isinstance(before, str) and before != ""
     is_same = is_path and folder == Path(before).resolve()

@@ -138,6 +138,24 @@ def test_where_a_run_began_may_be_left_out_or_said_again(tmp_path: Path) -> None
     assert refusals(old, dataclasses.replace(old, checkpoint=kept), own=OWN)
 
 
+def test_folders_of_weights_are_left_to_who_knows_their_content_but_nothing_else_is(
+    tmp_path: Path,
+) -> None:
+    save = str(tmp_path / "two")
+    own = tmp_path / "two" / "step_00000003"
+    names = ["--load", "one", "--save", save]
+    old = run(*names)
+    for moved in (["--load", "three"], ["--init.vision", "three"]):
+        assert not refusals(old, run(*names, *moved), own=own, by_content=True), moved
+    for other in (
+        ["--load", f"{save}/step_00000002"],
+        ["--checkpoint.weights_only", "true"],
+        ["--checkpoint.moments", "keep"],
+        ["--init.tokenizer", "three"],
+    ):
+        assert refusals(old, run(*names, *other), own=own, by_content=True), other
+
+
 def test_where_a_run_began_stays_on_record_if_the_command_leaves_it_out(tmp_path: Path) -> None:
     before = run("--load", str(tmp_path), "--checkpoint.moments", "keep")
     after = with_origin(run("--lr", "1e-3"), before)
