@@ -28,9 +28,11 @@ def measure(path: Path) -> Sum:
 
 def write(folder: Path, known: dict[str, Sum]) -> None:
     """Write the checksums of everything in ``folder``; files that are not in ``known``, by path
-    from the folder, are read for it.
+    from the folder, are read for it. Those that are may be of other machines, and not yet seen by
+    this one in a network file system.
     """
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    names = sorted(there | known.keys())
     sums = {name: known.get(name) or measure(folder / name) for name in names}
     (folder / FILE_NAME).write_text(
         json.dumps({name: list(found) for name, found in sums.items()}, indent=1) + "\n"

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megavlm.config import torchrun
+from megavlm.io import open_files
 from megavlm.parallel import adamw, cpu_backend
 
 
@@ -43,20 +44,20 @@ def set_environment(deterministic: bool) -> None:
         )
 
 
-def meet(timeout_minutes: int, run: str = "") -> dist.Store:
+def meet(timeout_minutes: int) -> dist.Store:
     """Return the key-value store that torchrun's ranks share. Nothing else is started, and no
     device is touched.
 
     Args:
         timeout_minutes: how long to wait for the others.
-        run: name of the run among those of one command; each has keys of its own.
     """
+    open_files.allow_many()  # one for each rank, if this one serves the store
     if "MASTER_ADDR" not in os.environ:
         return dist.HashStore()
     store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(minutes=timeout_minutes)))
     # torchrun keeps its store when it restarts the ranks; what they wrote before must not be read.
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-    return dist.PrefixStore(f"megavlm/{restarts}/{run}", store)
+    return dist.PrefixStore(f"megavlm/{restarts}", store)
 
 
 def start(

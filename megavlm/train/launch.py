@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
+import torch.distributed as dist
+
 from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.checkpoint.train_state import State
 from megavlm.config.checks.resume import with_origin
 from megavlm.config.schema import Config
 from megavlm.health import out_of_memory
-from megavlm.io import open_files
 from megavlm.parallel import backend, process_groups
 from megavlm.train import failures, resume
 from megavlm.train.agreement import agree_to_start
@@ -24,7 +25,7 @@ def launch(
     stop: StopRequest | None = None,
     *,
     ahead: Callable[[], None] = lambda: None,
-    attempt: int = 0,
+    store: dist.Store | None = None,
     can_go_back: bool = False,
 ) -> State:
     """Run a training job, and return where it ended; what is wrong with it, on any rank, ends every
@@ -35,18 +36,18 @@ def launch(
         stop: what people ask of the whole command; none: of this run alone.
         ahead: checks what is to run after it, and raises ValueError if that cannot run; what it
             finds on any rank counts as wrong with this run.
-        attempt: how often this command has run the job before.
-        can_go_back: raise DamagedError, on every rank, instead of ending the process.
+        store: shared by the ranks, for this run alone; none: they meet in one.
+        can_go_back: raise DamagedError, on every rank, instead of ending the process, unless the
+            run has checkpoints of its own.
     """
     if stop is None:
         ignore_save_signal()
     backend.set_environment(config.training.deterministic)
-    open_files.allow_many()
-    run_name = f"{config.stage}/{attempt}" if attempt else config.stage
-    store = backend.meet(config.parallel.timeout_minutes, run_name)
+    store = store or backend.meet(config.parallel.timeout_minutes)
     with contextlib.ExitStack() as stack:
         start, lock = agree_to_start(config, ahead, store, stack)
-        if isinstance(start, Checkpoint) and resume.is_own(config, start):
+        has_begun = isinstance(start, Checkpoint) and resume.is_own(config, start)
+        if has_begun:
             config = with_origin(config, start.config)
         device_backend = backend.start(
             config.parallel.timeout_minutes,
@@ -57,7 +58,7 @@ def launch(
         try:
             return run_job(config, device_backend, start, lock, stop)
         except Exception as error:
-            if can_go_back and isinstance(error, DamagedError):
+            if can_go_back and not has_begun and isinstance(error, DamagedError):
                 raise
             status = failures.report(config, error)
             if status is None:

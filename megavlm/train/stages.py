@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from megavlm.config import torchrun
 from megavlm.config.schema import Config
 from megavlm.data.store.manifest import read_manifest
+from megavlm.parallel import backend
 from megavlm.train import resume, start_point
 from megavlm.train.architecture_differences import architecture_differences
 from megavlm.train.inspection import find_start, inspect_job
@@ -31,19 +36,28 @@ def launch_all(stages: Sequence[Config]) -> None:
     If the last checkpoint of a stage is damaged, the stage resumes from the one before, and the
     next one starts from what it then saves.
     """
-    number = _first(stages)
+    if stages[0].eval.only:  # it has nothing to save, so a signal ends it at once
+        launch(stages[0])
+        return
+    store = backend.meet(stages[0].parallel.timeout_minutes)
+    number = _agreed_first(stages, store)
     for text in _left(stages, number):
         _warn(text)
     ahead: Callable[[], None] = partial(_check_ahead, stages[number:])
     attempts: Counter[int] = Counter()
+    runs = itertools.count()
     with StopRequest() as stop:
         while number < len(stages):
             config = stages[number]
             stop.limit(config.training.max_hours)
-            goes_back = number > 0 and not attempts[number] and not resume.has_begun(config)
+            goes_back = number > 0 and not attempts[number]
             try:
                 state = launch(
-                    config, stop, ahead=ahead, attempt=attempts[number], can_go_back=goes_back
+                    config,
+                    stop,
+                    ahead=ahead,
+                    store=dist.PrefixStore(f"run {next(runs)}", store),
+                    can_go_back=goes_back,
                 )
             except DamagedError as error:
                 before = stages[number - 1].stage
@@ -80,6 +94,24 @@ def _left(stages: Sequence[Config], number: int) -> Iterator[str]:
                 f" since a later one has begun; to train it on, move {later.checkpoint.save} and"
                 " those of the stages behind it away"
             )
+
+
+def _agreed_first(stages: Sequence[Config], store: dist.Store) -> int:
+    """Return the number of the stage to begin with, as the first rank sees the save folders: others
+    may have an older view of a network file system, and would wait in another run.
+    """
+    if torchrun.rank() == 0:
+        store.set("first", str(_first(stages)))
+    minutes = stages[0].parallel.timeout_minutes
+    try:
+        store.wait(["first"], timedelta(minutes=minutes))
+    except RuntimeError:
+        raise RuntimeError(
+            f"rank 0 has not said within {minutes} minutes (--parallel.timeout_minutes) which stage"
+            f" comes first, by the checkpoints in {Path(stages[0].checkpoint.save).parent}"
+        ) from None
+    # A rank with fewer stages, by a command of its own, is refused by the comparison of all ranks.
+    return min(int(store.get("first")), len(stages) - 1)
 
 
 def _first(stages: Sequence[Config]) -> int:

@@ -42,6 +42,11 @@ def test_checksums_that_are_known_already_are_not_computed_again(folder: Path) -
     assert checksums.read(folder)["state.json"] == (7, 8)
 
 
+def test_files_of_other_machines_that_this_one_does_not_see_yet_are_listed(folder: Path) -> None:
+    checksums.write(folder, {"shards/__1_0.distcp": (7, 8)})
+    assert checksums.read(folder)["shards/__1_0.distcp"] == (7, 8)
+
+
 def test_one_flipped_bit_is_found_by_content_and_not_by_size(folder: Path) -> None:
     path = folder / "shards" / "__0_0.distcp"
     content = bytearray(path.read_bytes())

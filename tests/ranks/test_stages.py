@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import io
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from megavlm.config.cli import to_yaml
-from megavlm.config.schema import Checkpoint, Config, Logging
+from megavlm.config.schema import Checkpoint, Config, Eval, Logging
 from megavlm.config.stages import parse_stages
 from tests.ranks import commands
 from tests.ranks.layouts import asks_for_all
@@ -168,6 +169,21 @@ def test_new_steps_of_a_stage_behind_which_another_has_begun_are_told(
     assert capsys.readouterr().err == ""
 
 
+def test_a_signal_ends_an_evaluation_at_once(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megavlm.train.stages import launch_all
+
+    heard = []
+
+    def launch(*_: object, **__: object) -> None:
+        heard.append(signal.getsignal(signal.SIGTERM))
+
+    monkeypatch.setattr("megavlm.train.stages.launch", launch)
+    launch_all([dataclasses.replace(stages(arguments, tmp_path)[0], eval=Eval(only=True))])
+    assert heard == [signal.getsignal(signal.SIGTERM)]
+
+
 def test_a_later_stage_that_could_not_run_is_refused_before_the_first_starts(
     ranks: Pool, arguments: list[str], tmp_path: Path
 ) -> None:
@@ -184,13 +200,19 @@ def test_a_later_stage_that_could_not_run_is_refused_before_the_first_starts(
 
 
 def test_what_one_rank_alone_finds_in_a_later_stage_is_told_by_all(
-    arguments: list[str], tmp_path: Path
+    arguments: list[str], undisturbed: Path, tmp_path: Path
 ) -> None:
+    """Rank 1 does not see the checkpoint of stage 1 either, as through a cache of NFS; which stage
+    comes first is rank 0's to say.
+    """
     make_packs(tmp_path / "other", packs=4, image_share=0.7, vocab_size=198)
+    shutil.copytree(undisturbed / "stage_1", tmp_path / "run" / "stage_1")
     usual = [*arguments, "--checkpoint.save", str(tmp_path / "run")]
     of_rank_1 = ["--for", "2", f"--data.train {tmp_path / 'other'}"]
-    done = commands.run([usual, [*usual, *of_rank_1]], tmp_path / "told")
+    stale = [*arguments, "--checkpoint.save", str(tmp_path / "stale"), *of_rank_1]
+    done = commands.run([usual, stale], tmp_path / "told")
     assert done.returncode != 0
     assert done.stderr.count("a later stage could not run") == 1, done.stderr
     assert "error: rank 1 (" in done.stderr and "packed with another tokenizer" in done.stderr
-    assert not list((tmp_path / "run").rglob("metrics.jsonl")), "nothing has started"
+    started = [path.name for path in (tmp_path / "run").iterdir()]
+    assert started == ["stage_1"], "nothing else has"
