@@ -37,6 +37,8 @@ from megavlm.train.supply import Supply
 from megavlm.train.throughput import Throughput, peak_of
 from megavlm.train.unchecked_norms import UncheckedNorms
 
+_NOTHING_KEPT = "nothing is kept without --checkpoint.save"
+
 
 def train(job: Job, state: State, metrics: Metrics, stop: StopRequest | None = None) -> State:
     """Train from ``state`` to the last step, or until asked to stop. Collective.
@@ -105,10 +107,12 @@ def train(job: Job, state: State, metrics: Metrics, stop: StopRequest | None = N
                 raise
 
             asked_to_stop = False
+            wants_save = False
             if is_logged:
                 step_log.record(state, result.loss, grad_norm, rate)
                 asked_to_stop = groups.any_rank(stop.asked, device)
-                saves = groups.any_rank(stop.wants_save, device) or saves
+                wants_save = groups.any_rank(stop.wants_save, device)
+                saves = saves or wants_save
                 with clock.paused():
                     saver.poll()
             if is_last or (_evaluates(job, state) and not asked_to_stop):
@@ -119,6 +123,9 @@ def train(job: Job, state: State, metrics: Metrics, stop: StopRequest | None = N
                     watchdog.enter("checkpoint", state.step)
                     saver.save(state)
                     stop.wants_save = False
+            elif wants_save:
+                metrics.log(f"WARNING: SIGUSR1 asked for a checkpoint, and {_NOTHING_KEPT}")
+                stop.wants_save = False
             if asked_to_stop or is_last:
                 saver.wait()  # while a signal does not end the run at once
             if asked_to_stop:
@@ -148,7 +155,7 @@ def _how_it_stopped(job: Job, stop: StopRequest, step: int, saved: int) -> str:
         step: the last step that was trained.
         saved: the step of the last checkpoint.
     """
-    kept = "nothing is kept without --checkpoint.save"
+    kept = _NOTHING_KEPT
     if job.config.checkpoint.save:
         kept = f"the last checkpoint is of step {saved}"
     cause = "--training.max_hours" if stop.is_late else "a signal"

@@ -187,6 +187,15 @@ def test_spikes_are_warned_of_or_skipped_and_a_limit_holds_for_all_of_them() -> 
         judge(BadSteps(**rules), [1.0, 1.0, float("nan")])
 
 
+def test_a_signal_that_asks_for_a_checkpoint_where_none_are_kept_is_answered(
+    ranks: Pool, dataset: Path
+) -> None:
+    config = make_job(dataset, "", steps=3, save_interval=0)
+    shown = "".join(ranks.run(run_planted, 2, config, {}, (2,)))
+    told = "WARNING: SIGUSR1 asked for a checkpoint, and nothing is kept without --checkpoint.save"
+    assert shown.count(told) == 1, shown
+
+
 def run_out_of_memory(config: Config) -> str:
     """Run a job that runs out of memory; return what it says."""
     from megavlm.train import launch

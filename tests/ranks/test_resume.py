@@ -56,7 +56,7 @@ def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def make_job(
-    dataset: Path, save: Path, load: Path | str = "", stage: str = "2", **settings
+    dataset: Path, save: Path | str, load: Path | str = "", stage: str = "2", **settings
 ) -> Config:
     """Configure a job of a few steps with a checkpoint in the middle and one at the end, and
     without the speed check, which real commands have in ``test_torchrun.py``; ``settings`` as in
