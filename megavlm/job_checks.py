@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megavlm.config import unfreezing
 from megavlm.config.checks import rules
 from megavlm.config.checks.datasets import DatasetFacts, batch_warnings, facts_problems
-from megavlm.config.checks.unread import TOLERATED, preset_of, unread
+from megavlm.config.checks.unread import OF_ONE_REPLICA, TOLERATED, preset_of, unread
 from megavlm.config.lora import lora_problems
 from megavlm.config.parameter_groups import name_problems, setting_problems
 from megavlm.config.schema import Config
@@ -21,8 +22,7 @@ def problems(config: Config, world_size: int) -> list[str]:
     """Return everything in a configuration, and in the packed datasets that it names, that cannot
     run on ``world_size`` ranks; each problem names the flag to change.
     """
-    found = rules.problems(config, world_size)
-    found = found or parameter_problems(config)
+    found = with_parameter_problems(config, rules.problems(config, world_size))
     facts = []
     for flag, folder in _datasets(config):
         try:
@@ -32,26 +32,51 @@ def problems(config: Config, world_size: int) -> list[str]:
     return found + facts_problems(config, facts)
 
 
-def warnings(config: Config) -> list[str]:
-    """Return what runs, but hardly as it is meant, and options that are not read.
+def warnings(config: Config, world_size: int) -> list[str]:
+    """Return what runs on ``world_size`` ranks, but hardly as it is meant, and options that are not
+    read.
 
     Raises:
         ValueError: a dataset that cannot be used.
     """
     of_steps = () if config.eval.only else batch_warnings(config, dataset_facts(config))
-    return [*of_steps, *unread(config, TOLERATED)]
+    is_one = world_size == config.parallel.model_parallel_size
+    return [*of_steps, *unread(config, (*TOLERATED, *(OF_ONE_REPLICA if is_one else ())))]
+
+
+def with_parameter_problems(config: Config, found: Sequence[str]) -> list[str]:
+    """Return problems that were found, with the ``parameter_problems`` of other options, unless the
+    model cannot be: it has no names then.
+    """
+    if rules.model_problems(config):
+        return list(found)
+    return _with_others(found, parameter_problems(config))
 
 
 def parameter_problems(config: Config) -> list[str]:
     """Return the patterns of names, and settings of parameter groups, that do not fit the model."""
-    wrong = [*setting_problems(config.optimizer), *unfreezing.setting_problems(config)]
     keys = parameter_keys(config)
     trainable = config.training.trainable
-    wrong += lora_problems(config.architecture.lora, trainable, keys)
-    if wrong:
-        return wrong
-    wrong += name_problems(config.optimizer, trainable, keys, preset_of(config).optimizer)
-    return wrong or list(unfreezing.name_problems(config.training, keys))
+    of_adapters = list(lora_problems(config.architecture.lora, trainable, keys))
+    of_frozen = list(unfreezing.setting_problems(config))
+    found = [*setting_problems(config.optimizer), *of_frozen, *of_adapters]
+    if not of_adapters:  # whose names may be missing
+        usual = preset_of(config).optimizer
+        found = _with_others(found, name_problems(config.optimizer, trainable, keys, usual))
+    if not of_frozen:
+        found = _with_others(found, unfreezing.name_problems(config.training, keys))
+    return found
+
+
+def _with_others(found: Sequence[str], more: Iterable[str]) -> list[str]:
+    """Return problems, with more of other options: a mistake is told once."""
+    told = set(map(_option, found))
+    return [*found, *(text for text in more if _option(text) not in told)]
+
+
+def _option(problem: str) -> str:
+    """Return the flag and the value that a problem begins with."""
+    return " ".join(problem.split()[:2]).rstrip(":")
 
 
 def dataset_facts(config: Config) -> list[DatasetFacts]:

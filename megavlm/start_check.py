@@ -11,15 +11,16 @@ from megavlm import job_checks
 from megavlm.config.schema import Config, Init
 
 
-def check_start(stages: Sequence[Config]) -> str:
-    """Return in words what the stages of a command would start from, below warnings.
+def check_start(stages: Sequence[Config], ranks: int) -> str:
+    """Return in words what the stages of a command would start from on so many ranks, below
+    warnings.
 
     Raises:
         ValueError: it would be refused.
         OSError: it cannot be read.
     """
-    warnings = [f"warning: {found}" for run in stages for found in job_checks.warnings(run)]
-    return "\n".join([*dict.fromkeys(warnings), _start(stages)])
+    found = [text for run in stages for text in job_checks.warnings(run, ranks)]
+    return "\n".join([*(f"warning: {text}" for text in dict.fromkeys(found)), _start(stages)])
 
 
 def _start(stages: Sequence[Config]) -> str:

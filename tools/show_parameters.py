@@ -21,7 +21,7 @@ from megavlm.config.checks.optimizer import optimizer_problems
 from megavlm.config.cli import parse
 from megavlm.config.option_types import new_file
 from megavlm.config.schema import Config
-from megavlm.job_checks import parameter_problems
+from megavlm.job_checks import with_parameter_problems
 from megavlm.model_source import read_model
 from megavlm.planner.parameter_table import parameter_table, table_lines
 
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _problems(config: Config, ranks: int) -> list[str]:
     """Return what is wrong with the groups and their rates; they need no data."""
     wrong = list(optimizer_problems(config.optimizer, config.training))
-    return wrong or parameter_problems(config)
+    return with_parameter_problems(config, wrong)
 
 
 if __name__ == "__main__":

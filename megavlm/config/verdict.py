@@ -12,9 +12,9 @@ from typing import NoReturn
 from megavlm.config import torchrun
 from megavlm.config.schema import Config
 
-FindStart = Callable[[Sequence[Config]], str]
-"""Looks at what the stages of a command would start from, writes nothing, and returns it in words.
-It raises ValueError or OSError if that would be refused."""
+FindStart = Callable[[Sequence[Config], int], str]
+"""Looks at what the stages of a command would start from on so many ranks, writes nothing, and
+returns it in words. It raises ValueError or OSError if that would be refused."""
 
 PROGRAM = "pretrain_vlm.py"
 _PATIENCE_SECONDS = 3.0
@@ -29,7 +29,7 @@ def end_check(runs: Sequence[Config], ranks: int, find_start: FindStart | None) 
         find_start: looks at what they would start from; none: nothing does.
     """
     try:
-        start = find_start(runs) if find_start else ""
+        start = find_start(runs, ranks) if find_start else ""
     except (ValueError, OSError) as error:
         print_problems([str(error)])
         raise SystemExit(2) from None

@@ -48,7 +48,7 @@ def log_run_summary(
     for note in _notes(config, start):
         metrics.log(f"note: {note}")
     if groups.is_writer:  # it reads the manifests again
-        for warning in job_checks.warnings(config):
+        for warning in job_checks.warnings(config, groups.size):
             metrics.log(f"warning: {warning}")
     if not config.eval.only:
         _log_training(config, trained, start, state, metrics)

@@ -13,7 +13,7 @@ from megavlm.config.layer_ranges import expand
 from megavlm.config.models import architecture
 from megavlm.config.parameter_groups import multiplier
 from megavlm.config.schema import Config, Optimizer
-from megavlm.job_checks import parameter_problems
+from megavlm.job_checks import parameter_problems, problems
 from megavlm.planner.parameter_table import parameter_table
 from tools import show_parameters
 
@@ -108,6 +108,18 @@ def test_ranges_of_layers_become_names() -> None:
 def test_patterns_that_mean_nothing_are_refused(arguments: str, words: str) -> None:
     [found] = parameter_problems(configured(*arguments.split(" ")))
     assert words in found
+
+
+def test_patterns_and_other_problems_are_told_together() -> None:
+    pattern = ("--optimizer.lr_multipliers", "vison=0.1")
+    found = problems(configured(*pattern, "--optimizer.vision_layer_decay", "2", "--lr", "0"), 1)
+    for flag in ("lr_multipliers vison", "vision_layer_decay 2", "lr 0.0"):
+        assert [flag in text for text in found].count(True) == 1, found
+    found = problems(configured(*pattern, "--training.trainable", "visoin"), 1)
+    assert ["trainable visoin:" in text for text in found].count(True) == 1, found
+    # A model that cannot be has no names.
+    found = problems(configured(*pattern, "--architecture.vision.num_layers", "-1"), 1)
+    assert not any("vison" in text for text in found) and any("layers -1" in text for text in found)
 
 
 def test_patterns_of_a_recipe_may_name_what_a_narrower_mask_freezes() -> None:

@@ -15,7 +15,7 @@ from megavlm.config.cli import parse, where_given
 from megavlm.config.option_types import new_file, new_picture
 from megavlm.config.schema import Config
 from megavlm.data.store.reader import Reader
-from megavlm.job_checks import parameter_problems
+from megavlm.job_checks import with_parameter_problems
 from megavlm.model_source import read_model
 from megavlm.planner.estimate import Hardware
 from megavlm.planner.partition import PackSize
@@ -186,7 +186,7 @@ def _of_layout(others: Sequence[str]) -> Iterator[str]:
 
 def _problems(config: Config, ranks: int) -> list[str]:
     """Return what is wrong with a run, whatever its data and layout."""
-    return settings_problems(config) or parameter_problems(config)
+    return with_parameter_problems(config, settings_problems(config))
 
 
 def read_packs(options: argparse.Namespace) -> Packs:

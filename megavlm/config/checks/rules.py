@@ -103,8 +103,7 @@ def problems(config: Config, world_size: int) -> list[str]:
 def settings_problems(config: Config) -> list[str]:
     """Everything that cannot be, whatever the data and the layout of the run."""
     return [
-        *number_problems(config),
-        *architecture_problems(config.architecture),
+        *model_problems(config),
         *_training(config.training),
         *objective_problems(config),
         *run_problems(config),
@@ -115,6 +114,11 @@ def settings_problems(config: Config) -> list[str]:
         *_loss(config),
         *unread(config, OF_MODEL),
     ]
+
+
+def model_problems(config: Config) -> list[str]:
+    """Everything that keeps a model from having parameters that can be named."""
+    return [*number_problems(config), *architecture_problems(config.architecture)]
 
 
 def _loss(config: Config) -> Iterator[str]:

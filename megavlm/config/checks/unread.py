@@ -279,6 +279,15 @@ TOLERATED = (
 a laptop.
 """
 
+OF_ONE_REPLICA = (
+    Row(
+        keys=("architecture.contrastive.exchange",),
+        is_read=lambda run: False,
+        why=" with one data-parallel replica, which gets no embeddings of others",
+    ),
+)
+"""What is worth a warning too if the ranks are one data-parallel replica."""
+
 
 def unread(config: Config, rows: Sequence[Row]) -> Iterator[str]:
     """Yield the options of a table that are neither as usual nor read.

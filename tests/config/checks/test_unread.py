@@ -17,6 +17,7 @@ TINY = ("--stage", "2", "--model", "tiny", "--checkpoint.save_interval", "0")
 BLIP2 = ("--recipe", "blip2", "--checkpoint.save_interval", "0", "--stage")
 LLAVA = ("--recipe", "llava", "--stage", "2", "--checkpoint.save_interval", "0")
 CONTRAST_OFF = ("--architecture.image_text.contrast", "0")
+SIGLIP = ("--recipe", "siglip", "--stage", "1", "--checkpoint.save_interval", "0")
 CLIP = ("--recipe", "clip", "--stage", "1", "--checkpoint.save_interval", "0")
 
 
@@ -83,13 +84,14 @@ def test_an_option_that_nothing_reads_is_refused(arguments: tuple[str, ...], tol
         ((*TINY, "--health.speed_check", "false", "--health.slow_factor", "9.0"), "speed_check"),
         ((*TINY, "--health.hang_factor", "0", "--health.hang_seconds", "9"), "hang_factor 0"),
         ((*BLIP2, "2", "--architecture.image_text.size", "8"), "qformer reads it"),
+        ((*SIGLIP, "--architecture.contrastive.exchange", "ring"), "one data-parallel replica"),
         ((*TINY, "--eval.only", "true", "--training.max_hours", "3.5"), "does not train"),
         ((*TINY, "--eval.only", "true", "--bad_steps.skip", "true"), "does not train"),
     ],
 )
 def test_what_a_shared_file_may_hold_is_warned_of(arguments: tuple[str, ...], told: str) -> None:
     config = read(*arguments)
-    [warning] = job_checks.warnings(config)
+    [warning] = job_checks.warnings(config, 1)
     assert warning.startswith(" ".join(arguments[-2:])) and told in warning
     assert not [problem for problem in problems(config, 1) if "has no effect" in problem]
 
@@ -97,13 +99,18 @@ def test_what_a_shared_file_may_hold_is_warned_of(arguments: tuple[str, ...], to
 @pytest.mark.parametrize("recipe", [TINY, (*BLIP2, "1"), (*BLIP2, "2"), LLAVA, CLIP])
 def test_presets_are_not_complained_about(recipe: tuple[str, ...]) -> None:
     config = read(*recipe)
-    assert not job_checks.warnings(config)
+    assert not job_checks.warnings(config, 1)
     assert not [problem for problem in problems(config, 1) if "has no effect" in problem]
+
+
+def test_what_several_replicas_read_is_no_warning_for_them() -> None:
+    ring = read(*SIGLIP, "--architecture.contrastive.exchange", "ring")
+    assert job_checks.warnings(ring, 1) and not job_checks.warnings(ring, 2)
 
 
 def test_a_preset_of_the_stage_is_not_the_users() -> None:
     sqrt = read("--recipe", "instructblip", "--stage", "1")
-    assert sqrt.data.sampling == "sqrt" and not job_checks.warnings(sqrt)
+    assert sqrt.data.sampling == "sqrt" and not job_checks.warnings(sqrt, 1)
 
 
 def test_the_tables_name_options_that_exist() -> None:
