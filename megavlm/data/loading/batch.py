@@ -52,6 +52,14 @@ class _Tensors:
         """Copy the tensors to page-locked memory, from which copies to a GPU need not wait."""
         return self._map(lambda tensor: tensor.pin_memory())
 
+    def share_memory(self) -> Self:
+        """Move the tensors to shared memory, in which another process gets them without a copy.
+
+        Raises:
+            RuntimeError: there is no room for them.
+        """
+        return self._map(lambda tensor: tensor.share_memory_() if tensor.numel() else tensor)
+
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         values = self._values()
         for name, value in values.items():

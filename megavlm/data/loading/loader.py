@@ -179,11 +179,24 @@ class Positions(Dataset):
             return self._make(position)
         self.board.start(worker.id, position)
         try:
-            return self._make(position)
+            return self._shared(self._make(position), position)
         except ReadError as error:
             return Unreadable(str(error))
         finally:
             self.board.end(worker.id)
+
+    def _shared(self, batch: Batch, position: int) -> Batch:
+        """Put a batch where the training process gets it. PyTorch would do so in a thread whose
+        errors nobody hears of, and the batch would be waited for.
+        """
+        try:
+            return batch.share_memory()
+        except RuntimeError as error:
+            raise ReadError(
+                f"pack {int(self.plan.at(position))}: a loader worker has no room in /dev/shm to"
+                f" hand it over ({error}); make that larger, in a container by --ipc host or"
+                " --shm-size, or use fewer --data.workers or a lower --data.prefetch"
+            ) from error
 
     def _make(self, position: int) -> Batch:
         if self._has_made_one and self._has_pixels:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -239,6 +240,30 @@ class Killed(PackedDataset):
         if pack_id == 5:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().batch(pack_id, position, **options)
+
+
+class NoRoom(PackedDataset):
+    """Packs of which one, number 5, finds no room in shared memory."""
+
+    def batch(self, pack_id, position, **options):
+        made = super().batch(pack_id, position, **options)
+        if pack_id == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+        return made
+
+
+def test_a_batch_that_finds_no_room_in_shared_memory_is_named(dataset):
+    stream = batches(
+        NoRoom(dataset.folder),
+        Plan(num_packs=7, shuffle=False),
+        range(100),
+        workers=1,
+        timeout=30,
+        with_tiles=False,
+    )
+    with pytest.raises(ReadError, match=r"pack 5: .*/dev/shm .*\(unable to .*--shm-size"):
+        for _ in range(7):
+            next(stream)
 
 
 class Stuck(PackedDataset):
