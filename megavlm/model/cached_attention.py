@@ -4,7 +4,7 @@ In a decode pass each question has one new token, so that plain operations of to
 all kinds of attention are alike but for windows, soft caps and sinks.
 
 Shape letters: T tokens of a pack on this rank, R rows of a decode pass, Q questions of a group, H
-query heads, G key and value heads, W places, d width of a head.
+query heads, G key and value heads, W slots, d width of a head.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megavlm.model.attention import PackedSamples
 from megavlm.model.block_attention import capped
-from megavlm.model.key_value_cache import Decode, Share
+from megavlm.model.key_value_cache import CachedKeys, Decode
 from megavlm.model.named_after import named_after
 from megavlm.model.windows import is_hidden, window_of
 
@@ -71,10 +71,14 @@ def caching(attention: type, *, has_sinks: bool = False, softcap: float = 0.0) -
             """Attend; ``Attention.forward`` of megatron-core calls this."""
             cached = packed_seq_params.cached
             if isinstance(cached, Decode):
-                shares = cached.extend(self, key, value)
-                sinks = self.softmax_offset if has_sinks else None
-                sight = (self.product_scale, self.seen_tokens, sinks, softcap)
-                return attend_to_shares(query, shares, *sight)
+                return attend_to_cached(
+                    query,
+                    cached.extend(self, key, value),
+                    self.product_scale,
+                    self.seen_tokens,
+                    self.softmax_offset if has_sinks else None,
+                    softcap,
+                )
             if cached is not None:
                 cached.record(self, key, value, self.context_ranks)
             return super().forward(
@@ -84,9 +88,9 @@ def caching(attention: type, *, has_sinks: bool = False, softcap: float = 0.0) -
     return Caching
 
 
-def attend_to_shares(
+def attend_to_cached(
     query: Tensor,
-    shares: Iterable[Share],
+    cached: Iterable[CachedKeys],
     scale: float | None = None,
     window: int = 0,
     sinks: Tensor | None = None,
@@ -97,47 +101,25 @@ def attend_to_shares(
 
     Args:
         query: of all rows.
-        shares: what they read.
+        cached: keys and values that they read.
         scale: factor of the products; none: 1 / sqrt(d).
-        window, sinks, softcap: see ``attend_to_share``.
-    """
-    scale = query.shape[2] ** -0.5 if scale is None else scale
-    found = torch.zeros_like(query).flatten(1)
-    for share in shares:
-        found[share.rows] = attend_to_share(query[share.rows], share, scale, window, sinks, softcap)
-    return found
-
-
-def attend_to_share(
-    query: Tensor,
-    share: Share,
-    scale: float,
-    window: int = 0,
-    sinks: Tensor | None = None,
-    softcap: float = 0.0,
-) -> Tensor:
-    """Attend with the newest token of each question of a group.
-
-    Args:
-        query: [Q, H, d]
-        share: what they read.
-        scale: factor of the products.
         window: tokens that a query sees, the own one counted; 0: all.
         sinks: [H], see ``model/sink_attention``; none: there are none.
         softcap: bound of the products after that; 0: none.
-
-    Returns:
-        [Q, H * d]
     """
-    questions, groups, width, size = share.values.shape
-    queries = query.view(questions, groups, -1, size)
-    products = torch.matmul(queries, share.keys.transpose(2, 3)).float()
-    scores = capped(products * scale, softcap)
-    distance = share.places[:, None] - torch.arange(width, device=query.device)
-    hidden = is_hidden(distance, window)
-    scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
-    if sinks is not None:
-        beside = sinks.float().view(1, groups, -1, 1).expand(questions, -1, -1, 1)
-        scores = torch.cat([scores, beside], dim=-1)
-    shares = scores.softmax(-1)[..., :width].to(share.values.dtype)
-    return torch.matmul(shares, share.values).flatten(1)
+    scale = query.shape[2] ** -0.5 if scale is None else scale
+    found = torch.zeros_like(query).flatten(1)
+    for one in cached:
+        questions, groups, width, size = one.values.shape
+        queries = query[one.rows].view(questions, groups, -1, size)
+        products = torch.matmul(queries, one.keys.transpose(2, 3)).float()
+        scores = capped(products * scale, softcap)
+        distance = one.slots[:, None] - torch.arange(width, device=query.device)
+        hidden = is_hidden(distance, window)
+        scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
+        if sinks is not None:
+            beside = sinks.float().view(1, groups, -1, 1).expand(questions, -1, -1, 1)
+            scores = torch.cat([scores, beside], dim=-1)
+        probabilities = scores.softmax(-1)[..., :width].to(one.values.dtype)
+        found[one.rows] = torch.matmul(probabilities, one.values).flatten(1)
+    return found

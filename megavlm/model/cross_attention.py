@@ -25,7 +25,7 @@ from torch.distributed import ProcessGroup
 from megavlm.config.cross_attention import CrossAttention
 from megavlm.data.loading.batch import Media
 from megavlm.model.attention import PackedSamples
-from megavlm.model.cached_attention import attend_to_shares
+from megavlm.model.cached_attention import attend_to_cached
 from megavlm.model.key_value_cache import Decode
 from megavlm.model.norm import scaled_rms_norm
 
@@ -174,8 +174,8 @@ class GatedCrossAttention(MegatronModule):
         if self.query_norm is not None:
             query = self.query_norm(query)
         if isinstance(samples.cached, Decode):
-            shares = samples.cached.tiles(self)
-            return self.linear_proj(attend_to_shares(query, shares)[:, None])[0]
+            found = attend_to_cached(query, samples.cached.tiles(self))
+            return self.linear_proj(found[:, None])[0]
         key = self._heads(self.linear_k(memory)[0])
         value = self._heads(self.linear_v(memory)[0])
         if self.key_norm is not None:

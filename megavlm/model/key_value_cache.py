@@ -2,7 +2,7 @@
 fills them in, and each pass behind it (decode) runs one new token of each question.
 
 Shape letters: T tokens of a pack, Q questions of a group, R rows of a decode pass, one for each
-question and some of padding, G key and value heads, W places of a group, I tiles, F features of a
+question and some of padding, G key and value heads, W slots of a group, I tiles, F features of a
 tile, d width of a head.
 """
 
@@ -19,8 +19,8 @@ from torch.distributed import ProcessGroup
 from megavlm.parallel.context_parallel import gather_tokens
 
 
-def places_for(tokens: int) -> int:
-    """Return the most places that a question and its answer of so many tokens take."""
+def slots_for(tokens: int) -> int:
+    """Return the most slots, one for each token, that a question and its answer take."""
     return 1 << (tokens - 1).bit_length()
 
 
@@ -76,7 +76,7 @@ class KeyValueCache:
     def __init__(self, lengths: Mapping[int, int], room: int, device: torch.device):
         by_size: dict[int, list[int]] = {}
         for question, length in lengths.items():
-            by_size.setdefault(places_for(length + room), []).append(question)
+            by_size.setdefault(slots_for(length + room), []).append(question)
         self.groups = [
             _Group(questions=own, width=max(lengths[one] for one in own) + room, layers={})
             for _, own in sorted(by_size.items())
@@ -134,10 +134,10 @@ class Prefill:
             if not own:
                 continue
             lengths = [cache.lengths[one] for _, one in own]
-            places = np.concatenate([np.arange(length) for length in lengths])
+            slots = np.concatenate([np.arange(length) for length in lengths])
             rows = np.repeat([row for row, _ in own], lengths)
-            tokens = places + np.repeat([starts[one] for _, one in own], lengths)
-            where = (torch.from_numpy(one).to(cache.device) for one in (rows, places, tokens))
+            tokens = slots + np.repeat([starts[one] for _, one in own], lengths)
+            where = (torch.from_numpy(one).to(cache.device) for one in (rows, slots, tokens))
             self._parts.append((group, tuple(where)))
 
     def record(self, layer: nn.Module, key: Tensor, value: Tensor, ranks: ProcessGroup) -> None:
@@ -152,9 +152,9 @@ class Prefill:
         if ranks.size() > 1:
             joined = gather_tokens(torch.cat([key, value], dim=-1), self._ends, ranks)
             key, value = joined.split((key.shape[-1], value.shape[-1]), dim=-1)
-        for group, (rows, places, tokens) in self._parts:
+        for group, (rows, slots, tokens) in self._parts:
             for kept, new in zip(group.of_layer(layer, key), (key, value), strict=True):
-                kept[rows, :, places] = new[tokens]
+                kept[rows, :, slots] = new[tokens]
 
     def record_tiles(self, layer: nn.Module, key: Tensor, value: Tensor) -> None:
         """Keep the keys and values of the tiles that answers read.
@@ -170,20 +170,20 @@ class Prefill:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
-    """What the new tokens of a group's questions read.
+class CachedKeys:
+    """Keys and values that the new tokens of a group's questions read.
 
     Args:
         rows: of the pass.
         keys, values: of their samples [Q, G, W of the longest so far, d], or of images
             [Q, G, F, d].
-        places: int64 [Q], of the last keys that are read.
+        slots: int64 [Q], of the last keys that are read.
     """
 
     rows: slice
     keys: Tensor
     values: Tensor
-    places: Tensor
+    slots: Tensor
 
 
 class Decode:
@@ -202,43 +202,43 @@ class Decode:
     def __init__(self, cache: KeyValueCache, multiple: int):
         self.questions = cache.questions
         self.longest = max(cache.longest, 1)
-        places = [cache.lengths[one] for one in self.questions]
-        rows = -(-max(len(places), 1) // multiple) * multiple
-        self.positions = torch.tensor(places + [0] * (rows - len(places)))
+        slots = [cache.lengths[one] for one in self.questions]
+        rows = -(-max(len(slots), 1) // multiple) * multiple
+        self.positions = torch.tensor(slots + [0] * (rows - len(slots)))
         self._parts: list[tuple[_Group, slice, Tensor, int]] = []
         start = 0
         for group in cache.groups:
             own = slice(start, start + len(group.questions))
-            where = torch.tensor(places[own], device=cache.device)
-            self._parts.append((group, own, where, max(places[own]) + 1))
+            where = torch.tensor(slots[own], device=cache.device)
+            self._parts.append((group, own, where, max(slots[own]) + 1))
             start = own.stop
         for question in self.questions:
             cache.lengths[question] += 1
 
-    def extend(self, layer: nn.Module, key: Tensor, value: Tensor) -> Iterator[Share]:
+    def extend(self, layer: nn.Module, key: Tensor, value: Tensor) -> Iterator[CachedKeys]:
         """Keep the keys and values of the new tokens, and yield what each group reads.
 
         Args:
             layer: any that attends.
             key, value: [R, G, d].
         """
-        for group, rows, places, longest in self._parts:
+        for group, rows, slots, longest in self._parts:
             pair = group.of_layer(layer, key)
-            numbers = torch.arange(len(places), device=places.device)
+            numbers = torch.arange(len(slots), device=slots.device)
             for kept, new in zip(pair, (key, value), strict=True):
-                kept[numbers, :, places] = new[rows]
+                kept[numbers, :, slots] = new[rows]
             keys, values = (kept[:, :, :longest] for kept in pair)
-            yield Share(rows=rows, keys=keys, values=values, places=places)
+            yield CachedKeys(rows=rows, keys=keys, values=values, slots=slots)
 
-    def tiles(self, layer: nn.Module) -> Iterator[Share]:
+    def tiles(self, layer: nn.Module) -> Iterator[CachedKeys]:
         """Yield what the groups read of images, which is zeros for questions without an image, and
         nothing for groups without one.
 
         Args:
             layer: one of cross-attention.
         """
-        for group, rows, places, _ in self._parts:
+        for group, rows, slots, _ in self._parts:
             if layer in group.layers:
                 keys, values = group.layers[layer]
-                last = torch.full_like(places, keys.shape[2] - 1)
-                yield Share(rows=rows, keys=keys, values=values, places=last)
+                last = torch.full_like(slots, keys.shape[2] - 1)
+                yield CachedKeys(rows=rows, keys=keys, values=values, slots=last)

@@ -25,7 +25,7 @@ from megavlm.data.loading.media import images_read
 from megavlm.evaluate.packs import TaskPacks
 from megavlm.model.cross_attention import GatedLayer
 from megavlm.model.greedy import likeliest_tokens
-from megavlm.model.key_value_cache import Decode, KeyValueCache, Prefill, places_for
+from megavlm.model.key_value_cache import Decode, KeyValueCache, Prefill, slots_for
 from megavlm.model.precision import precision
 from megavlm.train.evaluate import blank_packs, own_positions, run_forward, task_batches
 from megavlm.train.job import Job
@@ -89,7 +89,7 @@ def _packs_at_once(job: Job, task: TaskPacks, max_new_tokens: int) -> int:
     of_token, of_image = most_keys.tolist()
     largest_pack = max(
         sum(
-            places_for(len(task.requests[one].tokens) + max_new_tokens) * of_token + of_image
+            slots_for(len(task.requests[one].tokens) + max_new_tokens) * of_token + of_image
             for one in pack
         )
         for pack in task.order

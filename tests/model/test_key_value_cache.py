@@ -14,7 +14,7 @@ from torch import nn
 
 from megavlm.model.attention import PackedAttention, PackedSamples
 from megavlm.model.cached_attention import caching
-from megavlm.model.key_value_cache import Decode, KeyValueCache, Prefill, places_for
+from megavlm.model.key_value_cache import Decode, KeyValueCache, Prefill, slots_for
 from megavlm.model.sink_attention import SinkAttention
 from tests.model.test_sink_attention import _Alone
 
@@ -70,7 +70,7 @@ def test_new_tokens_attend_as_in_whole_samples(name: str) -> None:
     whole = attend(query, key, value, None)
     cache = KeyValueCache(PROMPTS, ROOM, CPU)
     assert sum(len(group.questions) * group.width for group in cache.groups) <= sum(
-        places_for(length + ROOM) for length in PROMPTS.values()
+        slots_for(length + ROOM) for length in PROMPTS.values()
     )
     packs = (list(PROMPTS)[:3], list(PROMPTS)[3:])  # what another pack kept is not touched
     for questions in packs:
