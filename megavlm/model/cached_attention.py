@@ -71,13 +71,10 @@ def caching(attention: type, *, has_sinks: bool = False, softcap: float = 0.0) -
             """Attend; ``Attention.forward`` of megatron-core calls this."""
             cached = packed_seq_params.cached
             if isinstance(cached, Decode):
+                keys = cached.extend(self, key, value)
+                sinks = self.softmax_offset if has_sinks else None
                 return attend_to_cached(
-                    query,
-                    cached.extend(self, key, value),
-                    self.product_scale,
-                    self.seen_tokens,
-                    self.softmax_offset if has_sinks else None,
-                    softcap,
+                    query, keys, self.product_scale, self.seen_tokens, sinks, softcap
                 )
             if cached is not None:
                 cached.record(self, key, value, self.context_ranks)
