@@ -86,7 +86,7 @@ KINDS: dict[str, Kind] = {
 _REASONS = {
     "data.": "the packs would come in another order, some twice and some never in this epoch",
     "optimizer.kind": "the moments are of that optimizer",
-    "optimizer.moments": "the moments are stored in that dtype",
+    "optimizer.moments": "the moments of a run are kept in one dtype",
     "training.seed": "the order of the packs follows from it",
     "checkpoint.trained_only": "a checkpoint notes what lies below it when the run begins",
     "ema.decay": "the checkpoint holds averages of that decay, or none",
