@@ -71,6 +71,30 @@ def find(config: Config, start: Start) -> BaseWeights | None:
     )
 
 
+def check(config: Config, start: Start) -> None:
+    """Make sure that the base weights are there which a run needs, or its checkpoints to come.
+
+    Raises:
+        ValueError: they are not, or as of ``find``.
+    """
+    if find(config, start) is None and _has_base(config, start):
+        _locate_again(config, start)
+
+
+def _has_base(config: Config, start: Start) -> bool:
+    """Return whether checkpoints to come hold trained parameters only, and have the base weights of
+    the checkpoint that is resumed. A later stage begins with what the stage before it ended with,
+    not with its base weights.
+    """
+    has_more_steps = resume.first_step(config, start) < config.training.steps
+    return (
+        config.checkpoint.trained_only
+        and isinstance(start, Checkpoint)
+        and resume.resumes(config, start)
+        and (start.state.trained_only or (has_more_steps and start.state.base != Base()))
+    )
+
+
 def _locate_again(config: Config, start: Checkpoint) -> list[Path]:
     """Return the folders with the base weights of a run that resumes from a checkpoint of all
     weights, and whose next checkpoints will hold trained parameters only.
@@ -181,9 +205,7 @@ def note(config: Config, start: Start, found: BaseWeights | None) -> Base:
     """
     if not config.checkpoint.trained_only:
         return Base()
-    is_known = found is not None or (isinstance(start, Checkpoint) and start.state.base != Base())
-    # A later stage begins with what the stage before it ended with, not with its base weights.
-    if is_known and isinstance(start, Checkpoint) and resume.resumes(config, start):
+    if _has_base(config, start):
         folders = _locate_again(config, start) if found is None else found.folders
         return base_files.moved(start.state.base, folders, _save(config))
     by_size_only = config.checkpoint.verify == "size"

@@ -70,11 +70,9 @@ def find_start(config: Config) -> Start:
         ConfigError: it does not fit the run.
         ValueError: it is not there, or cannot be used.
     """
-    own = resume.find_own(config)
-    if own is None:
-        return start_point.find_named(config)
-    base_weights.find(config, own)  # which must be there
-    return own
+    start = resume.find_own(config) or start_point.find_named(config)
+    base_weights.check(config, start)
+    return start
 
 
 def _packs(config: Config) -> list[str]:

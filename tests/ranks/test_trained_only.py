@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,25 +66,29 @@ def test_a_run_resumes_from_its_adapters_and_its_base_alone(
         inspect(adapted(dataset, tmp_path / "killed", earlier), 2)
     with pytest.raises(ValueError, match="these are not the weights that .*\n.*: missing"):
         inspect(adapted(dataset, tmp_path / "killed", tmp_path), 2)
-    ranks.run(run_job, 2, adapted(dataset, tmp_path / "killed", base))
-    assert losses(tmp_path / "killed") == losses(tmp_path / "plain")[3:]
+    forget_the_end(tmp_path / "whole", tmp_path / "left_out")
+    for name, only in (("killed", True), ("left_out", False)):
+        ranks.run(run_job, 2, adapted(dataset, tmp_path / name, base, trained_only=only))
+        assert losses(tmp_path / name) == losses(tmp_path / "plain")[3:]
     last = f"step_{STEPS:08d}"
     found = [
         ranks.run(saved_tensors, 1, tmp_path / name / last)[0]
-        for name in ("plain", "whole", "killed")
+        for name in ("plain", "whole", "killed", "left_out")
     ]
     for other in found[1:]:  # the last checkpoint is whole
         assert other.keys() == found[0].keys()
         assert all(torch.equal(other[key], found[0][key]) for key in other)
 
     # More steps of a run that ended would make checkpoints over a base that is gone.
-    more = adapted(dataset, tmp_path / "killed", tmp_path / "gone")
-    more = dataclasses.replace(more, checkpoint=dataclasses.replace(more.checkpoint, load=""))
+    again = adapted(dataset, tmp_path / "killed", "")
+    more = replace(again, training=replace(again.training, steps=STEPS + 2))
     start = step_folder.read(tmp_path / "killed" / last)
     assert base_weights.note(more, start, None) == start.state.base
     base.rename(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match=r"(?s)checkpoints to come would hold trained .*: missing"):
-        base_weights.note(more, start, None)
+        inspect(more, 2)  # before anything is built
+    assert inspect(again, 2).state.step == STEPS, "the command of a run that is done is no failure"
+    inspect(replace(more, checkpoint=replace(more.checkpoint, trained_only=False)), 2)
     named = dataclasses.replace(more.checkpoint, load=str(tmp_path / "elsewhere"))
     moved = base_weights.note(dataclasses.replace(more, checkpoint=named), start, None)
     assert moved.files == start.state.base.files and "elsewhere" in moved.folders[0]

@@ -113,7 +113,7 @@ def refusals(old: Config, new: Config, *, own: Path | None, by_content: bool = F
     for key, kind in KINDS.items():
         before = _value(old, key)
         now = _value(new, key)
-        if kind == "refused" and before != now:
+        if kind == "refused" and before != now and (key, now) != ("checkpoint.trained_only", False):
             found.append(f"{_difference(key, before, now)}: {_reason(key)}{_remedy(key, old, new)}")
         elif kind == "origin" and own and _asks_for_another_start(key, old, new, own, by_content):
             found.append(

@@ -138,6 +138,11 @@ def test_where_a_run_began_may_be_left_out_or_said_again(tmp_path: Path) -> None
     assert refusals(old, dataclasses.replace(old, checkpoint=kept), own=OWN)
 
 
+def test_checkpoints_may_become_whole_on_the_way_but_not_the_other_way_round() -> None:
+    only = run("--checkpoint.trained_only", "true")
+    assert not refusals(only, run(), own=OWN) and refusals(run(), only, own=OWN)
+
+
 def test_folders_of_weights_are_left_to_who_knows_their_content_but_nothing_else_is(
     tmp_path: Path,
 ) -> None:
