@@ -24,7 +24,6 @@ _KEYS = (
 )
 _VIDEO_KEYS = ("video", "frames", "clip")
 
-
 USUAL_FRAMES = 16
 
 
