@@ -147,6 +147,14 @@ def test_a_stage_whose_last_checkpoint_is_damaged_resumes_from_the_one_before(
     assert_equal_ends(ranks, undisturbed, save)
 
 
+def test_a_stage_that_has_begun_does_not_need_the_one_before_it(
+    ranks: Pool, arguments: list[str], undisturbed: Path, tmp_path: Path
+) -> None:
+    """Earlier stages are what is removed from a disk that is full."""
+    shutil.copytree(undisturbed / "stage_2", tmp_path / "run" / "stage_2")
+    assert ranks.run(run_stages, 1, stages(arguments, tmp_path / "run")) == [""]
+
+
 def test_new_steps_of_a_stage_behind_which_another_has_begun_are_told(
     arguments: list[str],
     undisturbed: Path,

@@ -39,7 +39,9 @@ def checkpoint_problems(
             " nothing"
         )
     yield from _unwritable("--checkpoint.save", checkpoint.save)
-    if checkpoint.load and not Path(checkpoint.load).is_dir():
+    # A run that resumes its own checkpoint does not need what it began with.
+    has_begun = bool(checkpoint.save) and any(Path(checkpoint.save).glob("step_*"))
+    if checkpoint.load and not has_begun and not Path(checkpoint.load).is_dir():
         yield f"--checkpoint.load {checkpoint.load}: no such folder"
     if checkpoint.moments == "keep" and not checkpoint.load:
         yield (
