@@ -12,6 +12,9 @@ import pytest
 import torch
 
 from megavlm.config.schema import Architecture, Config
+from megavlm.data.images.tiling import Tiling
+from megavlm.data.packing.job import Job, pack_dataset
+from megavlm.data.records.meta_file import read_sources
 from megavlm.data.sample import Sample
 from tests.data.samples import write_packs
 from tests.ranks.layouts import asks_for_all
@@ -36,6 +39,31 @@ def sizes_of(architecture: Architecture) -> dict[str, int]:
         context_token_id=CONTEXT,
         tile_size=architecture.vision.image_size,
         features_per_tile=architecture.placeholders_per_tile,
+    )
+
+
+def pack_records(
+    records: Path,
+    words: Path | str,
+    out: Path,
+    architecture: Architecture,
+    *,
+    template: str,
+    **tiling: Any,
+) -> None:
+    """Pack records, beside whose file their media lie, for a model of one of LLaVA's recipes."""
+    vision = architecture.vision
+    pack_dataset(
+        Job(
+            sources=read_sources(None, str(records), str(records.parent)),
+            tokenizer=str(words),
+            out=str(out),
+            capacity=512,
+            features_per_tile=architecture.features_per_tile,
+            tiling=Tiling(tile_size=vision.image_size, pixel_mean=vision.pixel_mean, **tiling),
+            pixel_std=vision.pixel_std,
+            template=template,
+        )
     )
 
 

@@ -16,9 +16,6 @@ import torch
 from megavlm.config.recipes import RECIPES
 from megavlm.config.recipes.llava import STAGES
 from megavlm.config.schema import Checkpoint, Config, Init
-from megavlm.data.images.tiling import Tiling
-from megavlm.data.packing.job import Job, pack_dataset
-from megavlm.data.records.meta_file import read_sources
 from megavlm.planner.flops import pieces, training_cost
 from tests.convert.llava_models import KINDS, LINEAR, SIGLIP, SMALL, make_llava
 from tests.convert.models import load_all
@@ -29,6 +26,7 @@ from tests.ranks.model_checks import (
     answers_of_transformers,
     assert_equals_transformers,
     assert_pack_equals_samples_alone,
+    pack_records,
     recipe_config,
     sizes_of,
 )
@@ -162,21 +160,13 @@ def test_a_run_from_parts_exports_the_layers_that_it_did_not_use(
     known = RECIPES["llava"].architecture
     architecture = from_parts.read_model("", init, known)
     assert (architecture.vision.num_layers, architecture.vision.unused_layers) == (2, 1)
-    pack_dataset(
-        Job(
-            sources=read_sources(None, str(write_records(tmp_path)), str(tmp_path)),
-            tokenizer=init.language,
-            out=str(tmp_path / "packs"),
-            capacity=512,
-            features_per_tile=architecture.features_per_tile,
-            tiling=Tiling(
-                tile_size=architecture.vision.image_size,
-                mode=tiling,
-                pixel_mean=architecture.vision.pixel_mean,
-            ),
-            pixel_std=architecture.vision.pixel_std,
-            template="llava_chatml",
-        )
+    pack_records(
+        write_records(tmp_path),
+        init.language,
+        tmp_path / "packs",
+        architecture,
+        template="llava_chatml",
+        mode=tiling,
     )
     config = _config(architecture, tmp_path / "packs", trainable=("connector",), steps=2)
     files = Checkpoint(save=str(tmp_path / "run"), export_hf=str(tmp_path / "hf"))

@@ -17,10 +17,7 @@ from megavlm.config.recipes.llava_next import STAGES
 from megavlm.config.schema import Architecture, Config
 from megavlm.config.vision import PIXELS
 from megavlm.convert.hf import convert, preprocessing
-from megavlm.data.images.tiling import Tiling
 from megavlm.data.loading.dataset import PackedDataset
-from megavlm.data.packing.job import Job, pack_dataset
-from megavlm.data.records.meta_file import read_sources
 from megavlm.data.store.manifest import read_manifest
 from megavlm.planner.flops import pieces, training_cost
 from tests.convert.llava_next_models import (
@@ -41,6 +38,7 @@ from tests.ranks.model_checks import (
     answers_of_transformers,
     assert_equals_transformers,
     assert_pack_equals_samples_alone,
+    pack_records,
     recipe_config,
     sizes_of,
 )
@@ -212,20 +210,9 @@ def test_an_export_is_verified_with_packs_of_its_tiles(ranks: Pool, tmp_path: Pa
     source = make_llava_next(tmp_path / "hf", SMALL, torch.float32, spread=0.05)
     start = convert.import_(source, tmp_path / "start", tokenizer=words)
     out = convert.export(start, tmp_path / "out", dtype=torch.float32)
-    vision = SMALL.vision
+    records = write_records(tmp_path)
     for tiling in ("anyres", "crop"):
-        pack_dataset(
-            Job(
-                sources=read_sources(None, str(write_records(tmp_path)), str(tmp_path)),
-                tokenizer=str(words),
-                out=str(tmp_path / tiling),
-                capacity=512,
-                features_per_tile=SMALL.features_per_tile,
-                tiling=Tiling(tile_size=16, mode=tiling, pixel_mean=vision.pixel_mean),
-                pixel_std=vision.pixel_std,
-                template="llava_v1",
-            )
-        )
+        pack_records(records, words, tmp_path / tiling, SMALL, template="llava_v1", mode=tiling)
     [found] = ranks.run(difference, 1, start, out, tmp_path / "anyres")
     assert 0 <= found <= 1e-4
     with pytest.raises(Exception, match="makes a grid of tiles of an image; name packs of"):

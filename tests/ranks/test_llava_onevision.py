@@ -21,10 +21,7 @@ from megavlm.config.schema import Config
 from megavlm.convert.hf import convert
 from megavlm.convert.hf.json_files import read_json
 from megavlm.data.images.anyres import ONEVISION_GRIDS
-from megavlm.data.images.tiling import Tiling
 from megavlm.data.loading.dataset import PackedDataset
-from megavlm.data.packing.job import Job, pack_dataset
-from megavlm.data.records.meta_file import read_sources
 from megavlm.planner.flops import training_cost
 from tests.convert.llava_next_models import (
     LARGE_SIZES,
@@ -41,6 +38,7 @@ from tests.ranks.model_checks import (
     answers_of_transformers,
     assert_equals_transformers,
     assert_pack_equals_samples_alone,
+    pack_records,
     recipe_config,
     sizes_of,
 )
@@ -194,21 +192,14 @@ def test_an_export_is_verified_with_videos(ranks: Pool, tmp_path: Path) -> None:
         for text, media in texts.items()
     ]
     (tmp_path / "records.jsonl").write_text("\n".join(map(json.dumps, records)))
-    job = Job(
-        sources=read_sources(None, str(tmp_path / "records.jsonl"), str(tmp_path)),
-        tokenizer=str(words),
-        out=str(tmp_path / "packs"),
-        capacity=512,
-        features_per_tile=model.features_per_tile,
-        tiling=Tiling(
-            tile_size=model.vision.image_size,
-            mode=MODE,
-            pixel_mean=model.vision.pixel_mean,
-            grids=ONEVISION_GRIDS,
-        ),
-        pixel_std=model.vision.pixel_std,
+    pack_records(
+        tmp_path / "records.jsonl",
+        words,
+        tmp_path / "packs",
+        model,
         template="llava_v1",
+        mode=MODE,
+        grids=ONEVISION_GRIDS,
     )
-    pack_dataset(job)
     [found] = ranks.run(difference, 1, start, out, tmp_path / "packs")
     assert 0 <= found <= 1e-4
