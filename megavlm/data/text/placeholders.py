@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from megavlm.data.records.record import IMAGE_PLACEHOLDER, SHOWING_ROLES, Turn
 from megavlm.data.records.reject import RejectError
+
+# An image, or a frame of a video with what stands in front of it on its line.
+_PICTURE = re.compile(rf"(Frame-\d+: )?{IMAGE_PLACEHOLDER}")
 
 
 def check_placeholders(turns: Sequence[Turn], images: int, shown: Sequence[str]) -> None:
@@ -47,15 +51,19 @@ def check_single(turns: Sequence[Turn], template: str) -> None:
 
 
 def without_images(text: str) -> str:
-    """Take the placeholders of images, and the white space around them, out of a text."""
-    return " ".join(part.strip() for part in text.split(IMAGE_PLACEHOLDER) if part.strip())
+    """Take the placeholders of images, and the white space around them, out of a text; of a frame
+    of a video, its number too.
+    """
+    parts = _PICTURE.sub(IMAGE_PLACEHOLDER, text).split(IMAGE_PLACEHOLDER)
+    return " ".join(part.strip() for part in parts if part.strip())
 
 
 def with_image_first(text: str) -> str:
-    """Put the one image of a text in front of it, on a line of its own; a text with several, such
-    as frames of a video, stays as it is.
+    """Put the one image of a text in front of it, on a line of its own; a text with several stays
+    as it is, and so do the lines of a video's frames, however many.
     """
-    if text.count(IMAGE_PLACEHOLDER) != 1:
+    found = [picture[1] for picture in _PICTURE.finditer(text)]
+    if found != [None]:
         return text
     rest = text.replace(IMAGE_PLACEHOLDER, "").strip()
     return f"{IMAGE_PLACEHOLDER}\n{rest}".strip()

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megavlm.data.images.frame_sampling import show_frames
 from megavlm.data.packing.shorten import cut_windows
 from megavlm.data.packing.windows import Windows
 from megavlm.data.records.record import Turn
@@ -109,6 +110,15 @@ def test_several_images_of_a_turn_stay_where_they_are(templates: dict[str, ChatT
     assert (ends - starts).tolist() == [3, 6]
     text = template.tokenizer.decode(tokens[ends[0] : starts[1]].tolist())
     assert text.strip() == "right"
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_the_line_of_a_frame_stays_whole(templates: dict[str, ChatTemplate], frames: int) -> None:
+    (turn,) = show_frames([Turn(role="human", text="what is <video>this?")], [frames])
+    prompt = templates["v1"].prompt([turn], [1] * frames).tolist()
+    text = templates["v1"].tokenizer.decode(prompt).replace("<image><image><image>", "<image>")
+    told = "".join(f"Frame-{number}: <image> \n" for number in range(1, frames + 1))
+    assert told in text
 
 
 def test_windows_keep_each_of_several_images_side_by_side(

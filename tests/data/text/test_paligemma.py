@@ -45,6 +45,7 @@ def turns(question: str, answer: str) -> list[Turn]:
         ("detect cow ; dog\n<image>", 1, "detect cow ; dog", "<loc0012><loc1023> cow"),
         ("segment <image> cow", 1, "segment cow", "<loc0001><seg127> cow"),
         ("<image><image>\n do both agree? ", 2, "do both agree?", " yes "),
+        ("Frame-1: <image>\nFrame-2: <image>\nwhat runs?", 2, "what runs?", "a fox"),
     ],
 )
 def test_tokens_and_mask_are_those_of_the_processor(
