@@ -25,6 +25,7 @@ from megavlm.data.images.video import (
     read_media,
 )
 from megavlm.data.packing.shorten import cut_windows, truncated
+from megavlm.data.packing.size_limits import SizeLimits
 from megavlm.data.packing.windows import Windows
 from megavlm.data.records.filters import Filter
 from megavlm.data.records.meta_file import Annotations
@@ -110,8 +111,13 @@ class Encoder:
         self.template = template
         self.tiling = tiling
         self.layout = feature_layout(tiling.mode, template.features_per_tile)
-        self.capacity = capacity
-        self.tile_cap = tile_cap
+        self.limits = SizeLimits(
+            capacity=capacity,
+            tile_cap=tile_cap,
+            tiling=tiling,
+            layout=self.layout,
+            template=template,
+        )
         self.frames = frames or FrameChoice()
         self.deep_images = deep_images
         self.windows = windows or Windows()
@@ -218,7 +224,7 @@ class Encoder:
             difficulty=difficulty,
             unread=record.unread,
         )
-        self._check_size(size, self.tiling.size_flag)
+        self.limits.check(size.length, size.images)
         keep.check_length(size.length)
         return (size,)
 
@@ -276,28 +282,11 @@ class Encoder:
             samples = tuple(cut_windows(whole, self.windows, self.template, shown))
         else:
             samples = (truncated(whole, self.truncate, self.template, shown),)
+        videos = [video.file.path for video in record.videos]
         for sample in samples:
-            self._check_size(sample, "--max_frames" if record.videos else self.tiling.size_flag)
+            self.limits.check(sample.length, sample.images, videos)
             keep.check_length(sample.length)
         return samples
-
-    def _check_size(self, sample: Sample | Size, flag: str) -> None:
-        """Refuse a sample that no pack can hold; ``flag`` makes its images smaller."""
-        tiles = sample.tiles
-        if self.tile_cap is not None and tiles > self.tile_cap:
-            raise RejectError(
-                "too_many_tiles",
-                f"{tiles} tiles of {len(sample.images)} images, but a pack holds {self.tile_cap}: "
-                f"lower {flag} or raise --tile_cap",
-            )
-        if sample.length > self.capacity:
-            lower = f" or lower {flag}" if tiles else ""
-            raise RejectError(
-                "too_long",
-                f"{sample.length} tokens, {sum(map(self.layout.count, sample.images))} of them for"
-                f" {tiles} tiles, but a pack holds {self.capacity}: raise"
-                f" --capacity{lower}",
-            )
 
     def _image(
         self, file: MediaFile, images: int, max_tiles: int | None, how: Images, keep: Filter

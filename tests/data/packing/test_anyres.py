@@ -273,7 +273,7 @@ def test_an_end_is_cut_off_behind_whole_images(data: Path) -> None:
         (["--tokens_per_tile", "12"], "--tokens_per_tile 12: .*so use a square number"),
         (["--template", "clip", "--alignment", "1"], "--tiling anyres: --template clip has no"),
         (["--template", "flamingo"], "--tiling anyres: --template flamingo has no placeholder"),
-        (["--capacity", "40"], "lower --grids"),
+        (["--capacity", "180"], "lower --grids"),
         (
             ["--template", "llava_plain", "--system", "Be kind."],
             "--system Be kind.: has no effect, since --template llava_plain has no system turn",

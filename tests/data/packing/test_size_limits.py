@@ -1,0 +1,72 @@
+"""What a sample is to be made smaller by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megavlm.data.images.feature_layout import feature_layout
+from megavlm.data.images.tiling import Tiling
+from megavlm.data.packing.size_limits import SizeLimits
+from megavlm.data.records.reject import RejectError
+from megavlm.data.sample import Image
+from megavlm.data.text.chat_tokens import ChatTemplate
+from megavlm.data.text.tokenizer import load_tokenizer
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+
+
+@pytest.mark.parametrize(
+    ("mode", "tiles", "frames", "text", "advice"),
+    [
+        ("dynamic", 13, 2, 10, " or lower --max_tiles"),
+        ("dynamic", 1, 14, 10, " or lower --max_frames"),
+        ("dynamic", 10, 20, 10, " or lower --max_tiles and --max_frames"),
+        ("dynamic", 6, 6, 10, " or lower --max_tiles or --max_frames"),
+        ("dynamic", 3, 1, 900, ""),  # the text is too long
+        ("pad", 1, 2, 900, ""),  # an image is one tile, however large
+        ("anyres_max_9", 9, 2, 10, " or lower --grids"),
+    ],
+)
+def test_the_advice_is_what_helps(
+    mode: str, tiles: int, frames: int, text: int, advice: str
+) -> None:
+    tokenizer = load_tokenizer(GOLDEN / "tokenizer")
+    template = ChatTemplate(tokenizer, 64)
+    tiling = Tiling(tile_size=16, mode=mode)
+    joined = tiling.joins_frames
+    layout = feature_layout(mode, 64)
+    columns = tiles - 1 if joined else tiles
+    still = Image(
+        encoded=b"", width=16 * columns, height=16, columns=columns, rows=1, tiles=tiles, name="a"
+    )
+    shown = [
+        Image(
+            encoded=b"",
+            width=16,
+            height=16,
+            columns=0 if joined else 1,
+            rows=frames - number if joined else 1,
+            tiles=1,
+            name="v",
+        )
+        for number in range(frames)
+    ]
+    images = (still, *shown)
+    # A line of a frame has 17 tokens beside its features.
+    length = sum(map(layout.count, images)) + 17 * frames * (not joined) + text
+    limits = SizeLimits(
+        capacity=600, tile_cap=None, tiling=tiling, layout=layout, template=template
+    )
+    with pytest.raises(RejectError) as caught:
+        limits.check(length, images, ["v"])
+    assert caught.value.reason == "too_long"
+    assert caught.value.detail.partition("raise --capacity")[2] == advice, length
+    if text == 10 and not joined:
+        limits = SizeLimits(
+            capacity=9999, tile_cap=9, tiling=tiling, layout=layout, template=template
+        )
+        with pytest.raises(RejectError) as caught:
+            limits.check(length, images, ["v"])
+        assert caught.value.detail.partition("raise --tile_cap")[2] == advice
