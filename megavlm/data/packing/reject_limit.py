@@ -64,8 +64,8 @@ def _too_many(
         write_rejects(job.rejects_path, scan, late)
         remedy = (
             f"The list of them: {job.rejects_path}. With a larger --max_rejects, or after missing"
-            " or damaged media were restored, the same command resumes; after a change to the"
-            f" annotation files, remove {job.partial} first."
+            " or damaged media were restored, the same command resumes; after a change of"
+            f" annotation files or media that is to stay, remove {job.partial} first."
         )
     lines = "".join(f"\n  {reject}" for reject in first)
     return ValueError(

@@ -15,6 +15,7 @@ FILTERS = {
 }
 # Repairing or restoring a media file mends these; the record is read again on resume.
 REPAIRABLE = (
+    "changed",
     "missing_image",
     "unreadable_image",
     "missing_video",
@@ -56,10 +57,12 @@ REASONS = {
     "unreadable_image": "an image file cannot be decoded",
     "deep_image": "an image has more than 8 bits a channel, and --deep_images reject is set",
     "missing_video": "a video file does not exist or may not be read",
-    "unreadable_video": "a video cannot be decoded, or has no frames in its clip",
+    "unreadable_video": "a video cannot be decoded, was cut off, or has no frames in its clip",
     "unreachable": "object storage did not give the record or its media, after several attempts",
     "difficulty": "the field with the record's difficulty does not hold a number",
-    "changed": "the record or its images changed between the two passes of the packer",
+    "changed": (
+        "the record, its images or its videos changed between the two passes of the packer"
+    ),
     "too_long": "the sample has more tokens than a pack",
     "too_many_tiles": "the sample has more tiles than a pack may hold",
     **FILTERS,

@@ -10,10 +10,12 @@ import pytest
 from PIL import Image
 
 from megavlm.data.images.tiling import Tiling
+from megavlm.data.packing import job as packing
 from megavlm.data.packing import scan_state
 from megavlm.data.packing.asked_job import make_job
 from megavlm.data.packing.command_line import parse
 from megavlm.data.packing.job import Job, pack_dataset, plan_dataset
+from megavlm.data.packing.plan import plan_packs
 from megavlm.data.packing.windows import Windows
 from megavlm.data.records.meta_file import read_meta, single_source
 from megavlm.data.store.reader import Reader
@@ -71,6 +73,40 @@ def test_missing_and_damaged_images_are_read_again(folder: Path):
     assert (report.records, report.packed_records, report.rejected) == (4, 4, 0)
     assert (folder / "out" / "rejects.jsonl").read_text() == ""
     pack_dataset(job(folder, "fresh"))
+    assert bytes_of(folder / "out") == bytes_of(folder / "fresh")
+
+
+def test_media_that_change_between_the_passes_are_read_again(folder: Path, monkeypatch):
+    frames = folder / "frames"
+    frames.mkdir()
+    for index in range(3):
+        save(frames / f"{index}.png")
+    lines = [chat(image="0.png"), chat(image="3.png"), chat(video="frames")]
+    (folder / "a.jsonl").write_text("\n".join(lines))
+    tiling = Tiling(tile_size=16, max_tiles=4)
+    before = (frames / "1.png").read_bytes()
+
+    def plan(*samples, **settings):
+        (frames / "1.png").unlink()
+        save(folder / "0.png", np.zeros((20, 40), np.uint8))
+        (folder / "3.png").unlink()
+        return plan_packs(*samples, **settings)
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="3 of 3 records") as told:
+        patch.setattr(packing, "plan_packs", plan)
+        pack_dataset(job(folder, tiling=tiling))
+    reasons = [json.loads(line) for line in (folder / "out.rejects.jsonl").open()]
+    assert [(each["line"], each["reason"]) for each in reasons] == [
+        (1, "changed"),
+        (2, "missing_image"),
+        (3, "changed"),
+    ], told
+    (frames / "1.png").write_bytes(before)
+    save(folder / "0.png")
+    save(folder / "3.png")
+    report = pack_dataset(job(folder, tiling=tiling))
+    assert (report.packed_records, report.rejected) == (3, 0)
+    pack_dataset(job(folder, "fresh", tiling=tiling))
     assert bytes_of(folder / "out") == bytes_of(folder / "fresh")
 
 
