@@ -11,12 +11,40 @@ import numpy as np
 from megavlm.data.images.decode import load_decoders, read_size
 from megavlm.data.images.frame_sampling import FrameChoice, in_text_order, show_frames
 from megavlm.data.images.tiling import Tiling
-from megavlm.data.images.video import UNREAD, frame_times, frames_as_images, read_frames
-from megavlm.data.records.record import MediaFile, Turn
+from megavlm.data.images.video import UNREAD, Enough, frame_times, frames_as_images, read_frames
+from megavlm.data.records.record import Turn, Video
 from megavlm.data.records.reject import RejectError
 from megavlm.data.sample import Image
 from megavlm.evaluate.task import AskedVideo, Question
 from megavlm.io.storage import ReadError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """What is shown of a video: frames from the middles of equal parts. Which ones these are is
+    known when the whole video is read, by those who answer the question.
+
+    Args:
+        video: the file or folder, and the part of it.
+        frames: how many are shown.
+    """
+
+    video: Video
+    frames: int
+
+    def choose(self, times: Sequence[float]) -> list[int]:
+        """Return the numbers of the frames, of those at ``times``.
+
+        Raises:
+            ValueError: there are fewer than were counted.
+        """
+        choice = FrameChoice(min_frames=self.frames, max_frames=self.frames, sampling="middle")
+        chosen = choice.choose(times, self.video.clip, np.random.default_rng(0))
+        if len(chosen) < self.frames:
+            raise ValueError(
+                f"it has changed since the run began: {len(chosen)} frames, of {self.frames}"
+            )
+        return chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +55,12 @@ class Media:
         turns: of the question, with a placeholder for each image, and for each frame unless the
             frames of a video are one image in the text.
         images: in the order of the text; ``name`` is the path of the image or video.
-        frames: number of each in its video, from 0; -1: it is an image.
+        clips: the videos, in the order of the text; none for each image.
     """
 
     turns: tuple[Turn, ...]
     images: tuple[Image, ...]
-    frames: tuple[int, ...]
+    clips: tuple[Clip | None, ...]
 
 
 def media_of(question: Question, tiling: Tiling, where: str) -> Media:
@@ -47,16 +75,20 @@ def media_of(question: Question, tiling: Tiling, where: str) -> Media:
         ValueError: an image or a video that cannot be read, or videos that the tiling cannot take.
     """
     count = len(question.images)
-    stills = [(image_of(path, tiling, count, where), -1) for path in question.images]
-    clips = [_frames_of(asked, tiling, where) for asked in question.videos]
-    found = in_text_order(question.turns, stills, clips)
+    stills = [image_of(path, tiling, count, where) for path in question.images]
+    clips = [_clip_of(asked, tiling, where) for asked in question.videos]
+    found = in_text_order(
+        question.turns,
+        [((still,), None) for still in stills],
+        [[(_unread(clip, tiling), clip)] for clip in clips],
+    )
     turns = question.turns
     if clips:
-        turns = show_frames(turns, [len(clip) for clip in clips], joined=tiling.joins_frames)
+        turns = show_frames(turns, [clip.frames for clip in clips], joined=tiling.joins_frames)
     return Media(
         turns=tuple(turns),
-        images=tuple(image for image, _ in found),
-        frames=tuple(number for _, number in found),
+        images=tuple(image for images, _ in found for image in images),
+        clips=tuple(clip for _, clip in found),
     )
 
 
@@ -78,58 +110,61 @@ def image_of(path: Path, tiling: Tiling, images: int, where: str) -> Image:
     )
 
 
-def _frames_of(asked: AskedVideo, tiling: Tiling, where: str) -> list[tuple[Image, int]]:
-    """Return the frames that are shown of a video, with their numbers."""
-    path = asked.video.file.path
+def _clip_of(asked: AskedVideo, tiling: Tiling, where: str) -> Clip:
+    """Return what is shown of a video. Of a long one only as much is read as tells that it has
+    enough frames, since every process of a run does this.
+    """
+    video = asked.video
     if not tiling.takes_frames:
         raise ValueError(
             f"--eval.tasks {where}: has a video, but the packs are of --tiling {tiling.mode}, which"
             " takes images alone"
         )
+    enough = Enough(frames=asked.frames, seconds=video.clip[1] if video.clip else 0.0)
     choice = FrameChoice(min_frames=asked.frames, max_frames=asked.frames, sampling="middle")
     try:
-        times = frame_times(asked.video.file)
-        chosen = choice.choose(times, asked.video.clip, np.random.default_rng(0))
+        times = frame_times(video.file, enough)
+        chosen = choice.choose(times, video.clip, np.random.default_rng(0))
     except RejectError as error:
-        raise ValueError(f"--eval.tasks {where}: {path}: {error.detail}") from None
+        raise ValueError(f"--eval.tasks {where}: {video.file.path}: {error.detail}") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"--eval.tasks {where}: {path}: {error}") from None
-    images = frames_as_images([UNREAD] * len(chosen), path, joined=tiling.joins_frames)
-    return list(zip(images, chosen, strict=True))
+        raise ValueError(f"--eval.tasks {where}: {video.file.path}: {error}") from None
+    return Clip(video=video, frames=len(chosen))
 
 
-def loaded(images: Sequence[Image], frames: Sequence[int], tiling: Tiling) -> Iterator[Image]:
-    """Yield images and frames with their content; arguments as in ``Media``, without ``frames`` if
+def _unread(clip: Clip, tiling: Tiling) -> tuple[Image, ...]:
+    """Return the frames that are shown of a video, without their content."""
+    name = clip.video.file.path
+    return frames_as_images([UNREAD] * clip.frames, name, joined=tiling.joins_frames)
+
+
+def loaded(
+    images: Sequence[Image], clips: Sequence[Clip | None], tiling: Tiling
+) -> Iterator[Image]:
+    """Yield images and frames with their content; arguments as in ``Media``, without ``clips`` if
     there are no videos.
 
     Raises:
         OSError: a file is not there any more.
-        ReadError: a video that cannot be decoded.
+        ReadError: a video that cannot be decoded, or that has changed.
     """
-    frames = frames or [-1] * len(images)
     start = 0
-    while start < len(images):
-        name = images[start].name
-        end = start + 1
-        # Frames of one video are read at once.
-        while end < len(images) and images[end].name == name and frames[end] > frames[end - 1] >= 0:
-            end += 1
-        if frames[start] < 0:
-            yield replace(images[start], encoded=Path(name).read_bytes())
+    for clip in clips or [None] * len(images):
+        if clip is None:
+            still = images[start]
+            yield replace(still, encoded=Path(still.name).read_bytes())
+            start += 1
         else:
-            yield from _with_frames(images[start:end], frames[start:end], tiling)
-        start = end
+            yield from _with_frames(images[start : start + clip.frames], clip, tiling)
+            start += clip.frames
 
 
-def _with_frames(
-    images: Sequence[Image], numbers: Sequence[int], tiling: Tiling
-) -> Iterator[Image]:
+def _with_frames(images: Sequence[Image], clip: Clip, tiling: Tiling) -> Iterator[Image]:
     """Yield frames of one video with their content and their sizes."""
     load_decoders()
-    name = images[0].name
     try:
-        frames = read_frames(MediaFile(path=name), numbers, tiling)
+        frames = read_frames(clip.video.file, clip.choose, tiling)
     except ValueError as error:
-        raise ReadError(f"--eval.tasks: {name}: {error}") from None
+        raise ReadError(f"--eval.tasks: {clip.video.file.path}: {error}") from None
     for image, frame in zip(images, frames, strict=True):
         yield replace(image, encoded=frame.encoded, width=frame.width, height=frame.height)

@@ -26,7 +26,7 @@ from megavlm.data.store.memory_reader import MemoryReader
 from megavlm.data.text.chat_tokens import ChatTemplate
 from megavlm.data.text.instruction import NO_INSTRUCTION
 from megavlm.data.text.tokenizer import QFORMER_TOKENIZER, load_tokenizer
-from megavlm.evaluate.media import loaded, media_of
+from megavlm.evaluate.media import Clip, loaded, media_of
 from megavlm.evaluate.metrics import METRICS
 from megavlm.evaluate.task import Question, Task
 
@@ -42,7 +42,7 @@ class Request:
         tokens: int32 [n], up to where the answer begins; with a choice, to the choice's end.
         supervised: bool [n], the tokens of the choice.
         images: its images and frames, whose files are not read yet; ``name`` is the path.
-        frames: number of each in its video, as in ``Media``; empty: there are no videos.
+        clips: the videos, as in ``Media``; empty: there are none.
         instruction: int32 [m], what a Q-Former reads beside them.
         room: tokens that are kept free behind it.
     """
@@ -52,7 +52,7 @@ class Request:
     tokens: np.ndarray
     supervised: np.ndarray
     images: tuple[Image, ...]
-    frames: tuple[int, ...] = ()
+    clips: tuple[Clip | None, ...] = ()
     instruction: np.ndarray = field(default_factory=lambda: NO_INSTRUCTION)
     room: int = 0
 
@@ -106,7 +106,7 @@ def requests_of(
             tokens=tokens,
             supervised=supervised,
             images=media.images,
-            frames=media.frames,
+            clips=media.clips,
             instruction=template.instruction(media.turns, tiles),
             room=0 if question.choices else 1,
         )
@@ -200,7 +200,7 @@ class RequestReader(MemoryReader):
                 tokens=np.pad(one.tokens, (0, one.room), constant_values=fill),
                 # Where an answer begins, a prefix ends.
                 supervised=np.pad(one.supervised, (0, one.room), constant_values=True),
-                images=tuple(loaded(one.images, one.frames, tiling)) if load else one.images,
+                images=tuple(loaded(one.images, one.clips, tiling)) if load else one.images,
                 source=index,
                 line=one.line,
                 instruction=one.instruction,

@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megavlm.data.images.video import frame_times
 from megavlm.data.loading.dataset import sample_positions
 from megavlm.data.loading.prefixes import find_prefixes
 from megavlm.data.store.manifest import read_manifest
 from megavlm.data.text.templates import FORMATS
 from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS, add_special_tokens, load_tokenizer
+from megavlm.evaluate import media
 from megavlm.evaluate.packs import Request, RequestReader, prepare
 from megavlm.evaluate.task import Task, read_task
+from megavlm.io.storage import ReadError
 from tests.data.images.test_video import level, write_folder, write_video
 from tests.data.samples import make_dataset
 
@@ -85,7 +88,9 @@ def test_a_video_that_cannot_be_read_is_told_with_its_line(tmp_path: Path) -> No
         prepare(read_task(tmp_path / "exam.jsonl"), packs)
 
 
-def test_frames_of_a_video_are_those_in_the_middles_of_its_parts(tmp_path: Path) -> None:
+def test_frames_of_a_video_are_those_in_the_middles_of_its_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     packs = make_packs(tmp_path / "packs", "internvl2_5", "tokenizer", "internvl")
     dataclasses.replace(read_manifest(packs), tile_cap=16, capacity=400).write(packs)
     write_video(tmp_path / "a.mp4", 40)
@@ -94,10 +99,19 @@ def test_frames_of_a_video_are_those_in_the_middles_of_its_parts(tmp_path: Path)
     row = dict(question="<video>, <image>, <video>, <video>?", image="a.png", frames=4, answer="x")
     row |= dict(video=["b", "a.mp4", "a.mp4"])
     (tmp_path / "exam.jsonl").write_text(json.dumps(row) + "\n")
+    read = []
+
+    def times(*asked):
+        read.append(len(frame_times(*asked)))
+        return frame_times(*asked)
+
+    monkeypatch.setattr(media, "frame_times", times)
     task = prepare(read_task(tmp_path / "exam.jsonl"), packs)
+    # Every process prepares all questions, and so reads no more of a video than that it is one.
+    assert read[0] == 3 and all(4 < count < 20 for count in read[1:])
     [one] = task.requests
     middles = [4, 14, 24, 34]
-    assert one.frames == (0, 1, 2, -1, *middles, *middles)
+    assert [clip and clip.frames for clip in one.clips] == [3, None, 4, 4]
     text = task.template.tokenizer.decode(one.tokens)
     assert [f"Frame-{number}: <img>" in text for number in (0, 1, 4, 5)] == [
         False,
@@ -108,6 +122,9 @@ def test_frames_of_a_video_are_those_in_the_middles_of_its_parts(tmp_path: Path)
     found = task.packs.batch(0, 0).tiles.float().mean(dim=(1, 2, 3)).tolist()
     bright = [level(place) for place in middles]
     assert found == pytest.approx([*map(level, range(3)), 0, *bright, *bright], abs=3)
+    write_video(tmp_path / "a.mp4", 3)
+    with pytest.raises(ReadError, match="a.mp4: it has changed since the run began: 3 frames, of"):
+        task.packs.batch(0, 0)
 
 
 def test_an_answer_ends_at_a_special_token(tmp_path: Path) -> None:

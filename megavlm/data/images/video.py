@@ -1,4 +1,4 @@
-"""Video files, animated GIFs and folders of frames: when their frames are, and some of them as
+"""Video files, animated images and folders of frames: when their frames are, and some of them as
 images. Videos need PyAV.
 
 A frame becomes one tile. A frame of a folder keeps its file's bytes. Frames that have to be decoded
@@ -13,14 +13,15 @@ import io
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image as PillowImage
 
+from megavlm.data.images.cut_off import check_whole
 from megavlm.data.images.decode import MAX_PIXELS, cut_tiles, describe, open_image
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.images.transforms import centre_crop, to_square
@@ -32,6 +33,16 @@ JPEG_QUALITY = 95
 FRAME_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # One stamp of a frame is 8 bytes; a film of a day at 60 frames a second has fewer.
 MAX_FRAMES = 2**23
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Enough:
+    """When enough of a video is known: at the first key frame behind so many ``frames``, and behind
+    a time in ``seconds``.
+    """
+
+    frames: int
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,28 +58,37 @@ UNREAD = Frame(encoded=b"", width=0, height=0)
 """Stands for a frame of which nothing but its number is known."""
 
 
-def frame_times(file: MediaFile) -> list[float]:
+def frame_times(file: MediaFile, enough: Enough | None = None) -> list[float]:
     """When the frames of a video are, in seconds from the first, ascending; those of a folder are a
     second apart.
 
+    Args:
+        file: the video.
+        enough: after how many frames, and behind which time, the rest need not be read; none: all
+            are read.
+
     Raises:
         OSError: there is no such file.
-        ValueError: not a video that can be read, or PyAV is missing.
+        ValueError: not a video that can be read, one that was cut off, or PyAV is missing.
     """
     if _is_folder(file):
-        return [float(number) for number in range(len(_frame_files(file)))]
-    if _is_gif(file):
-        return _gif_times(file)
-    with _Container(file) as container:
+        return _folder_times(_frame_files(file))
+    if _is_animation(file):
+        with open_media(file) as opened:
+            return _animation_times(open_image(opened), opened)
+    with _Container(file, enough) as container:
         return container.times()
 
 
-def read_frames(file: MediaFile, numbers: Sequence[int], tiling: Tiling) -> list[Frame]:
+def read_frames(
+    file: MediaFile, choose: Callable[[Sequence[float]], Sequence[int]], tiling: Tiling
+) -> list[Frame]:
     """Read some frames of a video.
 
     Args:
         file: the video.
-        numbers: numbers of the frames, ascending.
+        choose: returns the numbers of the frames, ascending, from the times of all; what it raises
+            is raised.
         tiling: how a frame becomes a tile.
 
     Raises:
@@ -76,9 +96,16 @@ def read_frames(file: MediaFile, numbers: Sequence[int], tiling: Tiling) -> list
         ValueError: not a video that can be read, or one of these frames cannot be decoded.
     """
     if _is_folder(file):
-        files = [_frame_files(file)[number] for number in numbers]
-        return [_stored(path.read_bytes(), path.name) for path in files]
-    decoded = _gif_frames(file, numbers) if _is_gif(file) else _video_frames(file, numbers)
+        files = _frame_files(file)
+        chosen = [files[number] for number in choose(_folder_times(files))]
+        return [_stored(path.read_bytes(), path.name) for path in chosen]
+    if _is_animation(file):
+        with open_media(file) as opened:
+            image = open_image(opened)
+            decoded = _animation_frames(image, choose(_animation_times(image, opened)))
+    else:
+        with _Container(file) as container:
+            decoded = map(PillowImage.fromarray, container.frames(choose(container.times())))
     return [_encode(image, tiling) for image in decoded]
 
 
@@ -131,9 +158,11 @@ def _is_folder(file: MediaFile) -> bool:
     return file.content is None and os.path.isdir(file.path)
 
 
-def _is_gif(file: MediaFile) -> bool:
+def _is_animation(file: MediaFile) -> bool:
+    """Return whether Pillow reads a file: a GIF, WebP or PNG."""
     with open_media(file) as opened:
-        return opened.read(4) == b"GIF8"
+        head = opened.read(12)
+    return head.startswith((b"GIF8", b"\x89PNG")) or (head[:4], head[8:]) == (b"RIFF", b"WEBP")
 
 
 def open_media(file: MediaFile) -> Any:
@@ -179,51 +208,57 @@ def _frame_files(file: MediaFile) -> list[Path]:
     )
 
 
-def _gif_times(file: MediaFile) -> list[float]:
+def _folder_times(files: Sequence[Path]) -> list[float]:
+    return [float(number) for number in range(len(files))]
+
+
+def _animation_times(image: PillowImage.Image, opened: BinaryIO) -> list[float]:
     """When the frames of an animated image are."""
-    with open_media(file) as opened:
-        image = open_image(opened)
-        times = []
-        now = 0.0
-        try:
-            for number in range(MAX_FRAMES):
-                image.seek(number)
-                times.append(now)
-                # Browsers show frames without a duration for a tenth of a second.
-                now += (image.info.get("duration") or 100) / 1000
-        except EOFError:
-            return times
-        except Exception as error:
-            raise ValueError(f"a GIF that cannot be read: {describe(error)}") from None
-    raise ValueError(f"a GIF of more than {MAX_FRAMES} frames")
+    times = []
+    now = 0.0
+    try:
+        # Pillow counts the frames of a GIF by reading them.
+        for number in range(MAX_FRAMES if image.format == "GIF" else image.n_frames):
+            image.seek(number)
+            if image.format == "WEBP":
+                image.load()  # which finds the duration
+            times.append(now)
+            # Browsers show frames without a duration for a tenth of a second.
+            now += (image.info.get("duration") or 100) / 1000
+    except EOFError:
+        if image.format != "GIF" or not _has_gif_end(opened):
+            raise ValueError(f"cut off: it ends behind {len(times)} frames") from None
+    except Exception as error:
+        raise ValueError(f"an animation that cannot be read: {describe(error)}") from None
+    if len(times) == MAX_FRAMES:
+        raise ValueError(f"a GIF of more than {MAX_FRAMES} frames")
+    return times
 
 
-def _gif_frames(file: MediaFile, numbers: Sequence[int]) -> list[PillowImage.Image]:
+def _has_gif_end(opened: BinaryIO) -> bool:
+    """Return whether the end mark of a GIF stands where reading came to an end."""
+    opened.seek(-2, io.SEEK_CUR)
+    return opened.read(2) == b"\0;"
+
+
+def _animation_frames(image: PillowImage.Image, numbers: Sequence[int]) -> list[PillowImage.Image]:
     """Read some frames of an animated image."""
-    with open_media(file) as opened:
-        image = open_image(opened)
-        frames = []
-        try:
-            for number in numbers:
-                image.seek(number)
-                frames.append(image.convert("RGB"))
-        except Exception as error:
-            raise ValueError(
-                f"frame {numbers[len(frames)]} cannot be decoded: {describe(error)}"
-            ) from None
+    frames = []
+    try:
+        for number in numbers:
+            image.seek(number)
+            frames.append(image.convert("RGB"))
+    except Exception as error:
+        raise ValueError(
+            f"frame {numbers[len(frames)]} cannot be decoded: {describe(error)}"
+        ) from None
     return frames
-
-
-def _video_frames(file: MediaFile, numbers: Sequence[int]) -> list[PillowImage.Image]:
-    """Read some frames of a video file."""
-    with _Container(file) as container:
-        return [PillowImage.fromarray(pixels) for pixels in container.frames(numbers)]
 
 
 class _Container:
     """A video file, opened by PyAV, which gives errors of many kinds; all become ValueError."""
 
-    def __init__(self, file: MediaFile) -> None:
+    def __init__(self, file: MediaFile, enough: Enough | None = None) -> None:
         try:
             import av
         except ModuleNotFoundError:
@@ -232,13 +267,14 @@ class _Container:
             ) from None
         self._opened = open_media(file)
         try:
+            check_whole(self._opened)
             # The file's content must not make it open others.
             self._container = av.open(self._opened, options={"protocol_whitelist": ""})
             if not self._container.streams.video:
                 raise ValueError("it has no video stream")
             self._stream = self._container.streams.video[0]
             self._stream.thread_count = 1  # many workers already fill the cores
-            self._stamps, self._keys = self._read_stamps()
+            self._stamps, self._keys = self._read_stamps(enough)
         except Exception as error:
             self._opened.close()
             raise ValueError(f"not a video that can be read: {describe(error)}") from None
@@ -286,14 +322,24 @@ class _Container:
             raise ValueError(f"its frames cannot be decoded: {describe(error)}") from None
         return [found[stamp] for stamp in wanted]
 
-    def _read_stamps(self) -> tuple[list[int], list[int]]:
+    def _read_stamps(self, enough: Enough | None) -> tuple[list[int], list[int]]:
         """Read the time stamps of all frames and of key frames, ascending, without decoding any."""
         stamps = []
         keys = []
+        first = 0
         for packet in self._container.demux(self._stream):
             stamp = packet.dts if packet.pts is None else packet.pts
             if stamp is None or not packet.size:
                 continue
+            # A key frame shows which of the frames before it is the first.
+            if (
+                enough
+                and packet.is_keyframe
+                and len(stamps) > enough.frames
+                and (stamp - first) * self._stream.time_base > enough.seconds
+            ):
+                break
+            first = min(first, stamp) if stamps else stamp
             stamps.append(stamp)
             if packet.is_keyframe:
                 keys.append(stamp)

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -337,12 +338,13 @@ class Encoder:
             told = f"a video, but --tiling {self.tiling.mode} takes images alone"
             raise RejectError("unsupported", told)
         joined = self.tiling.joins_frames
+        choose = partial(self.frames.choose, clip=video.clip, rng=rng)
         try:
-            chosen = self.frames.choose(frame_times(video.file), video.clip, rng)
             if how is Images.HEADER:
+                chosen = choose(frame_times(video.file))
                 return frames_as_images([UNREAD] * len(chosen), video.file.path, joined=joined)
             load_decoders()
-            frames = read_frames(video.file, chosen, self.tiling)
+            frames = read_frames(video.file, choose, self.tiling)
             for frame in frames if how is Images.DECODE else ():
                 check_pixels(frame.encoded)
         except RemoteError as error:

@@ -18,7 +18,7 @@ from megavlm.data.images.decode import cut_tiles
 from megavlm.data.images.frame_sampling import FrameChoice, show_frames
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.images.transforms import centre_crop
-from megavlm.data.images.video import frame_times, read_frames
+from megavlm.data.images.video import Enough, frame_times, read_frames
 from megavlm.data.packing.encode import Encoder, Images
 from megavlm.data.records.meta_file import Annotations
 from megavlm.data.records.raw_record import RawRecord
@@ -36,9 +36,11 @@ def level(place: int) -> int:
     return 10 + 5 * place
 
 
-def write_video(path: Path, frames: int, codec: str = "mpeg4") -> Path:
-    """Write a video of grey frames, each brighter than the one before, with a key frame every 6."""
-    with av.open(str(path), "w") as container:
+def write_video(path: Path, frames: int, codec: str = "mpeg4", **options: str) -> Path:
+    """Write a video of grey frames, each brighter than the one before, with a key frame every 6;
+    ``options`` are those of the container.
+    """
+    with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream(codec, rate=RATE)
         stream.width = 64
         stream.height = 48
@@ -51,9 +53,10 @@ def write_video(path: Path, frames: int, codec: str = "mpeg4") -> Path:
     return path
 
 
-def write_gif(path: Path, frames: int) -> Path:
+def write_animation(path: Path, frames: int) -> Path:
     pictures = [Image.new("RGB", (40, 30), (level(place),) * 3) for place in range(frames)]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=100)
+    lossless = {"lossless": True} if path.suffix == ".webp" else {}
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=100, **lossless)
     return path
 
 
@@ -71,7 +74,9 @@ def videos(tmp_path_factory) -> dict[str, Path]:
     return {
         "mp4": write_video(folder / "a.mp4", 40),
         "mkv": write_video(folder / "a.mkv", 40),
-        "gif": write_gif(folder / "a.gif", 40),
+        "gif": write_animation(folder / "a.gif", 40),
+        "webp": write_animation(folder / "a.webp", 40),
+        "png": write_animation(folder / "a.png", 40),
         "folder": write_folder(folder / "frames", 40),
     }
 
@@ -80,7 +85,7 @@ def shown(encoded: bytes) -> float:
     return float(np.asarray(Image.open(io.BytesIO(encoded)).convert("L")).mean())
 
 
-@pytest.mark.parametrize("kind", ["mp4", "mkv", "gif", "folder"])
+@pytest.mark.parametrize("kind", ["mp4", "mkv", "gif", "webp", "png", "folder"])
 def test_frames_are_the_ones_that_were_asked_for(videos, kind):
     file = MediaFile(path=str(videos[kind]))
     times = frame_times(file)
@@ -88,18 +93,83 @@ def test_frames_are_the_ones_that_were_asked_for(videos, kind):
         [place * (1.0 if kind == "folder" else 0.1) for place in range(40)], abs=1e-3
     )
     places = [0, 5, 6, 7, 20, 33, 39]
-    frames = read_frames(file, places, Tiling(tile_size=16))
+    frames = read_frames(file, lambda found: places, Tiling(tile_size=16))
     assert [shown(frame.encoded) for frame in frames] == pytest.approx(
         [level(place) for place in places], abs=3
     )
     assert {(frame.width, frame.height) for frame in frames} == {
-        (64, 48) if kind.startswith("m") else (40, 30)
+        (64, 48) if kind in ("mp4", "mkv") else (40, 30)
     }
     sizes = {Image.open(io.BytesIO(frame.encoded)).size for frame in frames}
     assert sizes == {(40, 30) if kind == "folder" else (16, 16)}
     if kind != "folder":
         inside = MediaFile(path="x", content=videos[kind].read_bytes())
-        assert read_frames(inside, places, Tiling(tile_size=16)) == frames
+        assert read_frames(inside, lambda found: places, Tiling(tile_size=16)) == frames
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("a.mkv", "mpeg4", {}),
+        ("a.webm", "libvpx", {}),
+        ("a.mp4", "mpeg4", {"movflags": "faststart"}),
+        ("a.mp4", "mpeg4", {"movflags": "frag_keyframe+empty_moov"}),
+        ("a.mov", "mpeg4", {}),
+        ("a.avi", "mpeg4", {}),
+        ("a.gif", "", {}),
+        ("a.webp", "", {}),
+        ("a.png", "", {}),
+    ],
+    ids=lambda value: "".join(value.values()) if isinstance(value, dict) else value,
+)
+def test_a_file_that_was_cut_off_is_refused(tmp_path, name, codec, options):
+    path = tmp_path / name
+    whole = write_video(path, 40, codec, **options) if codec else write_animation(path, 40)
+    content = whole.read_bytes()
+    assert len(frame_times(MediaFile(path=name, content=content))) == 40
+    for share in (0.3, 0.6, 0.9):
+        file = MediaFile(path=name, content=content[: int(len(content) * share)])
+        with pytest.raises(ValueError, match=r"cut off|truncated|decoder object|cannot be read"):
+            frame_times(file)
+        with pytest.raises(ValueError, match=r"cut off|truncated|decoder object|cannot be read"):
+            read_frames(file, lambda times: [0], Tiling(tile_size=16))
+    # Nobody misses what stands behind the end.
+    assert len(frame_times(MediaFile(path=name, content=content + bytes(100)))) == 40
+
+
+def test_a_video_that_does_not_say_how_long_it_is_gives_the_frames_it_has(tmp_path):
+    streamed = write_video(tmp_path / "a.mkv", 40, live="1").read_bytes()
+    assert len(frame_times(MediaFile(path="a.mkv", content=streamed))) == 40
+    half = streamed[: len(streamed) // 2]
+    assert 10 < len(frame_times(MediaFile(path="a.mkv", content=half))) < 30
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mkv", "gif", "folder"])
+def test_frames_are_counted_without_reading_all_of_a_video(videos, kind):
+    file = MediaFile(path=str(videos[kind]))
+    times = frame_times(file)
+    for enough in (Enough(frames=4), Enough(frames=7), Enough(frames=2, seconds=1.1)):
+        found = frame_times(file, enough)
+        assert found == times[: len(found)] and len(found) > enough.frames
+        assert found[-1] >= enough.seconds
+        assert len(found) <= 18 or not kind.startswith("m")
+    assert frame_times(file, Enough(frames=90)) == times
+
+
+def test_a_folder_is_listed_once(tmp_path):
+    folder = write_folder(tmp_path / "frames", 5)
+
+    def choose(times):
+        (folder / "frame_2.png").unlink()
+        return [0, len(times) - 1]
+
+    first, last = read_frames(MediaFile(path=str(folder)), choose, Tiling(tile_size=16))
+    assert [shown(first.encoded), shown(last.encoded)] == [level(0), level(4)]
+    (folder / "frame_2.png").touch()
+    with pytest.raises(FileNotFoundError):
+        read_frames(
+            MediaFile(path=str(folder)), lambda times: choose(times) and [2], Tiling(tile_size=16)
+        )
 
 
 @pytest.mark.parametrize("mode", ["stretch", "crop"])
@@ -110,7 +180,8 @@ def test_frames_are_resized_as_images_are(tmp_path, mode):
     shown = np.repeat(pixels[0][..., None], 3, axis=-1)
     for resample in RESAMPLES:
         tiling = Tiling(tile_size=16, mode=mode, resample=resample)
-        [frame] = read_frames(MediaFile(path=str(tmp_path / "noise.gif")), [0], tiling)
+        file = MediaFile(path=str(tmp_path / "noise.gif"))
+        [frame] = read_frames(file, lambda times: [0], tiling)
         image = Image.fromarray(shown)
         whole = np.asarray(centre_crop(image, 16, resample)) if mode == "crop" else shown
         [tile] = cut_tiles(whole, 1, 1, 16, False, resample=resample)
@@ -268,7 +339,7 @@ def test_videos_that_cannot_be_samples(videos, tmp_path):
         ("empty", {}, "unreadable_video", "it has no frames"),
         (videos["mp4"], {"clip": [90, 99]}, "unreadable_video", "no frame between 90 and 99 s"),
         (videos["mp4"], {"tile_cap": 7}, "too_many_tiles", "lower --max_frames"),
-        (videos["mp4"], {"capacity": 150}, "too_long", "lower --max_frames"),
+        (videos["mp4"], {"capacity": 200}, "too_long", "lower --max_frames"),
     ]
     for name, fields, reason, words in cases:
         outcome = encode(tmp_path / name, **fields)
