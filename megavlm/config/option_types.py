@@ -111,3 +111,18 @@ def count_from(least: int) -> Callable[[str], int]:
         return value
 
     return number
+
+
+def refuse_unwritable(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End the command if the value of an option is no text that a file or its name can hold."""
+    for name, value in vars(options).items():
+        if isinstance(value, str) and ("\0" in value or not _is_unicode(value)):
+            parser.error(f"argument --{name}: {value!a:.200}: not UTF-8, or with a zero byte")
+
+
+def _is_unicode(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

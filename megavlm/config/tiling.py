@@ -11,3 +11,5 @@ Tiling = Literal["any", Mode]
 BOUNDED: Mode = "anyres_max_9"
 WITH_GRIDS: tuple[Mode, ...] = ("anyres", BOUNDED)
 """Modes in which an image is also a grid of tiles, and an embedding ends each row of features."""
+MOST_TILES = 1024
+"""Of an image: far more than a model can read, and few enough to be held in memory."""

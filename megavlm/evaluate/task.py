@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megavlm.data.images.frame_sampling import MOST_FRAMES
 from megavlm.data.records.media_fields import read_videos
 from megavlm.data.records.record import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn, Video
 from megavlm.data.records.reject import RejectError
@@ -282,8 +283,8 @@ def _videos(fields: Mapping[str, Any], folder: Path) -> tuple[AskedVideo, ...]:
         if not os.path.exists(path):
             raise ValueError(f"its video {path} is missing")
     frames = fields.get("frames", USUAL_FRAMES)
-    if type(frames) is not int or frames < 1:
-        raise ValueError(f"frames is {json.dumps(frames)}, not a number of at least 1")
+    if type(frames) is not int or not 1 <= frames <= MOST_FRAMES:
+        raise ValueError(f"frames is {json.dumps(frames)}, not a number from 1 to {MOST_FRAMES}")
     try:
         videos = read_videos(paths, fields, "", {})
     except RejectError as error:

@@ -17,7 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from megavlm.config.tiling import BOUNDED
+from megavlm.config.tiling import BOUNDED, MOST_TILES
 
 Grid = tuple[int, int]
 """Columns and rows of tiles."""
@@ -35,9 +35,6 @@ USUAL_GRIDS: Mapping[str, tuple[Grid, ...]] = {"anyres": LLAVA_GRIDS, BOUNDED: O
 _BOUND = 9
 # Not of one that has a little more: the root of how many times as many it may have.
 _SLACK = 1.1
-
-# Far more than a model can read, and few enough to be held in memory.
-_MOST_TILES = 1024
 
 
 def grids_text(grids: Sequence[Grid]) -> str:
@@ -57,8 +54,8 @@ def read_grids(text: str) -> tuple[Grid, ...]:
             f"--grids {text}: must be columns and rows of tiles, such as {grids_text(LLAVA_GRIDS)}"
         )
     grids = tuple((int(grid[1]), int(grid[2])) for grid in found)
-    if any(columns * rows > _MOST_TILES for columns, rows in grids):
-        raise ValueError(f"--grids {text}: a grid has at most {_MOST_TILES} tiles")
+    if any(columns * rows > MOST_TILES for columns, rows in grids):
+        raise ValueError(f"--grids {text}: a grid has at most {MOST_TILES} tiles")
     return grids
 
 

@@ -18,11 +18,13 @@ _AVI_SLACK = 8
 
 
 def check_whole(file: BinaryIO) -> None:
-    """Raise ValueError if a video file is shorter than it says. MP4, QuickTime, Matroska, WebM and
-    AVI say it, but not those that were streamed or whose recording broke off; nothing is known of
-    those, and of other containers. Leaves the file at its start.
+    """Raise ValueError if a video file is empty, or shorter than it says. MP4, QuickTime, Matroska,
+    WebM and AVI say it, but not those that were streamed or whose recording broke off; nothing is
+    known of those, and of other containers. Leaves the file at its start.
     """
     size = file.seek(0, io.SEEK_END)
+    if not size:
+        raise ValueError("the file is empty")
     file.seek(0)
     head = file.read(12)
     if head.startswith(MATROSKA):

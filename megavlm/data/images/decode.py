@@ -273,7 +273,9 @@ def open_image(file: BinaryIO) -> PillowImage.Image:
     try:
         image = PillowImage.open(file)
     except Exception as error:
-        raise ValueError(f"not a readable image: {describe(error)}") from None
+        is_empty = not file.seek(0, io.SEEK_END)
+        told = "the file is empty" if is_empty else describe(error)
+        raise ValueError(f"not a readable image: {told}") from None
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(
             f"an image of {image.width} x {image.height} pixels; at most {MAX_PIXELS} pixels are"

@@ -22,6 +22,9 @@ from megavlm.data.records.record import (
 from megavlm.data.records.reject import RejectError
 
 Picture = TypeVar("Picture")
+# More than any model reads, and than any camera takes.
+MOST_FRAMES = 2**20
+MOST_RATE = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +44,16 @@ class FrameChoice:
     sampling: str = "rand"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min_frames <= self.max_frames:
+        if not 1 <= self.min_frames <= self.max_frames <= MOST_FRAMES:
             raise ValueError(
                 f"--min_frames {self.min_frames} and --max_frames {self.max_frames}: must be 1 <="
-                " min <= max"
+                f" min <= max <= {MOST_FRAMES}"
             )
-        if self.sampling not in ("rand", "middle") and not self.frames_per_second > 0:
+        is_rate = 0 < self.frames_per_second <= MOST_RATE
+        if self.sampling not in ("rand", "middle") and not is_rate:
             raise ValueError(
                 f"--frame_sampling {self.sampling}: must be rand, middle, or fps and a number above"
-                " 0, such as fps0.5"
+                f" 0 and up to {MOST_RATE}, such as fps0.5"
             )
 
     @property

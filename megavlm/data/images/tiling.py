@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import get_args
 
-from megavlm.config.tiling import BOUNDED, WITH_GRIDS, Mode
+from megavlm.config.tiling import BOUNDED, MOST_TILES, WITH_GRIDS, Mode
 from megavlm.data.images.anyres import LLAVA_GRIDS, Grid, best_grid
 from megavlm.data.images.patches import fitted_size, patch_grid
 
+# Of a side of a tile: as many as a decoded image may have in all, roughly.
+MOST_PIXELS = 2**14
 # Fuyu's, in pixels.
 FUYU_LIMIT = (1920, 1080)
 
@@ -54,13 +56,15 @@ class Tiling:
     grids: tuple[Grid, ...] = LLAVA_GRIDS
 
     def __post_init__(self) -> None:
-        if self.tile_size < 1:
-            raise ValueError(f"--image_size {self.tile_size}: must be at least 1 pixel")
+        if not 1 <= self.tile_size <= MOST_PIXELS:
+            raise ValueError(f"--image_size {self.tile_size}: must be 1 to {MOST_PIXELS} pixels")
         if not 1 <= self.min_tiles <= self.max_tiles:
             raise ValueError(
                 f"--min_tiles {self.min_tiles} and --max_tiles {self.max_tiles}: must be 1 <= min"
                 " <= max"
             )
+        if self.max_tiles > MOST_TILES:
+            raise ValueError(f"--max_tiles {self.max_tiles}: an image has at most {MOST_TILES}")
         if self.mode not in get_args(Mode):
             raise ValueError(f"--tiling {self.mode}: must be one of {', '.join(get_args(Mode))}")
         if self.has_grids and not self.grids:

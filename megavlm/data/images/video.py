@@ -98,7 +98,7 @@ def read_frames(
     if _is_folder(file):
         files = _frame_files(file)
         chosen = [files[number] for number in choose(_folder_times(files))]
-        return [_stored(path.read_bytes(), path.name) for path in chosen]
+        return [_stored(path) for path in chosen]
     if _is_animation(file):
         with open_media(file) as opened:
             image = open_image(opened)
@@ -131,12 +131,15 @@ def frames_as_images(frames: Sequence[Frame], name: str, *, joined: bool) -> tup
     )
 
 
-def _stored(encoded: bytes, name: str) -> Frame:
-    """Return a frame that is an image file."""
+def _stored(path: Path) -> Frame:
+    """Return a frame that is an image file; errors name it."""
     try:
+        encoded = read_media(MediaFile(path=str(path)))
         width, height = open_image(io.BytesIO(encoded)).size
+    except OSError as error:
+        raise OSError(error.errno, f"{path.name}: {error.strerror}") from None
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise ValueError(f"{path.name}: {error}") from None
     return Frame(encoded=encoded, width=width, height=height)
 
 
@@ -201,8 +204,19 @@ def _check_regular(path: str) -> None:
 
 
 def _frame_files(file: MediaFile) -> list[Path]:
-    """List the images of a folder, in the order of the last number in their names."""
-    paths = [path for path in Path(file.path).iterdir() if path.suffix.lower() in FRAME_ENDINGS]
+    """List the images of a folder, in the order of the last number in their names. Hidden files,
+    such as those that macOS puts beside each image, are none.
+
+    Raises:
+        ValueError: there is none.
+    """
+    paths = [
+        path
+        for path in Path(file.path).iterdir()
+        if path.suffix.lower() in FRAME_ENDINGS and not path.name.startswith(".")
+    ]
+    if not paths:
+        raise ValueError(f"it has no frames, files that end with {', '.join(FRAME_ENDINGS)}")
     return sorted(
         paths, key=lambda path: (int((re.findall(r"\d+", path.stem) or ["0"])[-1]), path.name)
     )

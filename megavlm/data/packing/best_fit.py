@@ -26,6 +26,8 @@ GOOD_FILL = 0.999
 # Caps are tried on this many samples; more do not change which cap is found, only how long it
 # takes.
 TRIAL_SAMPLES = 100_000
+# Numbers of free tokens times numbers of free tiles, each with a pack in 4 bytes: 16 GiB.
+MOST_STATES = 2**32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,11 @@ def pack(tokens: np.ndarray, tiles: np.ndarray, *, capacity: int, tile_cap: int)
     tokens = np.asarray(tokens, np.int32)
     tiles = np.asarray(tiles, np.int32)
     check_sizes(tokens, tiles, capacity, tile_cap)
+    if (tile_cap + 1) * (capacity + 1) > MOST_STATES:
+        raise ValueError(
+            f"--capacity {capacity} with up to {tile_cap} tiles (--tile_cap): a table of"
+            f" {4e-9 * tile_cap * capacity:.3g} GB to find places in packs; lower one of the two"
+        )
     if len(tokens) == 0:
         return Packing(bin_of=np.zeros(0, np.int32), bins=0)
     # Unsigned 16-bit keys are sorted by radix, several times as fast.

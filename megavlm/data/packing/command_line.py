@@ -9,7 +9,7 @@ from typing import get_args
 
 from megavlm.config.former_names import GONE
 from megavlm.config.hub_cache import cached
-from megavlm.config.option_types import existing, new_file, new_picture
+from megavlm.config.option_types import existing, new_file, new_picture, refuse_unwritable
 from megavlm.config.vision import PIXELS, Resample
 from megavlm.data.images.anyres import LLAVA_GRIDS, grids_text
 from megavlm.data.images.tiling import FUYU_LIMIT
@@ -223,8 +223,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if unknown:
         reasons = [f"{flag}: {GONE[flag]}" for flag in unknown if flag in GONE]
         parser.error("; ".join(reasons) or f"unrecognized arguments: {' '.join(unknown)}")
-    if options.out is None and not options.dry_run:
+    if not options.out and not options.dry_run:
         parser.error("--out is required, except with --dry_run")
+    refuse_unwritable(parser, options)
     return options
 
 

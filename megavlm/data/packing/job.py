@@ -9,6 +9,7 @@ resumes it.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import tempfile
 import time
@@ -119,6 +120,7 @@ def plan_dataset(job: Job) -> Report:
     """
     start = time.monotonic()
     job.check()
+    job = dataclasses.replace(job, out="")
     tokenizer = _tokenizer(job)
     with tempfile.TemporaryDirectory(prefix="megavlm-") as temporary:
         folder = Path(temporary)

@@ -26,7 +26,9 @@ def check_scan(job: Job, scan: Scan) -> None:
     them is beside ``--out``.
     """
     if scan.records == 0:
-        raise ValueError(f"no records in {', '.join(source.path for source in job.sources)}")
+        shares = any(source.repeat_time < 1 for source in job.sources)
+        none = ", of which repeat_time below 1 takes a share, rounded down" if shares else ""
+        raise ValueError(f"no records in {', '.join(source.path for source in job.sources)}{none}")
     rejected = count_unwanted(scan.rejects)
     if len(scan.rows) == 0 or rejected > job.max_rejects * scan.records:
         hopeless = len(scan.rows) == 0 and scan.records >= HOPELESS_RECORDS
@@ -68,7 +70,10 @@ def _too_many(
             f" annotation files or media that is to stay, remove {job.partial} first."
         )
     lines = "".join(f"\n  {reject}" for reject in first)
+    filtered = sum(scan.rejects.values()) - count_unwanted(scan.rejects)
+    others = f", and a filter left {filtered} out" if filtered else ""
     return ValueError(
-        f"{rejected} of {of} records ({rejected / scan.records:.2%}) were rejected; --max_rejects"
-        f" allows {job.max_rejects:.2%}, and one must be left. {remedy} The first:{lines}"
+        f"{rejected} of {of} records ({rejected / scan.records:.2%}) were rejected{others};"
+        f" --max_rejects allows {job.max_rejects:.2%}, and one must be left. {remedy} The"
+        f" first:{lines}"
     )

@@ -8,6 +8,9 @@ import numpy as np
 
 from megavlm.data.records.meta_file import Annotations
 
+# Rows of the scan are counted with 32 bits.
+MOST_SAMPLES = 2**31 - 1
+
 
 def take(row_sources: np.ndarray, sources: Sequence[Annotations], seed: int) -> np.ndarray:
     """Return the rows of the scan, each as often as its sample is taken, in their order; int32.
@@ -15,6 +18,9 @@ def take(row_sources: np.ndarray, sources: Sequence[Annotations], seed: int) -> 
     Without weights a sample is taken ``repeat_time`` times. With weights, as many samples are taken
     in all as ``repeat_time`` alone would take, and each source's share of them is its weight's.
     What is left after whole times goes to a draw of the source's samples.
+
+    Raises:
+        ValueError: more samples than a dataset can have.
 
     Args:
         row_sources: the source of each row.
@@ -32,7 +38,13 @@ def take(row_sources: np.ndarray, sources: Sequence[Annotations], seed: int) -> 
     wanted = found * np.maximum([source.repeat_time for source in sources], 1.0)
     weights = np.where(found > 0, [source.weight or 0.0 for source in sources], 0.0)
     if weights.any():
-        wanted = wanted.sum() * weights / weights.sum()
+        shares = weights / weights.max()  # first, since the sum may be out of bounds
+        wanted = wanted.sum() * shares / shares.sum()
+    if wanted.sum() > MOST_SAMPLES:
+        raise ValueError(
+            f"--meta: repeat_time makes {wanted.sum():.3g} samples of {len(row_sources)}; a dataset"
+            f" has at most {MOST_SAMPLES}, so give smaller ones"
+        )
     times = np.zeros(len(row_sources), np.int32)
     by_group = np.argsort(group_of_row, kind="stable")
     starts = np.cumsum(found.astype(np.int64)) - found.astype(np.int64)

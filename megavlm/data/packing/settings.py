@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megavlm.config.tiling import MOST_TILES
 from megavlm.data.images.feature_layout import feature_layout
 from megavlm.data.images.frame_sampling import FrameChoice
 from megavlm.data.images.tiling import Tiling
@@ -26,6 +27,8 @@ from megavlm.io.remote import file_state
 
 # May differ when a stopped job resumes, because no byte of the result depends on it.
 FREE_SETTINGS = ("out", "workers", "executor", "max_rejects")
+# Tokens and tiles are counted with 32 bits.
+MOST = 2**31 - 1
 # Changes when the files of a stopped job are not readable any more.
 PACKER_VERSION = 5
 
@@ -117,12 +120,19 @@ class Job:
             bound = least.get(name, 0)
             if value < bound:
                 raise ValueError(f"--{name} {value}: must be at least {bound}")
+            if value > MOST and name != "seed":
+                raise ValueError(f"--{name} {value}: must be at most {MOST}")
         if self.levels > MOST_LEVELS:
             raise ValueError(f"--levels {self.levels}: must be at most {MOST_LEVELS}")
         self._check_template()
         if self.capacity % self.alignment:
             raise ValueError(
                 f"--capacity {self.capacity}: must be a multiple of --alignment {self.alignment}"
+            )
+        if self.features_per_tile > self.capacity:
+            raise ValueError(
+                f"--tokens_per_tile {self.features_per_tile}: must be at most --capacity"
+                f" {self.capacity}"
             )
         if self.windows.tokens > self.capacity:
             raise ValueError(
@@ -227,6 +237,8 @@ class Job:
 
     def _check_tiles(self) -> None:
         """Raise ValueError for a cap on tiles that cannot work."""
+        if self.tile_multiple > MOST_TILES:
+            raise ValueError(f"--tile_multiple {self.tile_multiple}: must be at most {MOST_TILES}")
         if self.tile_cap is not None and self.tile_cap < 0:
             raise ValueError(f"--tile_cap {self.tile_cap}: must be at least 0, or auto")
         if self.tile_cap is not None and self.tile_multiple > 1:

@@ -16,6 +16,7 @@ from megavlm.io import atomic
 
 JOB_NAME = "job.json"
 LOCK_NAME = "lock"
+SHOWN_DIFFERENCES = 8
 
 
 def refuse_filled(out: Path) -> None:
@@ -111,16 +112,34 @@ def _same_job(folder: Path, identity: dict[str, Any], flag: str) -> None:
         atomic.write_text(path, json.dumps(identity, indent=2, ensure_ascii=True))
         return
     _refuse_changed_files(folder, before, identity, flag)
+    there = dict(_leaves(before))
+    asked = dict(_leaves(identity))
     differences = [
-        f"{name}: {before.get(name)!r:.200} there, {identity.get(name)!r:.200} requested"
-        for name in sorted(before.keys() | identity.keys())
-        if before.get(name) != identity.get(name)
+        f"{name}: {there.get(name)!r:.200} there, {asked.get(name)!r:.200} requested"
+        for name in sorted(there.keys() | asked.keys())
+        if there.get(name) != asked.get(name)
     ]
     if differences:
+        shown = differences[:SHOWN_DIFFERENCES]
+        more = (
+            f"; and {len(differences) - len(shown)} more" if len(differences) > len(shown) else ""
+        )
         raise FileExistsError(
-            f"{flag}: {folder} was left by another job ({'; '.join(differences)}); "
+            f"{flag}: {folder} was left by another job ({'; '.join(shown)}{more}); "
             "give the same settings to resume it, or remove it"
         )
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the single values of JSON with their places, such as ``sources[0].root``."""
+    if isinstance(value, dict):
+        for key, inside in value.items():
+            yield from _leaves(inside, f"{name}.{key}" if name else key)
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        for index, inside in enumerate(value):
+            yield from _leaves(inside, f"{name}[{index}]")
+    else:
+        yield name, value
 
 
 def _refuse_changed_files(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megavlm.config.tiling import MOST_TILES
 from megavlm.data.records.filters import (
     Filter,
     is_number,
@@ -209,22 +210,21 @@ def _entry(name: str, entry: Any, where: str) -> list[Annotations]:
     weight = entry.get("weight")
     for key, value in (("repeat_time", repeat), ("weight", 1 if weight is None else weight)):
         if not is_number(value) or not value > 0:
-            raise ValueError(f"{where}: {key} {value!r} must be a number above 0")
+            raise ValueError(f"{where}: {key} {value!r:.100} must be a number above 0")
     difficulty = entry.get("difficulty")
-    if not (
-        difficulty is None or is_number(difficulty) or (isinstance(difficulty, str) and difficulty)
-    ):
+    is_constant = is_number(difficulty) and abs(difficulty) <= MOST_DIFFICULT
+    if not (difficulty is None or is_constant or (isinstance(difficulty, str) and difficulty)):
         raise ValueError(
-            f"{where}: difficulty {difficulty!r} must be the name of a field, or a number for all"
-            " records"
+            f"{where}: difficulty {difficulty!r:.100} must be the name of a field, or a number up"
+            f" to {MOST_DIFFICULT:.1e} for all records"
         )
     length = entry.get("length")
     if length is not None and (type(length) is not int or length < 0):
-        raise ValueError(f"{where}: length {length!r} must be a number of records")
+        raise ValueError(f"{where}: length {length!r:.100} must be a number of records")
     most = entry.get("max_dynamic_patch")
-    if most is not None and (type(most) is not int or most < 1):
+    if most is not None and (type(most) is not int or not 1 <= most <= MOST_TILES):
         raise ValueError(
-            f"{where}: max_dynamic_patch {most!r} must be a whole number of at least 1"
+            f"{where}: max_dynamic_patch {most!r:.50} must be a whole number from 1 to {MOST_TILES}"
         )
     settings = {
         "repeat_time": float(repeat),

@@ -5,6 +5,7 @@ are the right pictures.
 from __future__ import annotations
 
 import io
+import os
 import sys
 from pathlib import Path
 
@@ -65,6 +66,7 @@ def write_folder(path: Path, frames: int) -> Path:
     for place in range(frames):
         Image.new("RGB", (40, 30), (level(place),) * 3).save(path / f"frame_{place}.png")
     (path / "notes.txt").touch()
+    (path / "._frame_0.png").touch()
     return path
 
 
@@ -260,6 +262,8 @@ def test_frames_at_a_rate():
     [
         ({"sampling": "fps"}, "fps: must be rand"),
         ({"sampling": "fps0"}, "fps0: must be"),
+        ({"sampling": "fps100000000"}, "fps100000000: must be"),
+        ({"max_frames": 10**30}, "--max_frames 10{30}: must be"),
         ({"min_frames": 9, "max_frames": 8}, "--min_frames 9 and --max_frames 8"),
     ],
 )
@@ -331,12 +335,19 @@ def test_videos_that_cannot_be_samples(videos, tmp_path):
         f"#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\n{videos['mp4']}\n#EXT-X-ENDLIST\n"
     )
     (tmp_path / "empty").mkdir()
+    (tmp_path / "bare.mp4").touch()
+    (tmp_path / "folders" / "1.png").mkdir(parents=True)
+    (tmp_path / "pipes").mkdir()
+    os.mkfifo(tmp_path / "pipes" / "1.png")
     cases = [
         ("text.mp4", {}, "unreadable_video", "not a video that can be read"),
         ("cut.mp4", {}, "unreadable_video", "not a video that can be read"),
         ("playlist.mp4", {}, "unreadable_video", "not a video that can be read"),
         ("nowhere.mp4", {}, "missing_video", "No such file"),
         ("empty", {}, "unreadable_video", "it has no frames"),
+        ("bare.mp4", {}, "unreadable_video", "the file is empty"),
+        ("folders", {}, "missing_video", "folders: 1.png: a directory, not a file"),
+        ("pipes", {}, "missing_video", "pipes: 1.png: a pipe or a device, not a file"),
         (videos["mp4"], {"clip": [90, 99]}, "unreadable_video", "no frame between 90 and 99 s"),
         (videos["mp4"], {"tile_cap": 7}, "too_many_tiles", "lower --max_frames"),
         (videos["mp4"], {"capacity": 200}, "too_long", "lower --max_frames"),

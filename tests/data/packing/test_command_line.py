@@ -58,6 +58,23 @@ def test_sizes_that_do_not_go_together_are_refused(
         make_job(parse([*arguments, *given]), MODELS["internvl2_5-1b"])
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--out", ""], "--out is required"),
+        (["--out", "a\udcff"], r"argument --out: 'a\udcff': not UTF-8"),
+        (["--root", "a\0b"], r"argument --root: 'a\x00b': not UTF-8, or with a zero byte"),
+        (["--system", "\ud800"], r"argument --system: '\ud800': not UTF-8"),
+    ],
+)
+def test_texts_that_cannot_be_written_are_refused(
+    arguments: list[str], given: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse([*arguments, *given])
+    assert told in capsys.readouterr().err
+
+
 def test_an_option_that_is_gone_says_what_to_do(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,6 +30,7 @@ def root(tmp_path_factory):
         Image.fromarray(pixels).save(folder / name)
     (folder / "cut.png").write_bytes((folder / "tall.png").read_bytes()[:3000])
     (folder / "text.png").write_text("no image")
+    (folder / "bare.png").touch()
     return folder
 
 
@@ -97,6 +98,7 @@ BAD = [
     ({"image": ""}, None, []),
     ({"image": "."}, "missing_image", ["directory"]),
     ({"image": "text.png"}, "unreadable_image", ["text.png", "no known image format"]),
+    ({"image": "bare.png"}, "unreadable_image", ["bare.png", "the file is empty"]),
     ({"image": "a\0b.png"}, "unreadable_image", ["null byte"]),
     (
         {"image": ["wide.png", "square.png"], "question": "<image> a"},

@@ -277,6 +277,11 @@ def test_a_record_that_changes_meanwhile_is_left_out(data, tmp_path, monkeypatch
         ({"max_rejects": 2.0}, "--max_rejects 2.0"),
         ({"workers": -1}, "--workers -1"),
         ({"tile_cap": -1}, "--tile_cap -1"),
+        ({"capacity": 2**31}, "--capacity 2147483648: must be at most 2147483647"),
+        ({"capacity": 2**31 - 1, "tile_cap": 9}, r"up to 9 tiles \(--tile_cap\): a table of 77"),
+        ({"tile_cap": 10**30}, r"up to 10{30} tiles \(--tile_cap\): a table of"),
+        ({"tile_multiple": 2000}, "--tile_multiple 2000: must be at most 1024"),
+        ({"features_per_tile": 10**9}, "--tokens_per_tile 1000000000: must be at most --capacity"),
     ],
 )
 def test_settings_that_cannot_be(data, tmp_path, settings, words):

@@ -120,7 +120,7 @@ def test_settings_that_do_not_go_together_are_refused(
 
 def test_what_no_pack_can_hold_names_the_option_that_makes_images_smaller(data: Path) -> None:
     with pytest.raises(ValueError, match="lower --image_limit"):
-        pack(data, "--capacity", "24")
+        pack(data, "--capacity", "30")
     assert Tiling(tile_size=30, mode="patches").size_flag == "--image_limit"
 
 

@@ -18,6 +18,7 @@ import pytest
 
 from megavlm.data.packing import job, scan, work_folder
 from megavlm.data.packing.job import pack_dataset, plan_dataset
+from megavlm.data.records.meta_file import single_source
 from megavlm.data.store.reader import Reader
 from megavlm.io import atomic
 from tests.data.packing.test_job import _job, data  # noqa: F401  (a fixture)
@@ -216,11 +217,19 @@ def test_another_job_does_not_go_on(data, tmp_path, monkeypatch):  # noqa: F811
         match=r"left by another job \(capacity: 1024 there, 2048 requested\)",
     ):
         pack_dataset(_job(data, tmp_path / "out", capacity=2048))
+    with pytest.raises(
+        FileExistsError, match=r"other job \(sources\[0\].root: '.*' there, 'other'"
+    ):
+        sources = single_source(data / "good.jsonl", "other")
+        pack_dataset(_job(data, tmp_path / "out", sources=sources))
     (tmp_path / "copy.jsonl").write_bytes((data / "good.jsonl").read_bytes())
     assert pack_dataset(_job(data, tmp_path / "out", max_rejects=0.5)).packed_records == 90
 
 
 def test_a_dry_run_writes_nothing(data, tmp_path):  # noqa: F811
+    bad = single_source(data / "bad.jsonl", data)
+    with pytest.raises(ValueError, match="were rejected; .* or give a larger --max_rejects. The"):
+        plan_dataset(_job(data, tmp_path / "bad", sources=bad))
     planned = plan_dataset(_job(data, tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []
     packed = pack_dataset(_job(data, tmp_path / "out"))

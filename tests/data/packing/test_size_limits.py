@@ -55,7 +55,7 @@ def test_the_advice_is_what_helps(
     ]
     images = (still, *shown)
     # A line of a frame has 17 tokens beside its features.
-    length = sum(map(layout.count, images)) + 17 * frames * (not joined) + text
+    length = sum(map(layout.count, images)) + text + (0 if joined else 17 * frames)
     limits = SizeLimits(
         capacity=600, tile_cap=None, tiling=tiling, layout=layout, template=template
     )

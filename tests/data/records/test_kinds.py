@@ -20,7 +20,7 @@ from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.packing.job import Job, pack_dataset
 from megavlm.data.records.meta_file import read_meta
 from megavlm.data.text.tokenizer import load_tokenizer
-from tests.data.images.test_video import level, write_folder, write_gif, write_video
+from tests.data.images.test_video import level, write_animation, write_folder, write_video
 from tests.data.records.test_readers import tar
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -40,7 +40,7 @@ def write_sources(folder: Path) -> Path:
     for place in range(4):
         (folder / f"{place}.png").write_bytes(picture(50 * place))
     write_video(folder / "a.mp4", 30)
-    write_gif(folder / "a.gif", 30)
+    write_animation(folder / "a.gif", 30)
     write_folder(folder / "frames", 30)
     chat = [{"from": "human", "value": "<image> and <image>"}, {"from": "gpt", "value": "two"}]
     ask = [{"from": "human", "value": "what"}, {"from": "gpt", "value": "a film"}]

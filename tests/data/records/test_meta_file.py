@@ -65,6 +65,8 @@ BAD_ENTRIES = [
     ({"repeat_time": float("inf")}, "repeat_time inf "),
     ({"repeat_time": 10**400}, "repeat_time 1000"),
     ({"max_dynamic_patch": 0}, "max_dynamic_patch 0 "),
+    ({"max_dynamic_patch": 10**9}, "max_dynamic_patch 1000000000 must be a whole number from 1 to"),
+    ({"difficulty": 1e39}, "difficulty 1e+39 must be the name of a field, or a number up to 3.4e+"),
     ({"annotation": None}, "annotation must be a path, a pattern or a list of them, not None"),
     ({"root": "s3://bucket"}, "s3://bucket: object storage is not supported"),
 ]
@@ -160,6 +162,16 @@ def test_weights_are_shares_of_the_samples():
     taken = take(rows, sources, seed=0)
     assert len(taken) == 220 and np.count_nonzero(rows[taken] == 2) == 55
     assert set(np.bincount(taken, minlength=220)[200:]) == {2, 3}
+
+
+def test_numbers_out_of_all_bounds_are_refused_or_weighed():
+    rows = np.array([0, 1, 1])
+    with pytest.raises(
+        ValueError, match=r"repeat_time makes 1e\+10 samples of 3; .* at most 214748"
+    ):
+        take(rows, [_source("a", repeat_time=1e10), _source("b")], seed=0)
+    huge = [_source("a", weight=1e308), _source("b", weight=1e308)]
+    assert sorted(rows[take(rows, huge, seed=0)].tolist()) == [0, 0, 1, 1]
 
 
 class _CountedName(str):
