@@ -76,9 +76,7 @@ def _end_of_chunks(file: BinaryIO, size: int) -> int:
 
 
 def _end_of_boxes(file: BinaryIO, size: int) -> int:
-    """Return where the last box with frames ends that an MP4 or QuickTime file has; 0 if it reaches
-    to the end of the file.
-    """
+    """Return where the last box ends that frames of an MP4 or QuickTime file need."""
     start = 0
     end = 0
     while start + 8 <= size:

@@ -66,6 +66,8 @@ def read_header(source: bytes | Path | BinaryIO) -> Header:
         with open(source, "rb") as file:
             return read_header(file)
     head = source if isinstance(source, bytes) else source.read(HEAD_BYTES)
+    if not head:
+        raise ValueError("not a readable image: the file is empty")
     size = plain_size(head)
     if size and size[0] * size[1] <= MAX_PIXELS:
         return Header(width=size[0], height=size[1], deep=False)
@@ -273,9 +275,7 @@ def open_image(file: BinaryIO) -> PillowImage.Image:
     try:
         image = PillowImage.open(file)
     except Exception as error:
-        is_empty = not file.seek(0, io.SEEK_END)
-        told = "the file is empty" if is_empty else describe(error)
-        raise ValueError(f"not a readable image: {told}") from None
+        raise ValueError(f"not a readable image: {describe(error)}") from None
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(
             f"an image of {image.width} x {image.height} pixels; at most {MAX_PIXELS} pixels are"

@@ -15,7 +15,7 @@ from megavlm.config.tiling import BOUNDED, MOST_TILES, WITH_GRIDS, Mode
 from megavlm.data.images.anyres import LLAVA_GRIDS, Grid, best_grid
 from megavlm.data.images.patches import fitted_size, patch_grid
 
-# Of a side of a tile: as many as a decoded image may have in all, roughly.
+# Along a side of a tile, of which even one then fills a gigabyte.
 MOST_PIXELS = 2**14
 # Fuyu's, in pixels.
 FUYU_LIMIT = (1920, 1080)

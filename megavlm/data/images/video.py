@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image as PillowImage
 
 from megavlm.data.images.cut_off import check_whole
-from megavlm.data.images.decode import MAX_PIXELS, cut_tiles, describe, open_image
+from megavlm.data.images.decode import MAX_PIXELS, cut_tiles, describe, open_image, read_size
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.images.transforms import centre_crop, to_square
 from megavlm.data.records.record import MediaFile
@@ -135,7 +135,7 @@ def _stored(path: Path) -> Frame:
     """Return a frame that is an image file; errors name it."""
     try:
         encoded = read_media(MediaFile(path=str(path)))
-        width, height = open_image(io.BytesIO(encoded)).size
+        width, height = read_size(encoded)
     except OSError as error:
         raise OSError(error.errno, f"{path.name}: {error.strerror}") from None
     except ValueError as error:
