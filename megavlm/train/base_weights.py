@@ -49,26 +49,8 @@ def find(config: Config, start: Start) -> BaseWeights | None:
             " which noted too little of what lies below them; train from"
             f" {', '.join(base.folders)} again"
         )
-    named = _named(config)
-    tried: dict[str, str] = {}
-    for folders in _places(config, start):
-        name = ", ".join(map(str, folders))
-        tried[name] = tried.get(name) or base_files.difference(base, folders)
-        if not tried[name]:
-            return BaseWeights(start=_opened(start, folders), folders=folders)
-        if folders == named and _asks_for_others(config, start):
-            flag = "--checkpoint.load" if config.checkpoint.load else "--init"
-            listed = "\n  ".join(tried.values())
-            raise ValueError(
-                f"{flag} {name}: {start.folder} holds trained parameters only, and these are not"
-                f" the weights that they were trained on:\n  {listed}\n  leave it out, or name"
-                " another --checkpoint.save"
-            )
-    listed = "\n  ".join(tried.values())
-    raise ValueError(
-        f"{start.folder}: holds trained parameters only, and what lies below them is not there:\n"
-        f"  {listed}\n  name where it is now: --checkpoint.load, or --init for parts"
-    )
+    folders = _locate(config, start, f"{start.folder}: holds trained parameters only", "")
+    return BaseWeights(start=_opened(start, folders), folders=folders)
 
 
 def check(config: Config, start: Start) -> None:
@@ -77,42 +59,64 @@ def check(config: Config, start: Start) -> None:
     Raises:
         ValueError: they are not, or as of ``find``.
     """
-    if find(config, start) is None and _has_base(config, start):
+    if find(config, start) is None and _is_kept(config, start):
         _locate_again(config, start)
 
 
-def _has_base(config: Config, start: Start) -> bool:
+def _is_kept(config: Config, start: Start) -> bool:
     """Return whether checkpoints to come hold trained parameters only, and have the base weights of
     the checkpoint that is resumed. A later stage begins with what the stage before it ended with,
     not with its base weights.
     """
-    has_more_steps = resume.first_step(config, start) < config.training.steps
     return (
         config.checkpoint.trained_only
         and isinstance(start, Checkpoint)
-        and resume.resumes(config, start)
-        and (start.state.trained_only or (has_more_steps and start.state.base != Base()))
+        and resume.needs_base(config, start)
     )
 
 
 def _locate_again(config: Config, start: Checkpoint) -> list[Path]:
     """Return the folders with the base weights of a run that resumes from a checkpoint of all
-    weights, and whose next checkpoints will hold trained parameters only.
+    weights, and whose next checkpoints will hold trained parameters only; errors as of ``_locate``.
+    """
+    return _locate(
+        config,
+        start,
+        "--checkpoint.trained_only: checkpoints to come would hold trained parameters only",
+        "; or leave --checkpoint.trained_only out",
+    )
+
+
+def _locate(config: Config, start: Checkpoint, why: str, otherwise: str) -> list[Path]:
+    """Return the folders that hold the base weights of a checkpoint.
+
+    Args:
+        config: the run.
+        start: the checkpoint.
+        why: they are needed.
+        otherwise: what to do instead of naming them.
 
     Raises:
-        ValueError: they are nowhere; checkpoints to come could not be resumed.
+        ValueError: they are nowhere, or the command names others.
     """
-    tried = {}
+    named = _named(config)
+    tried: dict[str, str] = {}
     for folders in _places(config, start):
-        missing = base_files.difference(start.state.base, folders)
-        if not missing:
+        name = ", ".join(map(str, folders))
+        tried[name] = tried.get(name) or base_files.difference(start.state.base, folders)
+        if not tried[name]:
             return folders
-        tried[missing] = None
-    listed = "\n  ".join(tried)
+        if folders == named and _asks_for_others(config, start):
+            flag = "--checkpoint.load" if config.checkpoint.load else "--init"
+            listed = "\n  ".join(tried.values())
+            raise ValueError(
+                f"{flag} {name}: these are not the weights that the run of {start.folder} began"
+                f" with:\n  {listed}\n  leave it out, or name another --checkpoint.save"
+            )
+    listed = "\n  ".join(dict.fromkeys(tried.values()))
     raise ValueError(
-        "--checkpoint.trained_only: checkpoints to come would hold trained parameters only, and"
-        f" what lies below them is not there:\n  {listed}\n  name where it is now,"
-        " --checkpoint.load or --init for parts, or leave --checkpoint.trained_only out"
+        f"{why}, and what lies below them is not there:\n  {listed}\n  name where it is now:"
+        f" --checkpoint.load, or --init for parts{otherwise}"
     )
 
 
@@ -205,7 +209,7 @@ def note(config: Config, start: Start, found: BaseWeights | None) -> Base:
     """
     if not config.checkpoint.trained_only:
         return Base()
-    if _has_base(config, start):
+    if _is_kept(config, start):
         folders = _locate_again(config, start) if found is None else found.folders
         return base_files.moved(start.state.base, folders, _save(config))
     by_size_only = config.checkpoint.verify == "size"

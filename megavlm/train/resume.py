@@ -13,6 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megavlm.checkpoint import checksums, directory, step_folder
+from megavlm.checkpoint.base_files import Base
 from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.checkpoint.train_state import History
 from megavlm.config import torchrun
@@ -139,8 +140,8 @@ def check_fits(config: Config, start: Checkpoint) -> Checkpoint:
     problems += _tokenizer_problems(config, start)
     if resumes(config, start):
         own = start.folder if is_own(config, start) else None
-        # What lies below a checkpoint of trained parameters is known by its content.
-        by_content = start.state.trained_only
+        # What lies below checkpoints of trained parameters is known by its content.
+        by_content = needs_base(config, start)
         problems += refusals(start.config, config, own=own, by_content=by_content)
         problems += _pack_problems(config, start)
         _warn_of_other_packs(config, start)
@@ -256,6 +257,15 @@ def resumes(config: Config, start: Checkpoint) -> bool:
     takes_weights = config.checkpoint.weights_only and not is_own(config, start)
     is_same_stage = (start.config.recipe, start.state.stage) == (config.recipe, config.stage)
     return is_same_stage and not takes_weights
+
+
+def needs_base(config: Config, start: Checkpoint) -> bool:
+    """Tell whether a run that resumes a checkpoint needs its base weights: the checkpoint, or those
+    to come, hold trained parameters only.
+    """
+    has_more_steps = start.state.step < config.training.steps
+    keeps_base = config.checkpoint.trained_only and has_more_steps and start.state.base != Base()
+    return resumes(config, start) and (start.state.trained_only or keeps_base)
 
 
 def first_step(config: Config, start: object) -> int:

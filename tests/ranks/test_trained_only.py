@@ -90,7 +90,12 @@ def test_a_run_resumes_from_its_adapters_and_its_base_alone(
     assert inspect(again, 2).state.step == STEPS, "the command of a run that is done is no failure"
     inspect(replace(more, checkpoint=replace(more.checkpoint, trained_only=False)), 2)
     named = dataclasses.replace(more.checkpoint, load=str(tmp_path / "elsewhere"))
-    moved = base_weights.note(dataclasses.replace(more, checkpoint=named), start, None)
+    more = replace(more, checkpoint=named)
+    assert inspect(more, 2).state.step == STEPS
+    other = replace(named, load=str(tmp_path / "plain" / last))
+    with pytest.raises(ValueError, match="plain/.*: these are not the weights that"):
+        inspect(replace(more, checkpoint=other), 2)
+    moved = base_weights.note(more, start, None)
     assert moved.files == start.state.base.files and "elsewhere" in moved.folders[0]
 
     # Nothing but the run itself can read a checkpoint of adapters.
