@@ -25,7 +25,7 @@ from megavlm.train.architecture_differences import architecture_differences
 from megavlm.train.inspection import find_start, inspect_job
 from megavlm.train.launch import launch
 from megavlm.train.resume import DamagedError
-from megavlm.train.stop_signal import StopRequest
+from megavlm.train.stop_signal import StopRequest, ignore_save_signal
 
 
 def launch_all(stages: Sequence[Config]) -> None:
@@ -36,16 +36,17 @@ def launch_all(stages: Sequence[Config]) -> None:
     If the last checkpoint of a stage is damaged, the stage resumes from the one before, and the
     next one starts from what it then saves.
     """
-    if stages[0].eval.only:  # it has nothing to save, so a signal ends it at once
-        launch(stages[0])
-        return
+    ignore_save_signal()
     store = backend.meet(stages[0].parallel.timeout_minutes)
+    stores = (dist.PrefixStore(f"run {number}", store) for number in itertools.count())
     number = _agreed_first(stages, store)
+    if stages[0].eval.only:  # it has nothing to save, so a signal ends it at once
+        launch(stages[0], store=next(stores))
+        return
     for text in _left(stages, number):
         _warn(text)
     ahead: Callable[[], None] = partial(_check_ahead, stages[number:])
     attempts: Counter[int] = Counter()
-    runs = itertools.count()
     with StopRequest() as stop:
         while number < len(stages):
             config = stages[number]
@@ -56,7 +57,7 @@ def launch_all(stages: Sequence[Config]) -> None:
                     config,
                     stop,
                     ahead=ahead,
-                    store=dist.PrefixStore(f"run {next(runs)}", store),
+                    store=next(stores),
                     can_go_back=goes_back,
                 )
             except DamagedError as error:

@@ -192,6 +192,31 @@ def test_a_signal_ends_an_evaluation_at_once(
     assert heard == [signal.getsignal(signal.SIGTERM)]
 
 
+def test_ranks_with_other_commands_meet_to_compare_them(
+    arguments: list[str], undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 runs all stages, and comes first; others evaluate, or know fewer stages."""
+    from megavlm.train import stages as of_command
+
+    shutil.copytree(undisturbed, tmp_path / "run")
+    runs = stages(arguments, tmp_path / "run")
+    store = torch.distributed.HashStore()
+    met = []
+
+    def launch(*_: object, store: torch.distributed.Store, **__: object) -> SimpleNamespace:
+        store.add("ranks", 1)
+        met.append(store.add("ranks", 0))
+        return SimpleNamespace(step=0)
+
+    monkeypatch.setattr(of_command, "launch", launch)
+    monkeypatch.setattr(of_command.backend, "meet", lambda _: store)
+    commands_of_ranks = (runs, [dataclasses.replace(runs[0], eval=Eval(only=True))], runs[:1])
+    for rank, command in enumerate(commands_of_ranks):
+        monkeypatch.setenv("RANK", str(rank))
+        of_command.launch_all(command)
+    assert met == [1, 2, 3]
+
+
 def test_a_later_stage_that_could_not_run_is_refused_before_the_first_starts(
     ranks: Pool, arguments: list[str], tmp_path: Path
 ) -> None:
