@@ -193,9 +193,9 @@ class Positions(Dataset):
             return batch.share_memory()
         except RuntimeError as error:
             raise ReadError(
-                f"pack {int(self.plan.at(position))}: a loader worker has no room in /dev/shm to"
-                f" hand it over ({error}); make that larger, in a container by --ipc host or"
-                " --shm-size, or use fewer --data.workers or a lower --data.prefetch"
+                f"pack {int(self.plan.at(position))}: a loader worker could not hand it over in"
+                f" shared memory ({error}); if /dev/shm is full, make it larger, in a container by"
+                " --ipc host or --shm-size, or use fewer --data.workers or a lower --data.prefetch"
             ) from error
 
     def _make(self, position: int) -> Batch:

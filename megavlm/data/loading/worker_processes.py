@@ -74,9 +74,11 @@ def kill_frozen(processes: Sequence[BaseProcess]) -> None:
     """Kill the workers that have not ended when they were told to, since this process would wait
     for them at its own end.
     """
-    for process in processes:
-        if process.is_alive():
-            process.kill()
+    frozen = [process for process in processes if process.is_alive()]
+    for process in frozen:
+        process.kill()
+    for process in frozen:
+        process.join(timeout=1)  # one that waits for a storage may not end even then
 
 
 def failing_with_workers(processes: Sequence[BaseProcess]) -> ChildWatcher:

@@ -261,7 +261,7 @@ def test_a_batch_that_finds_no_room_in_shared_memory_is_named(dataset):
         timeout=30,
         with_tiles=False,
     )
-    with pytest.raises(ReadError, match=r"pack 5: .*/dev/shm .*\(unable to .*--shm-size"):
+    with pytest.raises(ReadError, match=r"pack 5: .*shared memory \(unable to .*--shm-size"):
         for _ in range(7):
             next(stream)
 
