@@ -164,7 +164,7 @@ def figure_names(tasks: Sequence[Task]) -> list[str]:
 def _on_every_rank(job: Job, figures: Mapping[str, float]) -> dict[str, float]:
     """Return the writing rank's figures on every rank. Collective."""
     names = figure_names([task.task for task in job.tasks])
-    values = [figures.get(name, 0.0) for name in names]  # the other ranks have none
+    values = [figures[name] if job.groups.is_writer else 0.0 for name in names]
     shared = torch.tensor(values, dtype=torch.float64, device=job.backend.device)
     dist.all_reduce(shared)
     return dict(zip(names, shared.tolist(), strict=True))
