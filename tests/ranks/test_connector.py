@@ -147,7 +147,7 @@ def test_an_export_is_refused_with_a_sentence(ranks: Pool, dataset: Path, tmp_pa
     [refused] = problems(config, 1)
     assert "export_hf" in refused and "connector.kind mlp" in refused and "average" in refused
     ranks.run(run, 1, averaged(make_job(dataset, tmp_path / "run")))
-    with pytest.raises(ValueError, match="is internvit with average.*stays in checkpoints"):
+    with pytest.raises(ValueError, match="this model has average; it stays in checkpoints"):
         convert.export(tmp_path / "run", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 

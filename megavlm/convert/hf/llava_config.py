@@ -69,7 +69,7 @@ def architecture_of(
             pixels=shared.pixel_fields(folder, PIXELS[family]),
             unused_layers=vision["num_hidden_layers"]
             - _layers(vision, settings["vision_feature_layer"]),
-            unused_head=family == "siglip" and vision["vision_use_head"],
+            unused_head=family == "siglip" and vision.get("vision_use_head", True),
         ),
         language=language_config.read_bare(
             settings["text_config"], tied_head=bool(tied) and not has_head

@@ -77,7 +77,7 @@ def vision_from_hf(folder: str | Path, like: Vision | None = None) -> Vision:
         family=family,
         pixels=json_files.pixel_fields(Path(folder), PIXELS[family]),
         unused_layers=unused,
-        unused_head=family == "siglip" and found["vision_use_head"] and not final_norm,
+        unused_head=family == "siglip" and found.get("vision_use_head", True) and not final_norm,
         final_norm=final_norm,
     )
 
