@@ -36,7 +36,9 @@ setup(
         "sentencepiece>=0.2",  # tokenizers that come as tokenizer.model
         "tokenizers>=0.21",
         "tqdm>=4.66",
-        "transformers>=5.0",
+        # Older ones leave out the soft cap on a PaliGemma 2's logits (5.22), or have other names and
+        # files for Fuyu's patches, experts and image processors (5.0 to 5.20).
+        "transformers>=5.23",
     ],
     extras_require={
         # A CUDA toolkit must be there to build it; without it training runs on a CPU. megatron-core
