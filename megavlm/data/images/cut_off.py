@@ -15,6 +15,8 @@ _FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
 _NEEDED_BOXES = (b"moov", b"moof", b"mdat")
 # Some writers of AVI count the head of the file, too.
 _AVI_SLACK = 8
+# What writers of AVI that cannot go back, as into a pipe, give as a size.
+_AVI_UNKNOWN = (0, 2**31 - 1, 2**32 - 1)
 
 
 def check_whole(file: BinaryIO) -> None:
@@ -69,7 +71,7 @@ def _end_of_chunks(file: BinaryIO, size: int) -> int:
         if head[:4] != b"RIFF":
             break
         length = int.from_bytes(head[4:], "little")
-        if not length:
+        if length in _AVI_UNKNOWN:
             return 0
         end += 8 + length + length % 2
     return end if end - _AVI_SLACK > size else 0

@@ -345,12 +345,14 @@ class _Container:
             stamp = packet.dts if packet.pts is None else packet.pts
             if stamp is None or not packet.size:
                 continue
-            # A key frame shows which of the frames before it is the first.
+            # A key frame shows which of the frames before it is the first. Those behind it in the
+            # file may be shown before it, but not before it is decoded.
+            decoded = stamp if packet.dts is None else packet.dts
             if (
                 enough
                 and packet.is_keyframe
                 and len(stamps) > enough.frames
-                and (stamp - first) * self._stream.time_base > enough.seconds
+                and (decoded - first) * self._stream.time_base > enough.seconds
             ):
                 break
             first = min(first, stamp) if stamps else stamp

@@ -1,0 +1,54 @@
+"""Videos and animations that were cut off are refused, and those that are whole are not."""
+
+from __future__ import annotations
+
+import pytest
+
+from megavlm.data.images.tiling import Tiling
+from megavlm.data.images.video import frame_times, read_frames
+from megavlm.data.records.record import MediaFile
+from tests.data.images.test_video import write_animation, write_video
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("a.mkv", "mpeg4", {}),
+        ("a.webm", "libvpx", {}),
+        ("a.mp4", "mpeg4", {"movflags": "faststart"}),
+        ("a.mp4", "mpeg4", {"movflags": "frag_keyframe+empty_moov"}),
+        ("a.mov", "mpeg4", {}),
+        ("a.avi", "mpeg4", {}),
+        ("a.gif", "", {}),
+        ("a.webp", "", {}),
+        ("a.png", "", {}),
+    ],
+    ids=lambda value: "".join(value.values()) if isinstance(value, dict) else value,
+)
+def test_a_file_that_was_cut_off_is_refused(tmp_path, name, codec, options):
+    path = tmp_path / name
+    whole = write_video(path, 40, codec, **options) if codec else write_animation(path, 40)
+    content = whole.read_bytes()
+    assert len(frame_times(MediaFile(path=name, content=content))) == 40
+    for share in (0.3, 0.6, 0.9):
+        file = MediaFile(path=name, content=content[: int(len(content) * share)])
+        with pytest.raises(ValueError, match=r"cut off|truncated|decoder object|cannot be read"):
+            frame_times(file)
+        with pytest.raises(ValueError, match=r"cut off|truncated|decoder object|cannot be read"):
+            read_frames(file, lambda times: [0], Tiling(tile_size=16))
+    # Nobody misses what stands behind the end.
+    assert len(frame_times(MediaFile(path=name, content=content + bytes(100)))) == 40
+
+
+@pytest.mark.parametrize("size", [0, 2**31 - 1, 2**32 - 1])
+def test_avi_that_was_written_into_a_pipe_is_read(tmp_path, size):
+    content = bytearray(write_video(tmp_path / "a.avi", 40).read_bytes())
+    content[4:8] = size.to_bytes(4, "little")
+    assert len(frame_times(MediaFile(path="a.avi", content=bytes(content)))) == 40
+
+
+def test_a_video_that_does_not_say_how_long_it_is_gives_the_frames_it_has(tmp_path):
+    streamed = write_video(tmp_path / "a.mkv", 40, live="1").read_bytes()
+    assert len(frame_times(MediaFile(path="a.mkv", content=streamed))) == 40
+    half = streamed[: len(streamed) // 2]
+    assert 10 < len(frame_times(MediaFile(path="a.mkv", content=half))) < 30
