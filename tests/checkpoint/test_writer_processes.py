@@ -55,6 +55,15 @@ def test_a_writer_that_fails_is_an_error_and_the_others_end(
     assert signal.getsignal(signal.SIGCHLD) == before
 
 
+def test_a_child_that_was_there_before_is_no_writer() -> None:
+    other = FORK.Process(target=time.sleep, args=(60,))
+    other.start()
+    with watched_writers():
+        other.kill()
+        time.sleep(0.3)  # its end is told before it is waited for
+    other.join(timeout=120)
+
+
 def test_writers_that_end_well_are_no_error() -> None:
     with watched_writers():
         writers = [FORK.Process(target=time.sleep, args=(0.01,)) for _ in range(3)]

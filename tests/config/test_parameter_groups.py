@@ -122,6 +122,15 @@ def test_patterns_and_other_problems_are_told_together() -> None:
     assert not any("vison" in text for text in found) and any("layers -1" in text for text in found)
 
 
+def test_a_mistake_in_a_setting_is_not_told_again_by_what_follows_from_it() -> None:
+    adapters = ("--architecture.lora.rank", "4", "--architecture.lora.targets", "visoin")
+    for arguments in (
+        (*adapters, "--training.trainable", "language.*.lora"),
+        ("--training.frozen_until", "vision=0.5,connector=9"),
+    ):
+        assert len(parameter_problems(configured(*arguments))) == 1, arguments
+
+
 def test_patterns_of_a_recipe_may_name_what_a_narrower_mask_freezes() -> None:
     def found(*arguments: str) -> list[str]:
         words = ["--recipe", "flamingo", "--stage", "1", "--training.trainable", "connector"]

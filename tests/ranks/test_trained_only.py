@@ -66,6 +66,8 @@ def test_a_run_resumes_from_its_adapters_and_its_base_alone(
         inspect(adapted(dataset, tmp_path / "killed", earlier), 2)
     with pytest.raises(ValueError, match="these are not the weights that .*\n.*: missing"):
         inspect(adapted(dataset, tmp_path / "killed", tmp_path), 2)
+    for itself in (tmp_path / "killed", tmp_path / "killed" / small.name):
+        inspect(adapted(dataset, tmp_path / "killed", itself), 2)
     forget_the_end(tmp_path / "whole", tmp_path / "left_out")
     for name, only in (("killed", True), ("left_out", False)):
         ranks.run(run_job, 2, adapted(dataset, tmp_path / name, base, trained_only=only))
