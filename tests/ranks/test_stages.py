@@ -217,6 +217,22 @@ def test_ranks_with_other_commands_meet_to_compare_them(
     assert met == [1, 2, 3]
 
 
+def test_each_run_of_a_command_has_keys_of_its_own(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megavlm.train import stages as of_command
+
+    told = []
+
+    def launch(run: Config, *_: object, store: torch.distributed.Store, **__: object) -> object:
+        told.append(store.add("runs", 1))
+        return SimpleNamespace(step=run.training.steps)
+
+    monkeypatch.setattr(of_command, "launch", launch)
+    of_command.launch_all(stages(arguments, tmp_path / "run"))
+    assert told == [1, 1, 1]
+
+
 def test_a_later_stage_that_could_not_run_is_refused_before_the_first_starts(
     ranks: Pool, arguments: list[str], tmp_path: Path
 ) -> None:
