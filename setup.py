@@ -36,8 +36,8 @@ setup(
         "sentencepiece>=0.2",  # tokenizers that come as tokenizer.model
         "tokenizers>=0.21",
         "tqdm>=4.66",
-        # Older ones leave out the soft cap on a PaliGemma 2's logits (5.22), or have other names and
-        # files for Fuyu's patches, experts and image processors (5.0 to 5.20).
+        # Older ones leave out the soft cap of a PaliGemma 2's logits (5.22), or have other names
+        # for Fuyu's patches, experts and image processors (5.0 to 5.20).
         "transformers>=5.23",
     ],
     extras_require={

@@ -75,7 +75,7 @@ DOORS = {
         "megavlm/convert/",
     },
     "PIL": {"megavlm/data/images/"},
-    "av": {"megavlm/data/images/video.py"},
+    "av": {"megavlm/data/images/container.py"},
     "pyarrow": {"megavlm/data/records/parquet_reader.py"},
     "jsonargparse": {"megavlm/config/"},
     "huggingface_hub": {"megavlm/config/hub_cache.py", "megavlm/convert/hf/push.py"},

@@ -21,8 +21,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image as PillowImage
 
-from megavlm.data.images.cut_off import check_whole
-from megavlm.data.images.decode import MAX_PIXELS, cut_tiles, describe, open_image, read_size
+from megavlm.data.images.container import MAX_FRAMES, Enough, VideoContainer
+from megavlm.data.images.decode import cut_tiles, describe, open_image, read_size
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.images.transforms import centre_crop, to_square
 from megavlm.data.records.record import MediaFile
@@ -31,18 +31,6 @@ from megavlm.io.remote import is_remote, open_file
 
 JPEG_QUALITY = 95
 FRAME_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-# One stamp of a frame is 8 bytes; a film of a day at 60 frames a second has fewer.
-MAX_FRAMES = 2**23
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Enough:
-    """When enough of a video is known: at the first key frame behind so many ``frames``, and behind
-    a time in ``seconds``.
-    """
-
-    frames: int
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +64,7 @@ def frame_times(file: MediaFile, enough: Enough | None = None) -> list[float]:
     if _is_animation(file):
         with open_media(file) as opened:
             return _animation_times(open_image(opened), opened)
-    with _Container(file, enough) as container:
+    with VideoContainer(open_media(file), enough) as container:
         return container.times()
 
 
@@ -104,7 +92,7 @@ def read_frames(
             image = open_image(opened)
             decoded = _animation_frames(image, choose(_animation_times(image, opened)))
     else:
-        with _Container(file) as container:
+        with VideoContainer(open_media(file)) as container:
             decoded = map(PillowImage.fromarray, container.frames(choose(container.times())))
     return [_encode(image, tiling) for image in decoded]
 
@@ -267,108 +255,3 @@ def _animation_frames(image: PillowImage.Image, numbers: Sequence[int]) -> list[
             f"frame {numbers[len(frames)]} cannot be decoded: {describe(error)}"
         ) from None
     return frames
-
-
-class _Container:
-    """A video file, opened by PyAV, which gives errors of many kinds; all become ValueError."""
-
-    def __init__(self, file: MediaFile, enough: Enough | None = None) -> None:
-        try:
-            import av
-        except ModuleNotFoundError:
-            raise ValueError(
-                "videos are decoded by PyAV, which is not installed: pip install 'megavlm[video]'"
-            ) from None
-        self._opened = open_media(file)
-        try:
-            check_whole(self._opened)
-            # The file's content must not make it open others.
-            self._container = av.open(self._opened, options={"protocol_whitelist": ""})
-            if not self._container.streams.video:
-                raise ValueError("it has no video stream")
-            self._stream = self._container.streams.video[0]
-            self._stream.thread_count = 1  # many workers already fill the cores
-            self._stamps, self._keys = self._read_stamps(enough)
-        except Exception as error:
-            self._opened.close()
-            raise ValueError(f"not a video that can be read: {describe(error)}") from None
-
-    def __enter__(self) -> _Container:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._container.close()
-        self._opened.close()
-
-    def times(self) -> list[float]:
-        """See ``frame_times``."""
-        first = self._stamps[0] if self._stamps else 0
-        return [float((stamp - first) * self._stream.time_base) for stamp in self._stamps]
-
-    def frames(self, numbers: Sequence[int]) -> list[np.ndarray]:
-        """Decode the frames with these indices, uint8 [height, width, 3]. Only what follows the key
-        frame before each is decoded.
-        """
-        wanted = [self._stamps[number] for number in numbers]
-        found: dict[int, np.ndarray] = {}
-        try:
-            while len(found) < len(wanted):
-                start = wanted[len(found)]
-                self._container.seek(
-                    max((key for key in self._keys if key <= start), default=start),
-                    stream=self._stream,
-                )
-                ends = [key for key in self._keys if key > start]
-                group = [stamp for stamp in wanted[len(found) :] if not ends or stamp < ends[0]]
-                before = len(found)
-                for frame in self._container.decode(self._stream):
-                    stamp = frame.dts if frame.pts is None else frame.pts
-                    if stamp in group and stamp not in found:
-                        found[stamp] = _pixels(frame)
-                    if stamp is not None and stamp >= group[-1]:
-                        break
-                if len(found) < before + len(group):
-                    raise ValueError(
-                        f"{before + len(group) - len(found)} of the {len(wanted)} chosen frames are"
-                        " missing in the stream"
-                    )
-        except Exception as error:
-            raise ValueError(f"its frames cannot be decoded: {describe(error)}") from None
-        return [found[stamp] for stamp in wanted]
-
-    def _read_stamps(self, enough: Enough | None) -> tuple[list[int], list[int]]:
-        """Read the time stamps of all frames and of key frames, ascending, without decoding any."""
-        stamps = []
-        keys = []
-        first = 0
-        for packet in self._container.demux(self._stream):
-            stamp = packet.dts if packet.pts is None else packet.pts
-            if stamp is None or not packet.size:
-                continue
-            # A key frame shows which of the frames before it is the first. Those behind it in the
-            # file may be shown before it, but not before it is decoded.
-            decoded = stamp if packet.dts is None else packet.dts
-            if (
-                enough
-                and packet.is_keyframe
-                and len(stamps) > enough.frames
-                and (decoded - first) * self._stream.time_base > enough.seconds
-            ):
-                break
-            first = min(first, stamp) if stamps else stamp
-            stamps.append(stamp)
-            if packet.is_keyframe:
-                keys.append(stamp)
-            if len(stamps) > MAX_FRAMES:
-                raise ValueError(f"more than {MAX_FRAMES} frames")
-        return sorted(set(stamps)), sorted(keys)
-
-
-def _pixels(frame: Any) -> np.ndarray:
-    """Return the pixels of a frame as RGB."""
-    if frame.width * frame.height > MAX_PIXELS:
-        raise ValueError(
-            f"frames of {frame.width} x {frame.height} pixels; at most {MAX_PIXELS} pixels are"
-            " decoded"
-        )
-    return frame.to_ndarray(format="rgb24")

@@ -37,7 +37,9 @@ def level(place: int) -> int:
     return 10 + 5 * place
 
 
-def write_video(path: Path, frames: int, codec: str = "mpeg4", **options: str) -> Path:
+def write_video(
+    path: Path, frames: int, codec: str = "mpeg4", b_frames: int = 0, **options: str
+) -> Path:
     """Write a video of grey frames, each brighter than the one before, with a key frame every 6;
     ``options`` are those of the container.
     """
@@ -47,6 +49,9 @@ def write_video(path: Path, frames: int, codec: str = "mpeg4", **options: str) -
         stream.height = 48
         stream.pix_fmt = "yuv420p"
         stream.gop_size = 6
+        stream.max_b_frames = b_frames
+        if b_frames:
+            stream.bit_rate = 2_000_000  # or their brightness is that of others
         for place in range(frames):
             pixels = np.full((48, 64, 3), level(place), np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
@@ -123,24 +128,36 @@ def test_frames_are_counted_without_reading_all_of_a_video(videos, kind):
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
 def test_frames_that_are_shown_before_the_key_frame_before_them_are_counted(tmp_path, name):
-    path = tmp_path / name
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg2video", rate=RATE)
-        stream.width = 64
-        stream.height = 48
-        stream.pix_fmt = "yuv420p"
-        stream.gop_size = 6
-        stream.max_b_frames = 2  # this encoder's groups are open
-        for place in range(40):
-            pixels = np.full((48, 64, 3), level(place), np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode())
+    # This encoder's groups are open.
+    path = write_video(tmp_path / name, 40, "mpeg2video", b_frames=2)
     file = MediaFile(path=str(path))
     times = frame_times(file)
     for end in np.arange(0.35, 3, 0.1):
         found = frame_times(file, Enough(frames=2, seconds=float(end)))
         assert [time for time in found if time < end] == [time for time in times if time < end]
     assert len(frame_times(file, Enough(frames=2, seconds=0.35))) < 20
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("a.avi", "libx264"),
+        ("a.avi", "mpeg4"),
+        ("a.mpg", "mpeg2video"),
+        ("a.ts", "mpeg2video"),
+        ("a.ts", "libx264"),
+    ],
+)
+def test_frames_that_are_stored_in_another_order_are_found_without_an_index(tmp_path, name, codec):
+    """AVI does not say when they are shown, and in MPEG's streams one cannot go to a frame."""
+    path = write_video(tmp_path / name, 40, codec, b_frames=2)
+    file = MediaFile(path=str(path))
+    assert frame_times(file) == pytest.approx([place * 0.1 for place in range(40)], abs=1e-3)
+    for places in ([39], [13], [1, 2, 3, 20, 33, 38]):
+        frames = read_frames(file, lambda found, places=places: places, Tiling(tile_size=16))
+        assert [shown(frame.encoded) for frame in frames] == pytest.approx(
+            [level(place) for place in places], abs=2.4
+        )
 
 
 def test_a_folder_is_listed_once(tmp_path):

@@ -1,0 +1,171 @@
+"""Video files as PyAV reads them: the times of their frames, and the pixels of some."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from megavlm.data.images.cut_off import check_whole
+from megavlm.data.images.decode import MAX_PIXELS, describe
+
+# One stamp of a frame is 8 bytes; a film of a day at 60 frames a second has fewer.
+MAX_FRAMES = 2**23
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Enough:
+    """When enough of a video is known: at the first key frame behind so many ``frames``, and behind
+    a time in ``seconds``.
+    """
+
+    frames: int
+    seconds: float = 0.0
+
+
+class VideoContainer:
+    """Context of a video file, opened by PyAV, which gives errors of many kinds; all become
+    ValueError. It closes the file.
+
+    Args:
+        opened: the file.
+        enough: see ``frame_times``.
+    """
+
+    def __init__(self, opened: BinaryIO, enough: Enough | None = None) -> None:
+        self._opened = opened
+        try:
+            check_whole(self._opened)
+            self._open()
+            self._stamps, self._keys = self._read_stamps(enough)
+        except ModuleNotFoundError:
+            self._opened.close()
+            raise ValueError(
+                "videos are decoded by PyAV, which is not installed: pip install 'megavlm[video]'"
+            ) from None
+        except Exception as error:
+            self._opened.close()
+            raise ValueError(f"not a video that can be read: {describe(error)}") from None
+
+    def _open(self) -> None:
+        import av
+
+        self._opened.seek(0)
+        # The file's content must not make it open others.
+        self._container = av.open(self._opened, options={"protocol_whitelist": ""})
+        if not self._container.streams.video:
+            raise ValueError("it has no video stream")
+        self._stream = self._container.streams.video[0]
+        self._stream.thread_count = 1  # many workers already fill the cores
+
+    def __enter__(self) -> VideoContainer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._container.close()
+        self._opened.close()
+
+    def times(self) -> list[float]:
+        """See ``frame_times``."""
+        first = self._stamps[0] if self._stamps else 0
+        return [float((stamp - first) * self._stream.time_base) for stamp in self._stamps]
+
+    def frames(self, numbers: Sequence[int]) -> list[np.ndarray]:
+        """Decode the frames with these indices, uint8 [height, width, 3]. Where the container can
+        go to the key frame before each, only what follows it is decoded.
+        """
+        wanted = [self._stamps[number] for number in numbers]
+        try:
+            found = {} if self._has_only_order else self._behind_keys(wanted)
+            if len(found) < len(wanted):
+                found = self._from_start(wanted)
+        except Exception as error:
+            raise ValueError(f"its frames cannot be decoded: {describe(error)}") from None
+        if missing := len(wanted) - len(found):
+            raise ValueError(
+                f"its frames cannot be decoded: {missing} of the {len(wanted)} chosen frames are"
+                " missing in the stream"
+            )
+        return [found[stamp] for stamp in wanted]
+
+    @property
+    def _has_only_order(self) -> bool:
+        """Whether frames have no time at which they are shown. AVI has none; where frames are
+        stored in another order, what PyAV gives for it is wrong.
+        """
+        return self._container.format.name == "avi" and self._stream.codec_context.has_b_frames
+
+    def _behind_keys(self, wanted: Sequence[int]) -> dict[int, np.ndarray]:
+        """Decode frames from the key frame before each; fewer if a container goes elsewhere."""
+        found: dict[int, np.ndarray] = {}
+        while len(found) < len(wanted):
+            start = wanted[len(found)]
+            self._container.seek(
+                max((key for key in self._keys if key <= start), default=start),
+                stream=self._stream,
+            )
+            ends = [key for key in self._keys if key > start]
+            group = [stamp for stamp in wanted[len(found) :] if not ends or stamp < ends[0]]
+            before = len(found)
+            for frame in self._container.decode(self._stream):
+                stamp = frame.dts if frame.pts is None else frame.pts
+                if stamp in group and stamp not in found:
+                    found[stamp] = _pixels(frame)
+                if stamp is not None and stamp >= group[-1]:
+                    break
+            if len(found) < before + len(group):
+                break
+        return found
+
+    def _from_start(self, wanted: Sequence[int]) -> dict[int, np.ndarray]:
+        """Decode all up to the last of some frames. MPEG's streams need it, which have no index."""
+        found: dict[int, np.ndarray] = {}
+        self._container.close()
+        self._open()
+        decoded = self._container.decode(self._stream)
+        for stamp, frame in zip(self._stamps, decoded, strict=False):
+            shown = stamp if self._has_only_order or frame.pts is None else frame.pts
+            if shown in wanted and shown not in found:
+                found[shown] = _pixels(frame)
+            if len(found) == len(wanted):
+                break
+        return found
+
+    def _read_stamps(self, enough: Enough | None) -> tuple[list[int], list[int]]:
+        """Read the time stamps of all frames and of key frames, ascending, without decoding any."""
+        stamps = []
+        keys = []
+        first = 0
+        for packet in self._container.demux(self._stream):
+            stamp = packet.dts if packet.pts is None else packet.pts
+            if stamp is None or not packet.size:
+                continue
+            # A key frame shows which of the frames before it is the first. Those behind it in the
+            # file may be shown before it, but not before it is decoded.
+            decoded = stamp if packet.dts is None else packet.dts
+            if (
+                enough
+                and packet.is_keyframe
+                and len(stamps) > enough.frames
+                and (decoded - first) * self._stream.time_base > enough.seconds
+            ):
+                break
+            first = min(first, stamp) if stamps else stamp
+            stamps.append(stamp)
+            if packet.is_keyframe:
+                keys.append(stamp)
+            if len(stamps) > MAX_FRAMES:
+                raise ValueError(f"more than {MAX_FRAMES} frames")
+        return sorted(set(stamps)), sorted(keys)
+
+
+def _pixels(frame: Any) -> np.ndarray:
+    """Return the pixels of a frame as RGB."""
+    if frame.width * frame.height > MAX_PIXELS:
+        raise ValueError(
+            f"frames of {frame.width} x {frame.height} pixels; at most {MAX_PIXELS} pixels are"
+            " decoded"
+        )
+    return frame.to_ndarray(format="rgb24")
