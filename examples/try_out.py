@@ -65,6 +65,12 @@ def write_summary(options: argparse.Namespace, facts: dict[str, Any]) -> None:
     print(text)
 
 
+def read_exam(out: Path, name: str) -> Exam:
+    """Read an exam that make_parts.py has written, by its name."""
+    lines = (out / "data" / f"{name}.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def compare(
     description: str,
     share_right: Callable[[Path, str, Exam], float],
@@ -82,8 +88,7 @@ def compare(
         more: further facts, by OUT.
     """
     options = parse(description)
-    lines = (options.out / "data" / "exam.jsonl").read_text().splitlines()
-    exam = [json.loads(line) for line in lines]
+    exam = read_exam(options.out, "exam")
     facts = {
         "metric": "share of right answers to held-out questions, by transformers",
         "metric_before": share_right(options.out, before, exam),

@@ -6,7 +6,6 @@ python examples/instructblip/answer.py OUT --seconds 300
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from PIL import Image
 from transformers import AutoProcessor, InstructBlipForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from try_out import Exam, forget_qformer, parse, write_summary
+from try_out import Exam, forget_qformer, parse, read_exam, write_summary
 
 
 def question_of(record: dict) -> str:
@@ -53,7 +52,7 @@ def share_right(
 def main() -> None:
     options = parse(__doc__)
     out = options.out
-    exam = [json.loads(line) for line in (out / "data" / "exam.jsonl").open()]
+    exam = read_exam(out, "exam")
     folder = out / "exported" / "stage1"
     model = InstructBlipForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     facts = {

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from try_out import Exam, compare
+from try_out import Exam, compare, read_exam
 
 from megavlm.convert.hf.reference import load_reference
 from megavlm.evaluate.by_transformers import generate
@@ -46,8 +46,7 @@ def about_videos(out: Path) -> dict[str, Any]:
     """Return the share of first questions about held-out videos that are answered right, before and
     after stage 3; nothing if there are no videos. One that guesses digits has a tenth.
     """
-    lines = (out / "data" / "video_exam.jsonl").read_text().splitlines()
-    exam = [json.loads(line) for line in lines]
+    exam = read_exam(out, "video_exam")
     return {
         f"metric_{when}_of_videos": share_right(out, name, exam)
         for when, name in (("before", "stage2"), ("after", "stage3"))

@@ -81,13 +81,12 @@ class VideoContainer:
             found = {} if self._has_only_order else self._behind_keys(wanted)
             if len(found) < len(wanted):
                 found = self._from_start(wanted)
+            if missing := len(wanted) - len(found):
+                raise ValueError(
+                    f"{missing} of the {len(wanted)} chosen frames are missing in the stream"
+                )
         except Exception as error:
             raise ValueError(f"its frames cannot be decoded: {describe(error)}") from None
-        if missing := len(wanted) - len(found):
-            raise ValueError(
-                f"its frames cannot be decoded: {missing} of the {len(wanted)} chosen frames are"
-                " missing in the stream"
-            )
         return [found[stamp] for stamp in wanted]
 
     @property
