@@ -47,7 +47,8 @@ def _without_bias(linear: type) -> type:
 
 def _adding_bias(linear: type) -> type:
     """Let ``linear`` add its bias itself, in the matrix product where it can. ``MLP`` of
-    megatron-core asks its first layer to leave it to ``MLP.forward``.
+    megatron-core asks its first layer to leave it to ``MLP.forward``, and its second to leave it
+    to the layer.
     """
 
     @named_after(linear)
@@ -82,8 +83,21 @@ def mlp_submodules(first: type, kernels: Kernels) -> MLPSubmodules:
     )
 
 
+def _language_mlp(kernels: Kernels) -> MLPSubmodules:
+    """Slots of a language model's MLP. A layer may compute it again in the backward pass: a bias
+    that the MLP returned would then be cut off from the parameter that is trained.
+    """
+    slots = mlp_submodules(kernels.norm_linear, kernels)
+    return replace(slots, linear_fc2=_adding_bias(slots.linear_fc2))
+
+
 def _layers(
-    module: type, attention: ModuleSpec, count: int, kernels: Kernels, **params: Callable | bool
+    module: type,
+    attention: ModuleSpec,
+    mlp: MLPSubmodules,
+    count: int,
+    kernels: Kernels,
+    **params: Callable | bool,
 ) -> list[ModuleSpec]:
     # ``TransformerLayer`` builds each slot, and its ``sharded_state_dict`` renames keys by the map.
     submodules = TransformerLayerSubmodules(
@@ -91,7 +105,7 @@ def _layers(
         self_attention=attention,
         self_attn_bda=get_bias_dropout_add,
         pre_mlp_layernorm=kernels.layer_norm,
-        mlp=ModuleSpec(module=MLP, submodules=mlp_submodules(kernels.norm_linear, kernels)),
+        mlp=ModuleSpec(module=MLP, submodules=mlp),
         mlp_bda=get_bias_dropout_add,
         sharded_state_dict_keys_map={
             "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
@@ -131,7 +145,8 @@ def vision_spec(count: int, vision: Vision, kernels: Kernels) -> TransformerBloc
         add_branch=kernels.add_branch,
         checkpoint=kernels.checkpoint,
     )
-    layers = _layers(VisionLayer, attention, count, kernels, **settings)
+    mlp = mlp_submodules(kernels.norm_linear, kernels)
+    layers = _layers(VisionLayer, attention, mlp, count, kernels, **settings)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=None)
 
 
@@ -147,13 +162,15 @@ def language_spec(
     inside = _attention(_core(language, kernels), language.qkv_bias, kernels, head_norm)
     mask = AttnMaskType.causal if language.is_causal else AttnMaskType.no_mask
     attention = ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask}, submodules=inside)
+    mlp = _language_mlp(kernels)
     if language.sandwich_norm:
-        [plain] = _layers(SandwichLayer, attention, 1, kernels, norm=kernels.norm)
+        [plain] = _layers(SandwichLayer, attention, mlp, 1, kernels, norm=kernels.norm)
     else:
-        [plain] = _layers(TransformerLayer, attention, 1, kernels)
+        [plain] = _layers(TransformerLayer, attention, mlp, 1, kernels)
     gated = plain
     if crosses.every:
-        [gated] = _layers(GatedLayer, attention, 1, kernels, cross=_cross(architecture, kernels))
+        cross = _cross(architecture, kernels)
+        [gated] = _layers(GatedLayer, attention, mlp, 1, kernels, cross=cross)
     found = [gated if crosses.stands_before(layer) else plain for layer in layers]
     if language.num_experts:
         router = functools.partial(PackRouter, language=language, experts=experts)

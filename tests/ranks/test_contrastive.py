@@ -79,7 +79,7 @@ EVERYTHING = ("vision", "connector", "language", "objective")
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "DP2": (2, {}),
     "DP4": (4, {}),
-    "TP2": (2, {"tensor_model_parallel_size": 2}),
+    "TP2": (2, {"tensor_model_parallel_size": 2, "recompute": "selective"}),
     "PP2": (2, {"pipeline_model_parallel_size": 2, "layout": "v*3,c,t|t*2,h"}),
     "PP2 inside vision": (2, {"pipeline_model_parallel_size": 2, "layout": "v*2|v,c,t*3,h"}),
     "TP2 with copies, DP2": (4, {"tensor_model_parallel_size": 2, "vision": "data"}),

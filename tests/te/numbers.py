@@ -29,6 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "a late layer": dict(trainable=("vision.encoder.layers.2",), recompute="full"),
     "vision": dict(trainable=("vision", "connector"), drop_path=0.3),
     "query and key norms": dict(qk_norm=True),
+    "biases, recompute selective": dict(biases=True, recompute="selective"),
     "cross-attention": dict(crosses=True),
     "cross-attention, recompute full": dict(crosses=True, recompute="full"),
     "experts": dict(experts=5),
@@ -69,6 +70,7 @@ def configure(
     folder: Path,
     kernels: str,
     qk_norm: bool = False,
+    biases: bool = False,
     crosses: bool = False,
     experts: int = 0,
     options: bool = False,
@@ -90,11 +92,12 @@ def configure(
     if adapters:
         architecture = dataclasses.replace(config.architecture, lora=Lora(rank=4))
         return dataclasses.replace(config, architecture=architecture)
-    if not qk_norm:
+    if not (qk_norm or biases):
         return config
-    language = dataclasses.replace(
-        config.architecture.language, family="qwen3", qk_norm=True, qkv_bias=False, tied_head=True
-    )
+    changes = dict(family="qwen3", qkv_bias=False, tied_head=True)
+    if biases:
+        changes = dict(family="persimmon", activation="relu2", layernorm_epsilon=1e-5)
+    language = dataclasses.replace(config.architecture.language, qk_norm=qk_norm, **changes)
     return dataclasses.replace(
         config, architecture=dataclasses.replace(config.architecture, language=language)
     )
