@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = _parser()
-    (options, others) = parse_options(parser, arguments)
+    options, others = parse_options(parser, arguments)
     for flag, placeholder, named in (
         ("--image", IMAGE_PLACEHOLDER, options.image),
         ("--video", VIDEO_PLACEHOLDER, options.video),
@@ -70,8 +70,15 @@ def main(arguments: list[str] | None = None) -> int:
     if options.frames is not None and not options.video:
         parser.error(f"argument --frames: {options.frames} has no effect without --video")
     # Only now: help and mistakes on the command line should not wait for torch.
-    from megavlm.evaluate.run import answer_with
+    from megavlm.evaluate.run import AnswerOptions, answer_with
 
+    asked = AnswerOptions(
+        packs=options.packs,
+        max_new_tokens=options.max_new_tokens,
+        ranks=options.ranks,
+        others=others,
+        is_quiet=True,
+    )
     row = dict(question=options.question, answer="")
     row |= dict(image=[str(path.resolve()) for path in options.image])
     row |= dict(video=[str(path.resolve()) for path in options.video])
@@ -81,16 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
         task = Path(folder) / "question.jsonl"
         task.write_text(json.dumps(row) + "\n", encoding="utf-8")
         try:
-            answered = answer_with(
-                options.model,
-                [task],
-                Path(folder),
-                packs=options.packs,
-                max_new_tokens=options.max_new_tokens,
-                ranks=options.ranks,
-                others=others,
-                is_quiet=True,
-            )
+            answered = answer_with(options.model, [task], Path(folder), asked)
         except (ValueError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

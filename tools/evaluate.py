@@ -62,26 +62,23 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    (options, others) = parse(arguments)
+    options, others = parse(arguments)
     # Only now: help and mistakes on the command line should not wait for torch.
     from megavlm.evaluate.page import table_lines, write_page
-    from megavlm.evaluate.run import answer_with, is_hub_folder
+    from megavlm.evaluate.run import AnswerOptions, answer_with, is_hub_folder
 
+    asked = AnswerOptions(
+        packs=options.packs,
+        max_new_tokens=options.max_new_tokens,
+        ranks=options.ranks,
+        others=others,
+        by_transformers=options.transformers,
+    )
     try:
         if options.transformers and not any(map(is_hub_folder, options.models)):
             raise ValueError("--transformers: no model is a Hugging Face folder; leave it out")
         answered = [
-            answer_with(
-                model,
-                options.tasks,
-                options.out,
-                packs=options.packs,
-                max_new_tokens=options.max_new_tokens,
-                ranks=options.ranks,
-                others=others,
-                by_transformers=options.transformers,
-            )
-            for model in options.models
+            answer_with(model, options.tasks, options.out, asked) for model in options.models
         ]
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

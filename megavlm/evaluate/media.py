@@ -38,8 +38,7 @@ class Clip:
         Raises:
             ValueError: there are fewer than were counted.
         """
-        choice = FrameChoice(min_frames=self.frames, max_frames=self.frames, sampling="middle")
-        chosen = choice.choose(times, self.video.clip, np.random.default_rng(0))
+        chosen = _middles(self.video, self.frames, times)
         if len(chosen) < self.frames:
             raise ValueError(
                 f"it has changed since the run began: {len(chosen)} frames, of {self.frames}"
@@ -121,15 +120,19 @@ def _clip_of(asked: AskedVideo, tiling: Tiling, where: str) -> Clip:
             " takes images alone"
         )
     enough = Enough(frames=asked.frames, seconds=video.clip[1] if video.clip else 0.0)
-    choice = FrameChoice(min_frames=asked.frames, max_frames=asked.frames, sampling="middle")
     try:
-        times = frame_times(video.file, enough)
-        chosen = choice.choose(times, video.clip, np.random.default_rng(0))
+        chosen = _middles(video, asked.frames, frame_times(video.file, enough))
     except RejectError as error:
         raise ValueError(f"--eval.tasks {where}: {video.file.path}: {error.detail}") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"--eval.tasks {where}: {video.file.path}: {error}") from None
     return Clip(video=video, frames=len(chosen))
+
+
+def _middles(video: Video, frames: int, times: Sequence[float]) -> list[int]:
+    """Return the numbers of the frames, of those at ``times``, in the middles of so many parts."""
+    choice = FrameChoice(min_frames=frames, max_frames=frames, sampling="middle")
+    return choice.choose(times, video.clip, np.random.default_rng(0))
 
 
 def _unread(clip: Clip, tiling: Tiling) -> tuple[Image, ...]:

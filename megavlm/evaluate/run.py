@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -56,77 +56,87 @@ _RUN = "run"
 _SETTINGS = "evaluation.yaml"
 
 
-def answer_with(
-    model: str,
-    tasks: Sequence[Path],
-    out: Path,
-    *,
-    packs: Path | None,
-    max_new_tokens: int,
-    ranks: int,
-    others: Sequence[str] = (),
-    is_quiet: bool = False,
-    by_transformers: bool = False,
-) -> Answered:
-    """Answer tasks with a model, unless the folder holds its answers already.
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions:
+    """How models are to answer.
 
     Args:
-        model: a checkpoint or a save folder, or a Hugging Face folder; ``NAME=DIR`` names it.
-        tasks: files of questions.
-        out: folder of all models; this one gets a folder in it.
         packs: packed dataset whose template, tokenizer and tiles are used; none: the checkpoint's.
         max_new_tokens: longest answer.
         ranks: processes.
         others: options of pretrain_vlm.py, such as the layout.
         is_quiet: show what pretrain_vlm.py prints only if it fails.
         by_transformers: let transformers answer with a Hugging Face folder, not the trainer.
+    """
+
+    packs: Path | None
+    max_new_tokens: int
+    ranks: int
+    others: Sequence[str] = ()
+    is_quiet: bool = False
+    by_transformers: bool = False
+
+
+def answer_with(model: str, tasks: Sequence[Path], out: Path, options: AnswerOptions) -> Answered:
+    """Answer tasks with a model, unless the folder holds its answers already.
+
+    Args:
+        model: a checkpoint or a save folder, or a Hugging Face folder; ``NAME=DIR`` names it.
+        tasks: files of questions.
+        out: folder of all models; this one gets a folder in it.
+        options: how it answers.
 
     Raises:
         ValueError: nothing to evaluate there, a task that cannot be read, or a run that failed.
     """
     found = read_tasks(tuple(map(str, tasks)))
     name, folder = named(model)
-    saved = _checkpoint(folder, packs)
-    by_transformers &= saved is None
-    if by_transformers and (others or ranks > 1):
+    saved = _checkpoint(folder, options.packs)
+    by_transformers = options.by_transformers and saved is None
+    if by_transformers and (options.others or options.ranks > 1):
         raise ValueError(
             f"{folder}: transformers answers in one process, and options of pretrain_vlm.py do not"
             " reach it; leave out --transformers, or --ranks and what is behind --"
         )
-    name = _noted_name(name, saved.folder if saved else folder, out)
+    source = saved.folder if saved else folder
+    name = _noted_name(name, source, out)
     target = out / name
     asked = {
-        "model": file_states(saved.folder if saved else folder),
-        "packs": str(packs),
-        "settings": [max_new_tokens, by_transformers, *others],
-        "files": _files(found, _manifest(packs, saved), others),
+        "model": file_states(source),
+        "packs": str(options.packs),
+        "settings": [options.max_new_tokens, by_transformers, *options.others],
+        "files": _files(found, _manifest(options.packs, saved), options.others),
     }
     if not _is_done(target, asked):
         _forget(target)
         if by_transformers:
-            answer_tasks(folder, found, packs, target / _RUN, max_new_tokens)
+            answer_tasks(folder, found, options.packs, target / _RUN, options.max_new_tokens)
         else:
             evaluation = Eval(
                 tasks=tuple(str(task.path) for task in found),
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=options.max_new_tokens,
                 only=True,
             )
-            arguments = _arguments(saved, folder, evaluation, target, packs)
-            arguments += ["--training.global_batch_size", str(ranks), *others]
-            _run(arguments, ranks, folder, is_quiet=is_quiet)
+            arguments = _arguments(saved, folder, evaluation, target, options.packs)
+            arguments += ["--training.global_batch_size", str(options.ranks), *options.others]
+            _run(arguments, options.ranks, folder, is_quiet=options.is_quiet)
         atomic.write_text(target / _DONE, json.dumps(asked) + "\n")
     return _read(name, target / _RUN)
 
 
 def is_hub_folder(model: str) -> bool:
     """Tell whether a model, ``NAME=DIR`` or not, is a Hugging Face folder."""
-    return (named(model)[1] / "config.json").is_file()
+    return _has_config(named(model)[1])
+
+
+def _has_config(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
 
 
 def _checkpoint(model: Path, packs: Path | None) -> Checkpoint | None:
     """Return the checkpoint to evaluate; none: the folder is Hugging Face's."""
-    saved = step_folder.find(model) if not (model / "config.json").is_file() else None
-    if saved is None and not (model / "config.json").is_file():
+    saved = None if _has_config(model) else step_folder.find(model)
+    if saved is None and not _has_config(model):
         hint = step_folder.runs_inside(model)
         raise ValueError(f"{model}: neither a checkpoint nor a Hugging Face folder{hint}")
     if packs is None and not (saved and saved.config.data.train):

@@ -366,6 +366,5 @@ def _same_names(task: Task) -> Iterator[str]:
     names = Counter(question.name for question in task.questions)
     for question in task.questions:
         if names[question.name] > 1:
-            yield f"{task.where(question)}: {names[question.name]} questions have the id" + (
-                f" {question.name}"
-            )
+            count = names[question.name]
+            yield f"{task.where(question)}: {count} questions have the id {question.name}"

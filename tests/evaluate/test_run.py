@@ -14,13 +14,14 @@ from megavlm.config.cli import parse
 from megavlm.config.schema import Config, Data, Ema, Eval, Init
 from megavlm.evaluate import run
 from megavlm.evaluate.page import Answered, table_lines
-from megavlm.evaluate.run import _arguments, answer_with
+from megavlm.evaluate.run import AnswerOptions, _arguments, answer_with
 from tools import evaluate
 
 EXPERTS = (
     *("--model", "internvl3_5-30b-a3b", "--parallel.expert_model_parallel_size", "8"),
     *("--experts.dispatcher", "allgather", "--experts.balance_loss", "0.1"),
 )
+WITH_ITS_OWN_PACKS = AnswerOptions(packs=None, max_new_tokens=1, ranks=1)
 
 
 def test_settings_of_trained_experts_do_not_stand_in_the_way(tmp_path: Path) -> None:
@@ -56,7 +57,7 @@ def test_an_imported_checkpoint_needs_no_stage_but_packs(
     monkeypatch.setattr(run.step_folder, "find", lambda model: saved)
     task = write_question(tmp_path / "exam.jsonl", "a cat")
     with pytest.raises(ValueError, match="not trained does not say how questions are packed"):
-        answer_with(str(tmp_path), [task], tmp_path / "out", packs=None, max_new_tokens=1, ranks=1)
+        answer_with(str(tmp_path), [task], tmp_path / "out", WITH_ITS_OWN_PACKS)
 
 
 def test_packs_that_are_not_there_any_more_are_asked_for(
@@ -113,10 +114,7 @@ def ask(model: Path, *others: str, **more: str) -> None:
         str(model),
         [write_question(root / "task.jsonl", "b", **more)],
         root / "out",
-        packs=root / "packs",
-        max_new_tokens=4,
-        ranks=1,
-        others=others,
+        AnswerOptions(packs=root / "packs", max_new_tokens=4, ranks=1, others=others),
     )
 
 
