@@ -48,8 +48,8 @@ class LanguageModel(GPTModel):
     With added tokens, the table of embeddings and the head have rows for the other tokens alone.
 
     Attributes:
-        loss_positions: int64 [P], ascending: where head and loss are computed in the next forward
-            pass; none: everywhere.
+        loss_positions: int64 [P], where head and loss are computed in the next forward pass;
+            none: everywhere.
         token_positions: int64 [T], see ``Batch.positions``, for the next forward pass.
     """
 

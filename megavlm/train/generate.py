@@ -132,18 +132,21 @@ def _prefill(job: Job, task: TaskPacks, number: int, batch: Batch, cache: KeyVal
     here = np.full(manifest.capacity, -1)  # place of each token among this rank's
     own = job.groups.rank_slice.tokens(ends)
     here[own] = np.arange(len(own))
-    last = [here[start + len(one.tokens) - 1] for start, one in zip(starts, requests, strict=True)]
-    found = sorted(pair for pair in zip(last, questions, strict=True) if pair[0] >= 0)
+    last = {
+        question: int(here[start + len(one.tokens) - 1])
+        for question, start, one in zip(questions, starts, requests, strict=True)
+    }
+    found = {question: position for question, position in last.items() if position >= 0}
     crosses = job.config.architecture.cross_attention.every
     return dataclasses.replace(
         batch,
-        loss_positions=torch.tensor([int(position) for position, _ in found] or [0]),
+        loss_positions=torch.tensor(list(found.values()) or [0]),
         cached=Prefill(
             cache,
             starts=dict(zip(questions, starts, strict=True)),
             ends=ends,
             tiles=_tiles_read(task, number) if crosses else {},
-            questions=[question for _, question in found],
+            questions=list(found),
         ),
     )
 

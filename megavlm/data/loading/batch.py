@@ -154,9 +154,9 @@ class Batch(_Tensors):
         tokens: int64 [T].
         labels: int64 [T], the next token inside the sample; 0 where there is none.
         loss_weights: float32 [T], weight of the label at this position; 0 where it has no loss.
-        loss_positions: int64 [P], ascending, where in ``tokens`` the loss is computed: every
-            position with a loss weight, and others that fill their number up to a multiple. P is
-            known without asking the device.
+        loss_positions: int64 [P], where in ``tokens`` the loss is computed: every position with
+            a loss weight, and others that fill their number up to a multiple. P is known without
+            asking the device.
         sources: int32 [T], number of the source that the token's sample is from, among
             ``source_names`` of the dataset.
         is_padding: bool [T], whether a token belongs to no sample: it fills up the pack, or a
