@@ -24,11 +24,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from megavlm.config.schema import Config
 from megavlm.planner import search
-from megavlm.planner.estimate import Estimate, Hardware
+from megavlm.planner.estimate import Estimate, Hardware, Packs
 from megavlm.planner.report import draw, options_to_text, to_text
 from tools.planning.layouts import alignment_note, judge
 from tools.planning.options import (
-    Packs,
     make_parser,
     number_problems,
     read_config,
@@ -52,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
             f" {config.training.global_batch_size} packs a step, each of {packs.capacity}"
         )
         if options.layout is None:
-            found = search.find_layouts(config, options.gpus, packs.size, packs.capacity, hardware)
+            found = search.find_layouts(config, options.gpus, packs, hardware)
             shown = search.without_recompute_variants(found)[: options.top]
             fit = f"{len(found)} layouts fit into nine tenths of {hardware.memory_gib:g} GiB"
         else:
@@ -76,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _explain(config: Config, first: Estimate, gpus: int, packs: Packs, hardware: Hardware) -> None:
     """Print what changes the first layout, and how to ask for it."""
-    changed = search.estimate_changes(config, first, gpus, packs.size, packs.capacity, hardware)
+    changed = search.estimate_changes(config, first, gpus, packs, hardware)
     flags = [search.to_flags(first)]
     if config.training.kernels == "local":  # asked for, or all that can compute the model
         flags.append("--training.kernels local")

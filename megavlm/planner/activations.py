@@ -65,30 +65,30 @@ class RankLoad:
         return self.tokens if self.supervised is None else min(self.supervised, self.tokens)
 
     @classmethod
-    def mean(
-        cls, parallel: Parallel, capacity: int, tiles: float, supervised: float | None = None
-    ) -> RankLoad:
-        """Return the mean load of a rank.
+    def mean(cls, parallel: Parallel, capacity: int, tiles: float) -> RankLoad:
+        """Return the mean load of a rank whose head runs on all tokens.
 
         Args:
             parallel: the layout.
             capacity: tokens of the pack, with padding.
             tiles: real tiles of a pack, on average. Those of each pack are filled up to a multiple.
-            supervised: tokens of a pack that the head runs on; none: all.
         """
         filled = tiles + (_multiple(parallel) - 1) / 2 if tiles else tiles
         return cls(
-            tokens=capacity / parallel.context_parallel_size,
-            tiles=filled / parallel.tile_ranks,
-            supervised=None if supervised is None else supervised / parallel.context_parallel_size,
+            tokens=capacity / parallel.context_parallel_size, tiles=filled / parallel.tile_ranks
         )
 
     @classmethod
     def most(
         cls, parallel: Parallel, capacity: int, tiles: float, supervised: float | None = None
     ) -> RankLoad:
-        """Return the load of a rank for a pack with this many real tiles; other arguments as for
-        ``mean``.
+        """Return the load of a rank for a pack with this many real tiles.
+
+        Args:
+            parallel: the layout.
+            capacity: tokens of the pack, with padding.
+            tiles: of the pack.
+            supervised: tokens of the pack that the head runs on; none: all.
         """
         filled = math.ceil(tiles / _multiple(parallel)) * _multiple(parallel)
         return cls(
@@ -165,18 +165,12 @@ def activation_memory(config: Config, chunk: Chunk, load: RankLoad) -> Activatio
 
 
 def _layers(config: Config, is_trained: dict[str, bool]) -> dict[str, tuple[float, float]]:
-    """Count for each part what one of its layers keeps per token, as ``vision_layer`` does."""
+    """Count for each part what one of its layers keeps per token, as ``_vision_layer`` does."""
     arch = config.architecture
     parallel = config.parallel
     found = {
-        "vision": vision_layer(arch, parallel.vision_tensor_size, is_trained["vision"]),
-        "language": language_layer(
-            arch,
-            parallel.tensor_model_parallel_size,
-            parallel.sequence_parallel,
-            is_trained["language"],
-            parallel.expert_tensor_parallel_size,
-        ),
+        "vision": _vision_layer(arch.vision, parallel, is_trained["vision"]),
+        "language": _language_layer(arch.language, parallel, is_trained["language"]),
     }
     for part in set(found) & set(config.fp8.recipes):
         # Adapters read the same inputs in 16 bits, and their linear layers are frozen.
@@ -310,7 +304,7 @@ def _kept(layer: tuple[float, float], width: int, recompute: str) -> tuple[float
     }[recompute]
 
 
-def vision_layer(arch: Architecture, tensor: int, is_trained: bool = True) -> tuple[float, float]:
+def _vision_layer(vision: Vision, parallel: Parallel, is_trained: bool) -> tuple[float, float]:
     """Count the elements that a vision layer keeps per token, and those of them inside its MLP.
 
     Replicated: inputs and results of both norms, and both branches before their scale (6
@@ -318,21 +312,16 @@ def vision_layer(arch: Architecture, tensor: int, is_trained: bool = True) -> tu
     GELU (2 M). A frozen layer needs the inputs of the norms, inputs and output of attention, and
     the input of GELU.
     """
-    width = arch.vision.hidden_size
-    inner = arch.vision.ffn_hidden_size / tensor
-    inner *= 2 if is_trained else 1
+    tensor = parallel.vision_tensor_size
+    width = vision.hidden_size
+    inner = (2 if is_trained else 1) * vision.ffn_hidden_size / tensor
     return (6 if is_trained else 2) * width + 4 * width / tensor + inner, inner
 
 
-def language_layer(
-    arch: Architecture,
-    tensor: int,
-    sequence_parallel: bool,
-    is_trained: bool = True,
-    shared: int = 1,
+def _language_layer(
+    language: Language, parallel: Parallel, is_trained: bool
 ) -> tuple[float, float]:
-    """Count the elements that a language layer keeps per token, and those of them inside its MLP;
-    ``shared`` ranks share an expert.
+    """Count the elements that a language layer keeps per token, and those of them inside its MLP.
 
     Inputs and results of both norms (4 D) are replicated, or sharded with sequence parallelism.
     Sharded: queries, keys, values, the output of attention, and the MLP's gate, its other half and
@@ -341,7 +330,7 @@ def language_layer(
     norms nor that product. Norms behind the branches keep their inputs (2 D), which are computed
     again with the MLP for one of them.
     """
-    language = arch.language
+    tensor = parallel.tensor_model_parallel_size
     width = language.hidden_size
     queries, keys = (
         count * language.head_size
@@ -355,20 +344,21 @@ def language_layer(
     inputs = 2 if language.is_gated else 1
     inner = (inputs + 1 if is_trained else inputs) * language.ffn_hidden_size / tensor
     if language.num_experts:
-        inner = _expert_layer(language, is_trained, shared) / tensor
+        inner = _expert_layer(language, parallel, is_trained) / tensor
         inner += (3 if is_trained else 2) * language.shared_expert_ffn_hidden_size / tensor
-    width /= tensor if sequence_parallel else 1
+    width /= tensor if parallel.sequence_parallel else 1
     behind = width if language.sandwich_norm else 0
     norms = (4 if is_trained else 2) * width + behind
     return norms + attention / tensor + inner + behind, inner + behind
 
 
-def _expert_layer(language: Language, is_trained: bool, shared: int) -> float:
+def _expert_layer(language: Language, parallel: Parallel, is_trained: bool) -> float:
     """Count the elements that the experts of a layer keep per token, for tokens spread evenly: for
     each of its experts the token itself, gate, other half and their product, before and after the
     router's weight (D + 4 M; frozen: 3 M); and logits, probabilities and weights of the router, in
     float32. Ranks that share an expert have the tokens of all of them, and a share of M.
     """
     inner = language.expert_ffn_hidden_size
-    of_expert = shared * language.hidden_size + 4 * inner if is_trained else 3 * inner
+    read = parallel.expert_tensor_parallel_size * language.hidden_size
+    of_expert = read + 4 * inner if is_trained else 3 * inner
     return language.experts_per_token * of_expert + 6 * language.num_experts

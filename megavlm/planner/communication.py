@@ -42,27 +42,11 @@ class CommunicationVolume:
     expert: float = 0.0
 
     def __add__(self, other: CommunicationVolume) -> CommunicationVolume:
-        return CommunicationVolume(
-            tensor=self.tensor + other.tensor,
-            context=self.context + other.context,
-            pipeline=self.pipeline + other.pipeline,
-            data=self.data + other.data,
-            expert=self.expert + other.expert,
-        )
+        sums = {kind: sent + vars(other)[kind] for kind, sent in vars(self).items()}
+        return CommunicationVolume(**sums)
 
     def __mul__(self, times: float) -> CommunicationVolume:
-        return CommunicationVolume(
-            tensor=self.tensor * times,
-            context=self.context * times,
-            pipeline=self.pipeline * times,
-            data=self.data * times,
-            expert=self.expert * times,
-        )
-
-    @property
-    def total(self) -> float:
-        """All of it."""
-        return self.tensor + self.context + self.pipeline + self.data + self.expert
+        return CommunicationVolume(**{kind: sent * times for kind, sent in vars(self).items()})
 
 
 def communication_per_microbatch(
@@ -143,7 +127,7 @@ def _tensor(config: Config, chunk: Chunk, load: RankLoad) -> float:
     """Count the elements that tensor parallelism sends per microbatch."""
     arch = config.architecture
     parallel = config.parallel
-    tensor = config.parallel.tensor_model_parallel_size
+    tensor = parallel.tensor_model_parallel_size
     ring = 2 * (tensor - 1) / tensor
     backward = has_backward(config)
     is_trained = parameters_on_rank(config, chunk).trained > 0
@@ -159,12 +143,10 @@ def _tensor(config: Config, chunk: Chunk, load: RankLoad) -> float:
     found = 0.0
     for layer in chunk.layer_numbers(arch.vision.num_layers):
         in_vision = layer < arch.vision.num_layers
-        computed_again = again["vision" if in_vision else "language"]
-        sums = (
-            2
-            + (2 + computed_again + (parallel.sequence_parallel and is_trained and not in_vision))
-            * backward[layer]
-        )
+        sums = 2
+        if backward[layer]:
+            sums += 2 + again["vision" if in_vision else "language"]
+            sums += parallel.sequence_parallel and is_trained and not in_vision
         if not in_vision:
             sums = sums / 2 if sums_once else sums
             blocks = arch.cross_attention.stands_before(layer - arch.vision.num_layers)
@@ -174,15 +156,13 @@ def _tensor(config: Config, chunk: Chunk, load: RankLoad) -> float:
     if not arch.language.exists:
         sums = arch.connector_sizes.all_reduced_elements if chunk.has_connector else 0
         return ring * (found + 2 * load.tiles * sums)
-    features = load.tiles * arch.features_per_tile * arch.needs.connector_output(arch)
-    if (
-        chunk.has_connector
-    ):  # the embedding's sum; the connector's, or the gathering of all ranks' features
-        found += load.tokens * arch.language.hidden_size + (
-            2 * load.tiles * arch.connector_sizes.all_reduced_elements
-            if parallel.vision == "tensor"
-            else features * tensor / 2
-        )
+    if chunk.has_connector:
+        found += load.tokens * arch.language.hidden_size  # the sum of embeddings
+        if parallel.vision == "tensor":
+            found += 2 * load.tiles * arch.connector_sizes.all_reduced_elements
+        else:  # each rank gathers the features of all
+            features = load.tiles * arch.features_per_tile * arch.needs.connector_output(arch)
+            found += features * tensor / 2
     if chunk.has_head:
         found += load.tokens * arch.language.hidden_size
     return ring * found
@@ -192,23 +172,19 @@ def _context(config: Config, chunk: Chunk, capacity: int, load: RankLoad) -> flo
     """Count the elements that context parallelism sends per microbatch."""
     arch = config.architecture
     parallel = config.parallel
-    ranks = config.parallel.context_parallel_size
+    ranks = parallel.context_parallel_size
     language = arch.language
-    others = (config.parallel.context_parallel_size - 1) / config.parallel.context_parallel_size
     heads = max(language.num_query_groups // parallel.tensor_model_parallel_size, 1)
     gathered = 2 * heads * language.head_size * capacity
     backward = has_backward(config)
     found = 0.0
     for layer in chunk.language_layers:
-        found += gathered * (
-            1
-            + (1 + (parallel.recompute_of("language") == "full"))
-            * backward[arch.vision.num_layers + layer]
-        )
+        again = parallel.recompute_of("language") == "full"
+        found += gathered * (1 + (1 + again) * backward[arch.vision.num_layers + layer])
     if chunk.has_connector:
         width = arch.needs.connector_output(arch)
         found += 2 * load.tiles * parallel.tile_ranks * arch.features_per_tile * width
-    return others * found if ranks > 1 else 0.0
+    return (ranks - 1) / ranks * found
 
 
 def _expert(config: Config, chunk: Chunk, load: RankLoad) -> float:

@@ -26,7 +26,7 @@ from megavlm.planner.flops import pieces
 from megavlm.planner.layout import Layout, make_layout
 from megavlm.planner.memory import Memory, memory
 from megavlm.planner.padding import padded_heads
-from megavlm.planner.partition import PackSize, layer_costs
+from megavlm.planner.partition import PackSize, layer_costs, run_costs
 from megavlm.planner.schedule import bubble
 
 _GIB = 2**30
@@ -57,6 +57,22 @@ class Hardware:
     network_gb_per_s: float = 50.0
     gpus_per_node: int = 8
     efficiency: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packs:
+    """What the packs of a plan hold.
+
+    Args:
+        size: of a pack, on average.
+        capacity: tokens of a pack, with padding.
+        alignment: each sample starts at a multiple of this many tokens; None: the packs are not
+            made yet.
+    """
+
+    size: PackSize
+    capacity: int
+    alignment: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,26 +114,24 @@ class Estimate:
         return self.memory_gib <= USABLE * hardware.memory_gib
 
 
-def estimate(
-    config: Config, gpus: int, size: PackSize, capacity: int, hardware: Hardware
-) -> Estimate:
+def estimate(config: Config, gpus: int, packs: Packs, hardware: Hardware) -> Estimate:
     """Estimate the time, memory and communication of one layout.
 
     Args:
         config: the run, with its layout.
         gpus: ranks.
-        size: of a pack, on average.
-        capacity: tokens of a pack, with padding.
+        packs: what it trains on.
         hardware: the GPUs.
     """
+    size = packs.size
     parallel = config.parallel
     ranks = parallel.pipeline_model_parallel_size
     virtual = parallel.virtual_pipeline_model_parallel_size
     data_ranks = gpus // parallel.model_parallel_size
-    packs = config.training.global_batch_size // data_ranks
+    microbatches = config.training.global_batch_size // data_ranks
     layout = make_layout(config, size)
     per_microbatch = [
-        communication_per_microbatch(config, layout, number, capacity, size.tiles)
+        communication_per_microbatch(config, layout, number, packs.capacity, size.tiles)
         for number in range(len(layout.chunks))
     ]
     rates = _rates(parallel, gpus, hardware)
@@ -126,11 +140,16 @@ def estimate(
         _compute_seconds(config, layout, size, costs, hardware)
         for costs in _layer_costs(config, size)
     )
-    if config.architecture.needs.runs_twice and packs > 1:
+    if config.architecture.needs.runs_twice and microbatches > 1:
         whole = [one + again for one, again in zip(whole, forward, strict=True)]
     times = [compute + sent for compute, sent in zip(whole, sending, strict=True)]
-    inside = packs * _round_seconds(times, ranks) * (1 + bubble(ranks, virtual, packs))
+    idle = bubble(ranks, virtual, microbatches)
+    inside = microbatches * _round_seconds(times, ranks) * (1 + idle)
     per_step = [communication_per_step(config, layout, rank, data_ranks) for rank in range(ranks)]
+    sent = [
+        sum(per_microbatch[rank::ranks], CommunicationVolume()) * microbatches + step
+        for rank, step in enumerate(per_step)
+    ]
     beside = [
         (sum(forward[rank::ranks]), sum(whole[rank::ranks]) - sum(forward[rank::ranks]))
         for rank in range(ranks)
@@ -143,16 +162,11 @@ def estimate(
     return Estimate(
         parallel=dataclasses.replace(parallel, layout=str(layout)),
         data_ranks=data_ranks,
-        packs=packs,
-        memory=memory(config, layout, data_ranks, capacity=capacity, **_fullest(size)),
+        packs=microbatches,
+        memory=memory(config, layout, data_ranks, capacity=packs.capacity, **_fullest(size)),
         chunk_ms=tuple(time * 1e3 for time in times),
-        bubble=bubble(ranks, virtual, packs),
-        communication=_busiest(
-            [
-                sum(per_microbatch[rank::ranks], CommunicationVolume()) * packs + per_step[rank]
-                for rank in range(ranks)
-            ]
-        ),
+        bubble=idle,
+        communication=_busiest(sent),
         exposed_ms=exposed * 1e3,
         step_ms=seconds * 1e3,
         tokens_per_s=config.training.global_batch_size * size.tokens / seconds / gpus,
@@ -232,11 +246,8 @@ def _exposed(
 def _layer_costs(config: Config, size: PackSize) -> tuple[list[float], list[float]]:
     """FLOPs of each layer for a pack: forward, and in all."""
     arch = config.architecture
-    parallel = config.parallel
     size = size.seen_by_head(config.training.head_tokens)
-    whole = layer_costs(
-        arch, config.training.trainable, size, parallel.recompute, parallel.recompute_parts
-    )
+    whole = run_costs(config, size)
     if config.loss.is_by_block:  # the backward pass computes the logits again
         tokens = size.tokens if size.supervised is None else size.supervised
         whole[-1] += 2 * arch.language.hidden_size * arch.language.vocab_size * tokens
@@ -286,5 +297,6 @@ def _attention_share(arch: Architecture) -> float:
 
 
 def _busiest(ranks: list[CommunicationVolume]) -> CommunicationVolume:
-    kinds = [field.name for field in dataclasses.fields(CommunicationVolume)]
+    """Return the most of each kind that any rank sends."""
+    kinds = vars(ranks[0])
     return CommunicationVolume(**{kind: max(vars(rank)[kind] for rank in ranks) for kind in kinds})

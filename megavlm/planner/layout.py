@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from megavlm.config.layout_text import parse_layout, write_layout
 from megavlm.config.schema import Config
-from megavlm.planner.partition import PackSize, balance, layer_costs
+from megavlm.planner.partition import PackSize, balance, run_costs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,14 +103,7 @@ def make_layout(config: Config, size: PackSize | None = None) -> Layout:
         return from_counts(split_evenly(vision + language, chunks), vision)
     if parallel.layout == "auto":
         typical = PackSize(tokens=2.0 * arch.placeholders_per_tile, squared_lengths=0.0, tiles=1.0)
-        costs = layer_costs(
-            arch,
-            config.training.trainable,
-            (size or typical).seen_by_head(config.training.head_tokens),
-            parallel.recompute,
-            parallel.recompute_parts,
-        )
-        return from_counts(balance(costs, chunks), vision)
+        return from_counts(balance(run_costs(config, size or typical), chunks), vision)
     return from_counts(parse_layout(parallel.layout, vision, language), vision)
 
 

@@ -22,18 +22,14 @@ from megavlm.planner.padding import padded_heads, padded_vocabulary
 from megavlm.planner.partition import layer_of
 
 _SHARDED = (
-    "linear_qkv.weight",
-    "linear_qkv.bias",
-    "linear_fc1.weight",
-    "linear_fc1.bias",
-    "linear_proj.weight",
-    "linear_fc2.weight",
+    *("linear_qkv.weight", "linear_qkv.bias", "linear_proj.weight"),
+    *("linear_fc1.weight", "linear_fc1.bias", "linear_fc2.weight"),
+    *("linear_q.weight", "linear_k.weight", "linear_v.weight"),
+    *("qk_norm.query", "qk_norm.key", "core_attention.softmax_offset"),
+    *("word_embeddings.weight", "output_layer.weight"),
+    *("linear_qkv.lora.b", "linear_fc1.lora.b", "linear_proj.lora.a", "linear_fc2.lora.a"),
+    *(f"linear_qkv{MAGNITUDE}", f"linear_fc1{MAGNITUDE}"),
 )
-_SHARDED += ("qk_norm.query", "qk_norm.key", "word_embeddings.weight", "output_layer.weight")
-_SHARDED += ("core_attention.softmax_offset",)
-_SHARDED += ("linear_q.weight", "linear_k.weight", "linear_v.weight")
-_SHARDED += ("linear_qkv.lora.b", "linear_fc1.lora.b", "linear_proj.lora.a", "linear_fc2.lora.a")
-_SHARDED += (f"linear_qkv{MAGNITUDE}", f"linear_fc1{MAGNITUDE}")
 _BY_HEADS = (
     f"linear_qkv{MAGNITUDE}",
     "linear_qkv.lora.b",
@@ -75,17 +71,9 @@ class ParameterCounts:
     largest_in_nf4: int = 0
 
     def __add__(self, other: ParameterCounts) -> ParameterCounts:
-        return ParameterCounts(
-            weights=self.weights + other.weights,
-            trained=self.trained + other.trained,
-            trained_replicas=self.trained_replicas + other.trained_replicas,
-            in_fp8=self.in_fp8 + other.in_fp8,
-            trained_experts=self.trained_experts + other.trained_experts,
-            trained_by_muon=self.trained_by_muon + other.trained_by_muon,
-            trained_experts_by_muon=self.trained_experts_by_muon + other.trained_experts_by_muon,
-            in_nf4=self.in_nf4 + other.in_nf4,
-            largest_in_nf4=max(self.largest_in_nf4, other.largest_in_nf4),
-        )
+        sums = {name: count + vars(other)[name] for name, count in vars(self).items()}
+        largest = max(self.largest_in_nf4, other.largest_in_nf4)
+        return ParameterCounts(**sums | {"largest_in_nf4": largest})
 
     def times(self, count: int) -> ParameterCounts:
         """Return the counts of ``count`` tensors, each with these."""
@@ -98,27 +86,19 @@ class ParameterCounts:
 
 def parameters_on_rank(config: Config, chunk: Chunk) -> ParameterCounts:
     """Count the parameters of a chunk on one rank."""
-    found = _layers(
-        _sharding_of(config), chunk.layer_numbers(config.architecture.vision.num_layers)
-    )
-    # A tied head that stands without the token embedding has a copy of it.
-    return (
-        found + _embedding(config)
-        if chunk.has_head and not chunk.has_connector and config.architecture.language.tied_head
-        else found
-    )
+    arch = config.architecture
+    found = _layers(_sharding_of(config), chunk.layer_numbers(arch.vision.num_layers))
+    if chunk.has_head and not chunk.has_connector and arch.language.tied_head:
+        found += _embedding(config)  # the head has a copy
+    return found
 
 
 def replicated_head(config: Config, chunks: tuple[Chunk, ...]) -> int:
     """Count the parameters of a tied head on a rank if it is a replica whose gradient is summed
     with that of the token embedding; else 0.
     """
-    last = chunks[-1]
-    return (
-        _embedding(config).trained
-        if config.architecture.language.tied_head and not last.has_connector
-        else 0
-    )
+    is_replica = config.architecture.language.tied_head and not chunks[-1].has_connector
+    return _embedding(config).trained if is_replica else 0
 
 
 def is_trained(piece: Piece, trainable: tuple[str, ...]) -> bool:

@@ -15,7 +15,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from megavlm.config.schema import LAYER_PARTS, Architecture
+from megavlm.config.schema import LAYER_PARTS, Architecture, Config
 from megavlm.planner.flops import Piece, pieces, with_gradients
 
 
@@ -81,6 +81,17 @@ def layer_costs(
         recompute, recompute_parts: what the backward pass computes again, as in ``parallel``.
     """
     return list(_layer_costs(architecture, tuple(trainable), size, recompute, recompute_parts))
+
+
+def run_costs(config: Config, size: PackSize) -> list[float]:
+    """FLOPs of each layer of a run for a pack, as ``layer_costs`` counts them."""
+    return layer_costs(
+        config.architecture,
+        config.training.trainable,
+        size.seen_by_head(config.training.head_tokens),
+        config.parallel.recompute,
+        config.parallel.recompute_parts,
+    )
 
 
 @lru_cache(maxsize=64)

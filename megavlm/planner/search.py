@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 
 from megavlm.config.checks.rank_slices import capacity_problems
 from megavlm.config.checks.rules import layout_problems
+from megavlm.config.options import shown_value
 from megavlm.config.schema import LAYER_PARTS, Config, Loss, Optimizer, Parallel
-from megavlm.planner.estimate import USABLE, Estimate, Hardware, estimate
-from megavlm.planner.partition import PackSize
+from megavlm.planner.estimate import USABLE, Estimate, Hardware, Packs, estimate
 
 _MOST_TENSOR = 8
 _MOST_CONTEXT = 8
@@ -20,16 +20,13 @@ _VIRTUAL = (1, 2, 3, 4, 6, 8)
 RECOMPUTE = ("none", "selective", "full")
 
 
-def find_layouts(
-    config: Config, gpus: int, size: PackSize, capacity: int, hardware: Hardware
-) -> list[Estimate]:
+def find_layouts(config: Config, gpus: int, packs: Packs, hardware: Hardware) -> list[Estimate]:
     """Find every layout that can run and fits into the memory, the fastest first.
 
     Args:
         config: the run; its layout is not looked at.
         gpus: ranks.
-        size: of a pack, on average.
-        capacity: tokens of a pack, with padding.
+        packs: what it trains on.
         hardware: the GPUs.
 
     Raises:
@@ -37,8 +34,8 @@ def find_layouts(
             would be enough.
     """
     estimates = [
-        estimate(candidate, gpus, size, capacity, hardware)
-        for candidate in _candidates(config, gpus, capacity)
+        estimate(candidate, gpus, packs, hardware)
+        for candidate in _candidates(config, gpus, packs.capacity)
     ]
     if not estimates:
         plain = layout_problems(dataclasses.replace(config, parallel=Parallel()), gpus)
@@ -110,7 +107,7 @@ def describe(layout: Estimate) -> str:
 
 
 def estimate_changes(
-    config: Config, layout: Estimate, gpus: int, size: PackSize, capacity: int, hardware: Hardware
+    config: Config, layout: Estimate, gpus: int, packs: Packs, hardware: Hardware
 ) -> dict[str, Estimate]:
     """Estimate a layout with one option changed at a time, keyed by the change; arguments as for
     ``find_layouts``.
@@ -149,7 +146,7 @@ def estimate_changes(
             config, parallel=unchanged, loss=Loss(vocabulary_block=8192)
         )
     return {
-        name: estimate(run, gpus, size, capacity, hardware)
+        name: estimate(run, gpus, packs, hardware)
         for name, run in runs.items()
         if not layout_problems(run, gpus)
     }
@@ -157,23 +154,17 @@ def estimate_changes(
 
 def to_flags(layout: Estimate) -> str:
     """Write the command-line options that ask for a layout."""
-    plain = Parallel()
-    asked = vars(layout.parallel)
-    changed = {
-        name: value
+    usual = vars(Parallel())
+    asked = dict(vars(layout.parallel))
+    chunks = asked.pop("layout")
+    flags = [
+        f"--parallel.{name} {shown_value(value)}"
         for name, value in asked.items()
-        if value != vars(plain)[name] and name != "layout"
-    }
+        if value != usual[name]
+    ]
     if layout.parallel.pipeline_model_parallel_size > 1:
-        changed["layout"] = f"'{layout.parallel.layout}'"
-    changed = {
-        name: ",".join(value) if isinstance(value, tuple) else value
-        for name, value in changed.items()
-    }
-    return " ".join(
-        f"--parallel.{name} {str(value).lower() if value is True else value}"
-        for name, value in changed.items()
-    )
+        flags.append(f"--parallel.layout '{chunks}'")
+    return " ".join(flags)
 
 
 def _candidates(config: Config, gpus: int, capacity: int) -> Iterator[Config]:

@@ -14,7 +14,7 @@ from megavlm.config.schema import Config
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.store.manifest import read_manifest
 from megavlm.planner.layout import Chunk, make_layout
-from megavlm.planner.partition import PackSize, layer_costs
+from megavlm.planner.partition import PackSize, run_costs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,18 +44,12 @@ def chunk_shares(config: Config) -> list[Share]:
         return []
     records = np.concatenate([PackedDataset(folder).some_records() for folder in folders])
     size = PackSize.mean(records)
-    parallel = config.parallel
-    costs = layer_costs(
-        config.architecture,
-        config.training.trainable,
-        size.seen_by_head(config.training.head_tokens),
-        parallel.recompute,
-        parallel.recompute_parts,
-    )
+    pipeline = config.parallel.pipeline_model_parallel_size
+    costs = run_costs(config, size)
     vision = config.architecture.vision.num_layers
     return [
         Share(
-            name=f"{number % parallel.pipeline_model_parallel_size}",
+            name=f"{number % pipeline}",
             content=", ".join(_contents(chunk)),
             share=sum(costs[layer] for layer in chunk.layer_numbers(vision)) / sum(costs),
         )

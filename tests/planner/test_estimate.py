@@ -15,7 +15,7 @@ from megavlm.config.cli import parse
 from megavlm.config.schema import Config, Fp8, Parallel
 from megavlm.planner import search
 from megavlm.planner.activations import RankLoad, activation_memory
-from megavlm.planner.estimate import Estimate, Hardware, estimate
+from megavlm.planner.estimate import Estimate, Hardware, Packs, estimate
 from megavlm.planner.flops import pieces
 from megavlm.planner.layout import make_layout
 from megavlm.planner.memory import Memory, memory
@@ -27,6 +27,7 @@ from tools.planning.layouts import alignment_note
 
 SIZE = PackSize(tokens=16384, squared_lengths=3e7, tiles=50)
 CAPACITY = 16384
+PACKS = Packs(size=SIZE, capacity=CAPACITY)
 
 
 def run(stage: str = "2", **parallel) -> Config:
@@ -106,7 +107,7 @@ def test_early_chunks_keep_more_packs_under_way() -> None:
 
 @pytest.fixture(scope="module")
 def found() -> list[Estimate]:
-    return search.find_layouts(run(), 64, SIZE, CAPACITY, Hardware(memory_gib=80))
+    return search.find_layouts(run(), 64, PACKS, Hardware(memory_gib=80))
 
 
 def test_every_layout_can_run_and_fits(found: list[Estimate]) -> None:
@@ -123,18 +124,18 @@ def test_where_nothing_fits_the_least_memory_that_would_is_told() -> None:
     with pytest.raises(
         ValueError, match=r"--memory_gib 1: .* would do; else try more --gpus"
     ) as told:
-        search.find_layouts(run(), 8, SIZE, CAPACITY, Hardware(memory_gib=1))
+        search.find_layouts(run(), 8, PACKS, Hardware(memory_gib=1))
     enough = int(re.search(r"--memory_gib (\d+) would do", str(told.value))[1])
-    assert search.find_layouts(run(), 8, SIZE, CAPACITY, Hardware(memory_gib=enough))
+    assert search.find_layouts(run(), 8, PACKS, Hardware(memory_gib=enough))
     with pytest.raises(ValueError, match="--memory_gib"):
-        search.find_layouts(run(), 8, SIZE, CAPACITY, Hardware(memory_gib=enough - 1))
+        search.find_layouts(run(), 8, PACKS, Hardware(memory_gib=enough - 1))
 
 
 def test_where_nothing_can_run_the_flag_is_named() -> None:
     with pytest.raises(
         ValueError, match=r"--gpus 97: --training.global_batch_size 512 is not a multiple"
     ):
-        search.find_layouts(run(), 97, SIZE, CAPACITY, Hardware())
+        search.find_layouts(run(), 97, PACKS, Hardware())
 
 
 def test_layouts_of_every_kind_are_looked_at(found: list[Estimate]) -> None:
@@ -173,9 +174,9 @@ def test_the_flags_of_a_layout_ask_for_it(found: list[Estimate]) -> None:
 
 def test_options_are_told_by_what_they_change() -> None:
     chosen = estimate(
-        run(tensor_model_parallel_size=2, sequence_parallel=True), 64, SIZE, CAPACITY, Hardware()
+        run(tensor_model_parallel_size=2, sequence_parallel=True), 64, PACKS, Hardware()
     )
-    found = search.estimate_changes(run(), chosen, 64, SIZE, CAPACITY, Hardware())
+    found = search.estimate_changes(run(), chosen, 64, PACKS, Hardware())
     none = found["--parallel.recompute none"]
     full = found["--parallel.recompute full"]
     assert (none.memory, none.step_ms) == (chosen.memory, chosen.step_ms)
@@ -205,8 +206,7 @@ def test_ranks_that_share_packs_share_activations_and_the_optimizer() -> None:
 def test_whole_vision_layers_cost_memory_and_spare_sums() -> None:
     both = dict(tensor_model_parallel_size=4, sequence_parallel=True)
     shared, whole = (
-        estimate(run(**both, vision=vision), 64, SIZE, CAPACITY, Hardware())
-        for vision in ("tensor", "data")
+        estimate(run(**both, vision=vision), 64, PACKS, Hardware()) for vision in ("tensor", "data")
     )
     vision = sum(
         piece.elements
@@ -228,8 +228,7 @@ def test_chunks_that_take_turns_shorten_the_bubble_and_lengthen_the_traffic() ->
         estimate(
             run(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=v),
             32,
-            SIZE,
-            CAPACITY,
+            PACKS,
             Hardware(),
         )
         for v in (1, 2)
@@ -241,7 +240,7 @@ def test_chunks_that_take_turns_shorten_the_bubble_and_lengthen_the_traffic() ->
 
 def test_context_parallelism_sends_keys_and_values() -> None:
     alone, two = (
-        estimate(run(context_parallel_size=size), 64, SIZE, CAPACITY, Hardware()) for size in (1, 2)
+        estimate(run(context_parallel_size=size), 64, PACKS, Hardware()) for size in (1, 2)
     )
     language = run().architecture.language
     packs = 512 // 32
@@ -257,9 +256,9 @@ def test_context_parallelism_sends_keys_and_values() -> None:
 
 def test_a_pipeline_waits_and_tensor_parallelism_talks() -> None:
     hardware = Hardware()
-    pipeline = estimate(run(pipeline_model_parallel_size=4), 32, SIZE, CAPACITY, hardware)
+    pipeline = estimate(run(pipeline_model_parallel_size=4), 32, PACKS, hardware)
     tensor = estimate(
-        run(tensor_model_parallel_size=4, sequence_parallel=True), 32, SIZE, CAPACITY, hardware
+        run(tensor_model_parallel_size=4, sequence_parallel=True), 32, PACKS, hardware
     )
     assert pipeline.bubble == 3 / (512 // 8) and pipeline.communication.tensor == 0
     assert tensor.bubble == 0 and tensor.communication.tensor > 0
@@ -272,8 +271,7 @@ def test_an_automatic_split_is_no_slower_than_an_even_one() -> None:
             estimate(
                 run(stage=stage, pipeline_model_parallel_size=4, layout=layout),
                 32,
-                SIZE,
-                CAPACITY,
+                PACKS,
                 Hardware(),
             )
             for layout in ("auto", "even")
@@ -383,13 +381,13 @@ def test_fp8_copies_of_weights_count() -> None:
 
 
 def test_supervised_tokens_alone_have_logits_and_pass_the_head() -> None:
-    size = dataclasses.replace(SIZE, supervised=4096.0)
+    packs = dataclasses.replace(PACKS, size=dataclasses.replace(SIZE, supervised=4096.0))
     config = run()
     plain = dataclasses.replace(
         config, training=dataclasses.replace(config.training, head_tokens="all")
     )
     hardware = Hardware()
-    few, all_tokens = (estimate(one, 8, size, CAPACITY, hardware) for one in (config, plain))
+    few, all_tokens = (estimate(one, 8, packs, hardware) for one in (config, plain))
     rows = 16384 - 1.5 * 4096
     arch = config.architecture.language
     saved = rows * 2 * (arch.vocab_size + arch.hidden_size)

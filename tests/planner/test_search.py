@@ -6,7 +6,7 @@ import pytest
 
 from megavlm.config.cli import parse
 from megavlm.config.schema import Parallel
-from megavlm.planner.estimate import Hardware
+from megavlm.planner.estimate import Hardware, Packs
 from megavlm.planner.partition import PackSize
 from megavlm.planner.search import find_layouts
 
@@ -16,7 +16,9 @@ _SIZE = PackSize(tokens=16384, squared_lengths=3e7, tiles=50)
 def _seen(gpus: int, capacity: int) -> dict[str, set]:
     """Return the values that each setting has in the layouts of some GPUs."""
     config = parse(["--stage", "2", "--model", "internvl2_5-2b"])
-    found = find_layouts(config, gpus, _SIZE, capacity, Hardware(memory_gib=1000))
+    found = find_layouts(
+        config, gpus, Packs(size=_SIZE, capacity=capacity), Hardware(memory_gib=1000)
+    )
     return {name: {vars(one.parallel)[name] for one in found} for name in vars(Parallel())}
 
 
@@ -32,6 +34,6 @@ def test_sizes_need_be_no_powers_of_two(gpus: int, shared: set[int]):
 
 def test_of_equal_times_the_layout_that_recomputes_least_comes_first() -> None:
     config = parse(["--recipe", "blip2", "--stage", "1"])  # nothing but the Q-Former is trained
-    layouts = find_layouts(config, 1, _SIZE, 16384, Hardware(memory_gib=80))
+    layouts = find_layouts(config, 1, Packs(size=_SIZE, capacity=16384), Hardware(memory_gib=80))
     assert len({one.step_ms for one in layouts}) == 1
     assert [one.parallel.recompute for one in layouts] == ["none", "selective", "full"]

@@ -114,7 +114,7 @@ def test_it_trains_like_one_process(ranks: Pool, dataset: Path, mask: tuple[str,
 
 
 def test_the_planner_knows_its_weights_and_flops(dataset: Path) -> None:
-    from megavlm.planner.estimate import Hardware, estimate
+    from megavlm.planner.estimate import Hardware, Packs, estimate
     from megavlm.planner.flops import training_cost
     from megavlm.planner.layout import make_layout
     from megavlm.planner.parameters import parameters_on_rank
@@ -126,7 +126,7 @@ def test_the_planner_knows_its_weights_and_flops(dataset: Path) -> None:
     cost = training_cost(ARCHITECTURE, ()).by_part(tokens=0, squared_lengths=0, tiles=1)
     assert cost["connector"] == 2 * 32 * 48 * 4
     size = PackSize(tokens=100.0, squared_lengths=1000.0, tiles=4.0)
-    assert estimate(config, 4, size, capacity=128, hardware=Hardware()).step_ms > 0
+    assert estimate(config, 4, Packs(size=size, capacity=128), Hardware()).step_ms > 0
 
 
 def test_it_is_saved_and_resumed_at_another_layout(

@@ -158,7 +158,7 @@ def records_of(folder: Path, name: str = "loss") -> list[dict[str, float]]:
 
 
 def test_the_planner_knows_its_weights_and_layouts(pairs: Path) -> None:
-    from megavlm.planner.estimate import Hardware, estimate
+    from megavlm.planner.estimate import Hardware, Packs, estimate
     from megavlm.planner.flops import training_cost
     from megavlm.planner.layout import make_layout
     from megavlm.planner.parameters import parameters_on_rank
@@ -175,7 +175,7 @@ def test_the_planner_knows_its_weights_and_layouts(pairs: Path) -> None:
     size = PackSize(tokens=100.0, squared_lengths=1000.0, tiles=4.0)
     for parallel in (config.parallel, dataclasses.replace(config.parallel, layout="auto")):
         planned = dataclasses.replace(config, parallel=parallel)
-        found = estimate(planned, 2, size, capacity=40, hardware=Hardware())
+        found = estimate(planned, 2, Packs(size=size, capacity=40), Hardware())
         assert found.step_ms > 0 and len(found.chunk_ms) == 2
 
 

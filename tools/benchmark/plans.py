@@ -58,9 +58,7 @@ def plan(model: str, gpus: int) -> dict[str, Any]:
     found = {"model": model, "gpus": gpus}
     found["command"] = " ".join(["python", "tools/plan_parallel.py", *words])
     try:
-        first = search.find_layouts(
-            config, gpus, packs.size, packs.capacity, read_hardware(options)
-        )[0]
+        first = search.find_layouts(config, gpus, packs, read_hardware(options))[0]
     except ValueError as error:
         return found | {"problem": str(error)}
     return found | {"layout": _layout(first), "flags": search.to_flags(first)}

@@ -219,11 +219,7 @@ def layouts(model: str, gpus: int) -> dict[str, Any]:
 
     def find() -> None:
         try:
-            fitting.extend(
-                search.find_layouts(
-                    config, gpus, packs.size, packs.capacity, read_hardware(options)
-                )
-            )
+            fitting.extend(search.find_layouts(config, gpus, packs, read_hardware(options)))
         except ValueError:  # nothing fits
             return
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from megavlm.config.checks.rank_slices import capacity_problems
 from megavlm.config.checks.rules import layout_problems
 from megavlm.config.schema import Config, Parallel
-from megavlm.planner.estimate import Estimate, Hardware, estimate
-from tools.planning.options import Packs
+from megavlm.planner.estimate import Estimate, Hardware, Packs, estimate
 
 
 def judge(config: Config, gpus: int, packs: Packs, hardware: Hardware) -> Estimate:
@@ -20,7 +19,7 @@ def judge(config: Config, gpus: int, packs: Packs, hardware: Hardware) -> Estima
     if wrong := [*layout_problems(config, gpus), *sharing]:
         listed = "\n  ".join(wrong)
         raise ValueError(f"--layout cannot run on --gpus {gpus}:\n  {listed}")
-    return estimate(config, gpus, packs.size, packs.capacity, hardware)
+    return estimate(config, gpus, packs, hardware)
 
 
 def alignment_note(parallel: Parallel, alignment: int | None) -> str:

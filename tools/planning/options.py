@@ -17,7 +17,7 @@ from megavlm.config.schema import Config
 from megavlm.data.store.reader import Reader
 from megavlm.job_checks import with_parameter_problems
 from megavlm.model_source import read_model
-from megavlm.planner.estimate import Hardware
+from megavlm.planner.estimate import Hardware, Packs
 from megavlm.planner.partition import PackSize
 
 _SIZES = {
@@ -48,22 +48,6 @@ _RANGES = {
     ),
     "above 0 and at most 1": (lambda number: 0 < number <= 1, ("efficiency",)),
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Packs:
-    """What the packs of a plan hold.
-
-    Args:
-        size: of a pack, on average.
-        capacity: tokens of a pack, with padding.
-        alignment: each sample starts at a multiple of this many tokens; None: the packs are not
-            made yet.
-    """
-
-    size: PackSize
-    capacity: int
-    alignment: int | None
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -199,7 +183,7 @@ def read_packs(options: argparse.Namespace) -> Packs:
             tiles=options.tiles,
             supervised=min(options.supervised, options.capacity),
         )
-        return Packs(size=size, capacity=options.capacity, alignment=None)
+        return Packs(size=size, capacity=options.capacity)
     reader = Reader(options.data)
     size = PackSize.mean(reader.index[range(min(len(reader), 4096))])
     manifest = reader.manifest
