@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -91,10 +92,11 @@ class VideoContainer:
 
     @property
     def _has_only_order(self) -> bool:
-        """Whether frames have no time at which they are shown. AVI has none; where frames are
-        stored in another order, what PyAV gives for it is wrong.
+        """Whether frames have no time at which they are shown. AVI has none, and ASF one without
+        the other; where frames are stored in another order, what PyAV gives for it is wrong.
         """
-        return self._container.format.name == "avi" and self._stream.codec_context.has_b_frames
+        is_old = self._container.format.name in ("avi", "asf")
+        return is_old and self._stream.codec_context.has_b_frames
 
     def _behind_keys(self, wanted: Sequence[int]) -> dict[int, np.ndarray]:
         """Decode frames from the key frame before each; fewer if a container goes elsewhere."""
@@ -124,7 +126,8 @@ class VideoContainer:
         self._container.close()
         self._open()
         decoded = self._container.decode(self._stream)
-        for stamp, frame in zip(self._stamps, decoded, strict=False):
+        # Two frames may have one stamp, as MPEG's streams have one for a packet of several frames.
+        for frame, stamp in zip(decoded, chain(self._stamps, repeat(None)), strict=False):
             shown = stamp if self._has_only_order or frame.pts is None else frame.pts
             if shown in wanted and shown not in found:
                 found[shown] = _pixels(frame)

@@ -1,5 +1,5 @@
-"""Whether a video file was cut off, as by a download or a copy that ended early. Decoders play what
-is left of it without a word, but most files say how long their parts are.
+"""Whether a video file or a GIF was cut off, as by a download or a copy that ended early. Decoders
+play what is left of it without a word, but most files say how long their parts are.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ _FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
 _NEEDED_BOXES = (b"moov", b"moof", b"mdat")
 # Some writers of AVI count the head of the file, too.
 _AVI_SLACK = 8
+# The extension of a GIF that tells of the next frame.
+_GIF_CONTROL = b"\xf9"
 # What writers of AVI that cannot go back, as into a pipe, give as a size.
 _AVI_UNKNOWN = (0, 2**31 - 1, 2**32 - 1)
 
@@ -94,3 +96,30 @@ def _end_of_boxes(file: BinaryIO, size: int) -> int:
         if name in _NEEDED_BOXES:
             end = start
     return end
+
+
+def is_gif_cut(file: BinaryIO) -> bool:
+    """Return whether a GIF ends inside of a block, or before a frame that a block tells of. Some
+    writers leave out the mark of its end, so it may end behind any frame.
+    """
+    file.seek(0)
+    file.seek(_colour_bytes(file.read(13)[10:11]), io.SEEK_CUR)
+    is_frame_near = False
+    while (sign := file.read(1)) not in (b";", b""):
+        if sign == b",":
+            is_frame_near = False
+            file.seek(_colour_bytes(file.read(9)[8:]) + 1, io.SEEK_CUR)
+        elif sign == b"!":
+            is_frame_near |= file.read(1) == _GIF_CONTROL
+        else:  # between blocks, where readers skip what they do not know
+            continue
+        while (length := file.read(1)) not in (b"\0", b""):
+            file.seek(length[0], io.SEEK_CUR)
+        if not length:
+            return True
+    return not sign and is_frame_near
+
+
+def _colour_bytes(flags: bytes) -> int:
+    """Return the bytes of the colours that stand behind a byte of flags."""
+    return 3 << (flags[0] % 8 + 1) if flags and flags[0] & 0x80 else 0

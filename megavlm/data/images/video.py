@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image as PillowImage
 
 from megavlm.data.images.container import MAX_FRAMES, Enough, VideoContainer
+from megavlm.data.images.cut_off import is_gif_cut
 from megavlm.data.images.decode import cut_tiles, describe, open_image, read_size
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.images.transforms import centre_crop, to_square
@@ -218,9 +219,10 @@ def _animation_times(image: PillowImage.Image, opened: BinaryIO) -> list[float]:
     """When the frames of an animated image are."""
     times = []
     now = 0.0
+    first = _first_frame(image)
     try:
         # Pillow counts the frames of a GIF by reading them.
-        for number in range(MAX_FRAMES if image.format == "GIF" else image.n_frames):
+        for number in range(first, MAX_FRAMES if image.format == "GIF" else image.n_frames):
             image.seek(number)
             if image.format == "WEBP":
                 image.load()  # which finds the duration
@@ -228,7 +230,7 @@ def _animation_times(image: PillowImage.Image, opened: BinaryIO) -> list[float]:
             # Browsers show frames without a duration for a tenth of a second.
             now += (image.info.get("duration") or 100) / 1000
     except EOFError:
-        if image.format != "GIF" or not _has_gif_end(opened):
+        if image.format != "GIF" or is_gif_cut(opened):
             raise ValueError(f"cut off: it ends behind {len(times)} frames") from None
     except Exception as error:
         raise ValueError(f"an animation that cannot be read: {describe(error)}") from None
@@ -237,18 +239,20 @@ def _animation_times(image: PillowImage.Image, opened: BinaryIO) -> list[float]:
     return times
 
 
-def _has_gif_end(opened: BinaryIO) -> bool:
-    """Return whether the end mark of a GIF stands where reading came to an end."""
-    opened.seek(-2, io.SEEK_CUR)
-    return opened.read(2) == b"\0;"
+def _first_frame(image: PillowImage.Image) -> int:
+    """Return Pillow's number of the first frame of an animation. A PNG may begin with an image for
+    programs that do not know animations, which is none of its frames.
+    """
+    return int(image.info.get("default_image", False))
 
 
 def _animation_frames(image: PillowImage.Image, numbers: Sequence[int]) -> list[PillowImage.Image]:
     """Read some frames of an animated image."""
     frames = []
+    first = _first_frame(image)
     try:
         for number in numbers:
-            image.seek(number)
+            image.seek(first + number)
             frames.append(image.convert("RGB"))
     except Exception as error:
         raise ValueError(

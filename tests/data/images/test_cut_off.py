@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.images.video import frame_times, read_frames
@@ -52,3 +54,29 @@ def test_a_video_that_does_not_say_how_long_it_is_gives_the_frames_it_has(tmp_pa
     assert len(frame_times(MediaFile(path="a.mkv", content=streamed))) == 40
     half = streamed[: len(streamed) // 2]
     assert 10 < len(frame_times(MediaFile(path="a.mkv", content=half))) < 30
+
+
+def test_a_gif_without_the_mark_of_its_end_is_read(tmp_path):
+    content = write_animation(tmp_path / "a.gif", 5).read_bytes()
+    frames = read_frames(MediaFile(path="a.gif", content=content), range_of, Tiling(tile_size=16))
+    last = content.rindex(b"!\xf9")  # where what is said of the last frame begins
+    tried = dict.fromkeys(range(last - 5, len(content) - 1), False) | dict.fromkeys(
+        [last, len(content) - 1], True
+    )
+    for size, is_whole in tried.items():
+        file = MediaFile(path="a.gif", content=content[:size])
+        if is_whole:
+            found = read_frames(file, range_of, Tiling(tile_size=16))
+            assert found == frames[: 4 if size == last else 5]
+        else:
+            with pytest.raises(ValueError, match="cut off|cannot be read"):
+                frame_times(file)
+    # Colours of a frame's own, and a comment at the end.
+    first, second = (Image.fromarray(np.full((4, 4, 3), each, np.uint8)) for each in (9, 99))
+    first.save(tmp_path / "b.gif", save_all=True, append_images=[second], comment="c" * 300)
+    content = (tmp_path / "b.gif").read_bytes()[:-1]
+    assert len(frame_times(MediaFile(path="b.gif", content=content))) == 2
+
+
+def range_of(times):
+    return range(len(times))

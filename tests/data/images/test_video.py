@@ -53,7 +53,7 @@ def write_video(
         if b_frames:
             stream.bit_rate = 2_000_000  # or their brightness is that of others
         for place in range(frames):
-            pixels = np.full((48, 64, 3), level(place), np.uint8)
+            pixels = np.full((48, 64, 3), level(place % 40), np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
     return path
@@ -146,6 +146,9 @@ def test_frames_that_are_shown_before_the_key_frame_before_them_are_counted(tmp_
         ("a.mpg", "mpeg2video"),
         ("a.ts", "mpeg2video"),
         ("a.ts", "libx264"),
+        ("a.flv", "libx264"),
+        ("a.asf", "mpeg4"),
+        ("a.wmv", "libx264"),
     ],
 )
 def test_frames_that_are_stored_in_another_order_are_found_without_an_index(tmp_path, name, codec):
@@ -158,6 +161,27 @@ def test_frames_that_are_stored_in_another_order_are_found_without_an_index(tmp_
         assert [shown(frame.encoded) for frame in frames] == pytest.approx(
             [level(place) for place in places], abs=2.4
         )
+
+
+def test_frames_are_found_if_some_have_one_time_stamp(tmp_path):
+    path = write_video(tmp_path / "a.mpg", 200, "mpeg2video", b_frames=2)
+    file = MediaFile(path=str(path))
+    count = len(frame_times(file))
+    assert 190 < count < 200
+    [frame] = read_frames(file, lambda times: [count - 1], Tiling(tile_size=16))
+    assert shown(frame.encoded) == pytest.approx(level(39), abs=2.4)
+
+
+def test_the_image_of_a_png_that_is_no_frame_is_left_out(tmp_path):
+    pictures = [Image.new("RGB", (40, 30), (value,) * 3) for value in (250, 20, 120)]
+    path = tmp_path / "a.png"
+    pictures[0].save(
+        path, save_all=True, append_images=pictures[1:], default_image=True, duration=[300, 100]
+    )
+    file = MediaFile(path=str(path))
+    assert frame_times(file) == pytest.approx([0.0, 0.3])
+    frames = read_frames(file, lambda times: [0, 1], Tiling(tile_size=16))
+    assert [shown(frame.encoded) for frame in frames] == pytest.approx([20, 120], abs=3)
 
 
 def test_a_folder_is_listed_once(tmp_path):
