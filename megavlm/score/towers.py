@@ -16,7 +16,7 @@ from torch import Tensor
 from megavlm.checkpoint import step_folder
 from megavlm.checkpoint.step_folder import TOKENIZER, Checkpoint
 from megavlm.config.recipes import recipe_of
-from megavlm.config.schema import Architecture, Config, Data, Parallel, Training
+from megavlm.config.schema import Architecture, Config, Data, Training
 from megavlm.convert.hf import preprocessing
 from megavlm.convert.hf.hub_formats import dialect_of, hub_format_of
 from megavlm.convert.hf.model_config import architecture_from_hf
@@ -99,7 +99,7 @@ def find_towers(model: str, tokenizer: str, precision: str) -> TwoTowers:
         start = folder
         usage = hub_format_of(folder).read_usage(folder)
         words = folder
-        config = Config(recipe=recipe_of(dialect_of(folder)).name, stage="", model="custom")
+        recipe = recipe_of(dialect_of(folder)).name
     else:
         found = step_folder.find(folder)
         if found is None:
@@ -110,7 +110,7 @@ def find_towers(model: str, tokenizer: str, precision: str) -> TwoTowers:
         start = found
         usage = preprocessing.of_checkpoint(found.folder)
         words = found.folder / TOKENIZER
-        config = found.config
+        recipe = found.config.recipe
     _check(model, architecture, usage)
     words = Path(tokenizer) if tokenizer else words
     if not (words / "tokenizer_config.json").is_file():
@@ -118,12 +118,11 @@ def find_towers(model: str, tokenizer: str, precision: str) -> TwoTowers:
             f"--model {model}: {words} has no tokenizer; name the folder of one with --tokenizer"
         )
     config = Config(
-        recipe=config.recipe,
-        stage=config.stage,
-        model=config.model,
+        recipe=recipe,
+        stage="",
+        model="custom",
         architecture=architecture,
         data=Data(loss_reduction="sample"),
-        parallel=Parallel(),
         training=Training(precision=precision),
     )
     return TwoTowers(config=config, start=start, tokenizer=str(words), usage=usage)
