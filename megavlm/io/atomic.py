@@ -41,12 +41,14 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Read the JSON object of a state file; None if the file is absent, empty or cut off."""
+    """Read the JSON object of a state file; None if the file is absent, empty or cut off. Of other
+    JSON, which no crash leaves there, it is empty.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):  # not JSON, or not UTF-8
         return None
-    return content if isinstance(content, dict) else None
+    return content if isinstance(content, dict) else {}
 
 
 def is_partial(path: Path) -> bool:

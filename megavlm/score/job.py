@@ -30,13 +30,14 @@ from megavlm.score.report import Report, Tally, make_report
 from megavlm.score.settings import Job
 from megavlm.score.state import (
     IMAGES_NAME,
+    ROW,
     ROWS_NAME,
     STATE_NAME,
     UNSCORED_NAME,
     ScoringState,
     read_state,
 )
-from megavlm.score.worker import ROW, Scored, ScoreTask
+from megavlm.score.worker import Scored, ScoreTask
 
 RECORDS_PER_TASK = 256
 _CODES_NAME = "codes.bin"
@@ -59,7 +60,7 @@ def score_dataset(job: Job) -> Report:
     job.check()
     identity = job.identity()
     with partial_folder(job.partial, identity, flag=f"--out {job.out}") as folder:
-        state = read_state(folder, len(job.sources))
+        state = read_state(folder, len(job.sources), _embedding_bytes(job))
         if not state.complete:
             try:
                 _score_rest(job, folder, state)
@@ -73,7 +74,6 @@ def score_dataset(job: Job) -> Report:
 
 def _score_rest(job: Job, folder: Path, state: ScoringState) -> None:
     """Score the records that a state lacks, and bring it up to date."""
-    size = job.towers.architecture.contrastive.size * np.dtype(np.float16).itemsize
     total = sum(file_state(source.path).size for source in job.sources)
     with (
         open(folder / ROWS_NAME, "ab") as rows,
@@ -83,7 +83,7 @@ def _score_rest(job: Job, folder: Path, state: ScoringState) -> None:
     ):
         files = (rows, images, unscored)
         rows.truncate(state.rows * ROW.itemsize)
-        images.truncate(state.rows * size if job.keeps_embeddings else 0)
+        images.truncate(state.rows * _embedding_bytes(job))
         unscored.truncate(state.unscored_bytes)
         saved = time.monotonic()
         tasks = islice(_tasks(job), state.tasks, None)
@@ -104,6 +104,12 @@ def _score_rest(job: Job, folder: Path, state: ScoringState) -> None:
                 saved = time.monotonic()
         state.complete = True
         save_state(folder / STATE_NAME, state, *files)
+
+
+def _embedding_bytes(job: Job) -> int:
+    """Return the bytes that are kept of the embedding of each record's images."""
+    size = job.towers.architecture.contrastive.size * np.dtype(np.float16).itemsize
+    return size if job.keeps_embeddings else 0
 
 
 def _tasks(job: Job) -> Iterator[ScoreTask]:

@@ -15,6 +15,7 @@ from megavlm.data.packing.work_folder import partial_of, refuse_filled
 from megavlm.data.records.meta_file import Annotations
 from megavlm.data.records.scores import VERSION
 from megavlm.io.remote import file_state
+from megavlm.score.state import ROW
 from megavlm.score.towers import TwoTowers, facts, find_towers
 from megavlm.score.worker import WorkerSettings
 
@@ -119,5 +120,6 @@ class Job:
             "duplicates": self.duplicates,
             "places": self.places,
             "sources": sources,
+            "rows": ROW.descr,
             "version": VERSION,
         }

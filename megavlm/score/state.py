@@ -7,9 +7,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megavlm.data.packing.job_state import read_facts
+import numpy as np
+
+from megavlm.data.packing import job_state
 from megavlm.data.records.reject import Reject
 
+ROW = np.dtype([("line", "<i8"), ("score", "<f4")])
 STATE_NAME = "state.json"
 ROWS_NAME = "rows.bin"
 IMAGES_NAME = "images.bin"
@@ -61,7 +64,18 @@ class ScoringState:
         return sum(source.records for source in self.sources)
 
 
-def read_state(folder: Path, sources: int) -> ScoringState:
-    """Read how far the scoring in a folder is."""
-    facts = read_facts(folder / STATE_NAME, SourceState)
-    return ScoringState(**facts or {"sources": [SourceState() for _ in range(sources)]})
+def read_state(folder: Path, sources: int, embedding_bytes: int) -> ScoringState:
+    """Read how far the scoring in a folder is; raises DamagedStateError.
+
+    Args:
+        folder: of the job.
+        sources: annotation files.
+        embedding_bytes: of each row, in ``IMAGES_NAME``.
+    """
+    state = job_state.read_state(folder / STATE_NAME, ScoringState, sources)
+    if state is None:
+        return ScoringState(sources=[SourceState() for _ in range(sources)])
+    job_state.check_length(folder / ROWS_NAME, state.rows * ROW.itemsize)
+    job_state.check_length(folder / IMAGES_NAME, state.rows * embedding_bytes)
+    job_state.check_length(folder / UNSCORED_NAME, state.unscored_bytes)
+    return state

@@ -24,9 +24,9 @@ from megavlm.data.records.reject import Reject, RejectError
 from megavlm.data.sample import Sample
 from megavlm.data.store.manifest import Manifest, Source
 from megavlm.data.store.memory_reader import MemoryReader
+from megavlm.score.state import ROW
 from megavlm.score.towers import Towers, find_towers
 
-ROW = np.dtype([("line", "<i8"), ("source", "<i4"), ("score", "<f4")])
 # More than any pair has; templates cut texts.
 _CAPACITY = 2**20
 
@@ -166,7 +166,6 @@ def score(task: ScoreTask) -> Scored:
         )
     rows = np.zeros(len(lines), ROW)
     rows["line"] = lines
-    rows["source"] = task.source
     rows["score"] = similar
     return Scored(
         task=task,

@@ -8,7 +8,7 @@ import json
 import os
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +183,27 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
+def check_damage(partial: Path, job: Callable[[], Job]) -> None:
+    """See that a job names the damaged files of a stopped one."""
+    kept = {path: path.read_bytes() for path in partial.iterdir() if path.name != "lock"}
+    state = partial / "state.json"
+    if state not in kept:
+        return
+    facts = json.loads(kept[state])
+    for path, content, words in [
+        (state, json.dumps(facts | {"rows": "2"}), "state.json: rows: '2' is no int"),
+        (state, json.dumps({"sources": []}), r"state.json: facts missing: \['bytes', 'complete'"),
+        (partial / "rows.bin", "", "rows.bin: has 0 of"),
+        (partial / "images.bin", "", "images.bin: has 0 of"),
+        (partial / "unscored.jsonl", "", "unscored.jsonl: has 0 of"),
+    ]:
+        if content or kept[path]:
+            path.write_text(content)
+            with pytest.raises(ValueError, match=f"{words}.*; remove {partial} to begin anew"):
+                score_dataset(job())
+            path.write_bytes(kept[path])
+
+
 def test_a_stopped_job_resumes(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoring, "RECORDS_PER_TASK", 3)
     monkeypatch.setattr(scoring, "SAVE_INTERVAL_SECONDS", 0.0)
@@ -206,6 +227,7 @@ def test_a_stopped_job_resumes(data: Path, tmp_path: Path, monkeypatch: pytest.M
             assert (tmp_path / "out.partial").exists()
             with pytest.raises(FileExistsError, match=r"left by another job \(batch: 2 there"):
                 score_dataset(job_of(data, tmp_path / "out", batch=4))
+            check_damage(tmp_path / "out.partial", lambda: job_of(data, tmp_path / "out", batch=2))
     assert stops > 1 and contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 

@@ -30,6 +30,7 @@ from megavlm.data.packing.reject_limit import (
 from megavlm.data.packing.report import PackingFacts, Report, make_report
 from megavlm.data.packing.scan import Scan, scan_records
 from megavlm.data.packing.scan_again import read_rejects_again
+from megavlm.data.packing.scan_state import STATE_NAME
 from megavlm.data.packing.settings import Job
 from megavlm.data.packing.source_list import FILE_NAME as SOURCES_NAME
 from megavlm.data.packing.source_list import write_sources
@@ -56,6 +57,7 @@ from megavlm.data.text.tokenizer import (
     save_tokenizer,
     video_token,
 )
+from megavlm.io import atomic
 from megavlm.io.progress import Progress
 
 __all__ = ["Job", "pack_dataset", "plan_dataset"]
@@ -110,6 +112,7 @@ def pack_dataset(job: Job) -> Report:
         write_rejects(folder / REJECTS_NAME, scan, late)
         (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
         (folder / "report.txt").write_text(report.text() + "\n", encoding="utf-8")
+        _save(tokenizer, words, folder)  # again, in case it was removed in these hours
         publish(folder, Path(job.out), (SCAN_NAME, SOURCES_NAME, *WORK_FILES))
     return report
 
@@ -213,6 +216,8 @@ def _scan(job: Job, settings: EncoderSettings, folder: Path) -> Scan:
     """Run the first pass. Raises ValueError for too many rejected records."""
     scan_folder = folder / SCAN_NAME
     scan_folder.mkdir(exist_ok=True)
+    if atomic.read_json(scan_folder / STATE_NAME) is None:
+        remove_markers(folder)  # of shards that may have been made of other rows
     ways = {
         "images": Images.DECODE if job.scan_pixels else Images.HEADER,
         "workers": job.workers,

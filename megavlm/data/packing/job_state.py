@@ -8,11 +8,13 @@ import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from megavlm.data.records.reject import Reject
 from megavlm.io import atomic
+from megavlm.io.typed_json import build
 
+State = TypeVar("State")
 SHOWN_REJECTS = 5
 
 
@@ -23,19 +25,56 @@ def reject_lines(rejects: Iterable[Reject]) -> bytes:
     ).encode()
 
 
-def read_facts(path: Path, source: type) -> dict[str, Any] | None:
+class DamagedStateError(ValueError):
+    """A file of a stopped job is not as the job left it."""
+
+
+def read_state(path: Path, kind: type[State], sources: int) -> State | None:
     """Read what ``save_state`` wrote; none if there is nothing, or if a power cut left the file
     empty.
 
     Args:
-        path: of the file.
-        source: dataclass of the entries of ``sources``.
+        path: of the state.
+        kind: its dataclass.
+        sources: how many the job has.
+
+    Raises:
+        DamagedStateError: the file holds something else.
     """
     facts = atomic.read_json(path)
-    if facts is not None:
-        facts["first_rejects"] = [Reject(**entry) for entry in facts["first_rejects"]]
-        facts["sources"] = [source(**entry) for entry in facts["sources"]]
-    return facts
+    if facts is None:
+        return None
+    try:
+        state = build(kind, facts, str(path))
+    except ValueError as error:
+        raise DamagedStateError(error) from None
+    if len(state.sources) != sources:
+        raise DamagedStateError(f"{path}: tells of {len(state.sources)} sources, not of {sources}")
+    return state
+
+
+def check_length(path: Path, length: int) -> None:
+    """Raise DamagedStateError if a file lacks some of the bytes that a state says are good."""
+    found = path.stat().st_size if path.is_file() else 0
+    if found < length:
+        raise DamagedStateError(f"{path}: has {found} of {length} bytes")
+
+
+def read_rejects(path: Path, length: int) -> list[Reject]:
+    """Read the rejected records in the first bytes of a list.
+
+    Raises:
+        DamagedStateError: they are none.
+    """
+    with open(path, "rb") as file:
+        lines = file.read(length).splitlines()
+    try:
+        return [
+            build(Reject, json.loads(line), f"line {number}")
+            for number, line in enumerate(lines, start=1)
+        ]
+    except ValueError as error:
+        raise DamagedStateError(f"{path}: {error}") from None
 
 
 def save_state(path: Path, state: Any, *files: BinaryIO) -> None:

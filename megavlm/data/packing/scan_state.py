@@ -4,14 +4,19 @@ good. A crash at any moment loses the work since the last save and nothing else.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from megavlm.data.packing.job_state import SHOWN_REJECTS, read_facts, reject_lines
+from megavlm.data.packing import job_state
+from megavlm.data.packing.job_state import (
+    SHOWN_REJECTS,
+    check_length,
+    read_rejects,
+    reject_lines,
+)
 from megavlm.data.records.reject import REPAIRABLE, Reject
 from megavlm.io import atomic
 
@@ -107,23 +112,21 @@ def count_measured(
 
 
 def read_state(folder: Path, sources: int) -> ScanState:
-    """Read how far the scan in a folder is."""
-    facts = read_facts(folder / STATE_NAME, SourceCounts)
-    return ScanState(**facts or {"sources": [SourceCounts() for _ in range(sources)]})
+    """Read how far the scan in a folder is; raises DamagedStateError."""
+    state = job_state.read_state(folder / STATE_NAME, ScanState, sources)
+    if state is None:
+        return ScanState(sources=[SourceCounts() for _ in range(sources)])
+    check_length(folder / state.rows_name, state.rows * ROW.itemsize)
+    check_length(folder / state.rejects_name, state.rejects_bytes)
+    return state
 
 
 def repairable_rejects(folder: Path, state: ScanState) -> list[Reject]:
     """Read the rejected records that may pass after a media file was restored."""
     if not any(reason in source.rejects for source in state.sources for reason in REPAIRABLE):
         return []
-    return [each for each in _rejects(folder, state) if each.reason in REPAIRABLE]
-
-
-def _rejects(folder: Path, state: ScanState) -> list[Reject]:
-    """Read all rejected records."""
-    with open(folder / state.rejects_name, "rb") as file:
-        lines = file.read(state.rejects_bytes).splitlines()
-    return [Reject(**json.loads(line)) for line in lines]
+    rejects = read_rejects(folder / state.rejects_name, state.rejects_bytes)
+    return [each for each in rejects if each.reason in REPAIRABLE]
 
 
 def merge_repaired(
@@ -139,7 +142,7 @@ def merge_repaired(
         repaired: source and offset of the records.
     """
     old = folder / state.rows_name
-    rejects = _rejects(folder, state)
+    rejects = read_rejects(folder / state.rejects_name, state.rejects_bytes)
     state.generation += 1
     left = [each for each in rejects if (each.source, each.offset) not in repaired]
     content = reject_lines(left)

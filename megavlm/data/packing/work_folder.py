@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from megavlm.data.packing.job_state import DamagedStateError
 from megavlm.io import atomic
 
 JOB_NAME = "job.json"
@@ -45,6 +46,7 @@ def partial_folder(folder: Path, identity: dict[str, Any], *, flag: str) -> Iter
     Raises:
         FileExistsError: another process works there, or another job was stopped there.
         OSError: nothing can be written there, or nothing locked.
+        ValueError: a file that a stopped job left there is damaged.
     """
     atomic.make_folder(folder, flag)
     identity = json.loads(json.dumps(identity))
@@ -62,7 +64,10 @@ def partial_folder(folder: Path, identity: dict[str, Any], *, flag: str) -> Iter
                 " folder on another one"
             ) from None
         _same_job(folder, identity, flag)
-        yield folder
+        try:
+            yield folder
+        except DamagedStateError as error:
+            raise ValueError(f"{flag}: {error}; remove {folder} to begin anew") from None
 
 
 def publish(folder: Path, out: Path, only_to_resume: Sequence[str]) -> None:
@@ -111,8 +116,8 @@ def _same_job(folder: Path, identity: dict[str, Any], flag: str) -> None:
             )
         atomic.write_text(path, json.dumps(identity, indent=2, ensure_ascii=True))
         return
-    _refuse_changed_files(folder, before, identity, flag)
     there = dict(_leaves(before))
+    _refuse_changed_files(folder, there, identity, flag)
     asked = dict(_leaves(identity))
     differences = [
         f"{name}: {there.get(name)!r:.200} there, {asked.get(name)!r:.200} requested"
@@ -143,16 +148,20 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _refuse_changed_files(
-    folder: Path, before: dict[str, Any], identity: dict[str, Any], flag: str
+    folder: Path, there: dict[str, Any], identity: dict[str, Any], flag: str
 ) -> None:
-    """Raise FileExistsError if an annotation file is not what it was when the job began."""
-    known = {
-        source["path"]: (source["bytes"], source["modified"])
-        for source in before.get("sources") or ()
-    }
-    for source in identity.get("sources") or ():
-        state = (source["bytes"], source["modified"])
-        if known.get(source["path"], state) != state:
+    """Raise FileExistsError if an annotation file is not what it was when the job began.
+
+    Args:
+        folder: of the work.
+        there: the values of the job that was begun, as of ``_leaves``.
+        identity: of this job.
+        flag: as of ``partial_folder``.
+    """
+    for number, source in enumerate(identity.get("sources") or ()):
+        before = [there.get(f"sources[{number}].{name}") for name in ("path", "bytes", "modified")]
+        now = [source["path"], source["bytes"], source["modified"]]
+        if before[0] == now[0] and before != now:
             raise FileExistsError(
                 f"{flag}: {source['path']} has changed since this job began; remove {folder} to"
                 " begin anew"

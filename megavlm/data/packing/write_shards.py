@@ -28,6 +28,7 @@ from megavlm.data.store.index_format import RECORD
 from megavlm.data.store.manifest import Shard, Totals
 from megavlm.data.store.pack_format import PackRules, ShardWriter
 from megavlm.io import atomic
+from megavlm.io.typed_json import build
 
 # Patterns of what only a packing that resumes needs beside the shards.
 WORK_FILES = ("packs-*.json", "packs-*.records")
@@ -178,29 +179,24 @@ def find_written(folder: Path, number: int) -> WrittenShard | None:
     """Return a shard that a stopped packing has finished, or None. One that left out records for
     missing or damaged media is not finished: the files may have been restored.
     """
-    facts = atomic.read_json(_marker(folder, number))
-    if facts is None or "sources" not in facts:  # none, or an earlier version's
+    path = _marker(folder, number)
+    facts = atomic.read_json(path)
+    try:
+        written = None if facts is None else build(WrittenShard, facts, str(path))
+    except ValueError:  # damaged: the shard is written again
         return None
-    shard = Shard(**facts["shard"])
+    if written is None or any(each.reason in REPAIRABLE for each in written.rejects):
+        return None
     sizes = {
-        f"{shard.name}.bin": shard.bin_bytes,
-        f"{shard.name}.records": shard.packs * RECORD.itemsize,
+        f"{written.shard.name}.bin": written.shard.bin_bytes,
+        f"{written.shard.name}.records": written.shard.packs * RECORD.itemsize,
     }
     if any(
         not (folder / name).is_file() or (folder / name).stat().st_size != size
         for name, size in sizes.items()
     ):
         return None
-    rejects = tuple(Reject(**entry) for entry in facts["rejects"])
-    if any(each.reason in REPAIRABLE for each in rejects):
-        return None
-    return WrittenShard(
-        shard=shard,
-        totals=Totals(**facts["totals"]),
-        rejects=rejects,
-        lost_packs=tuple(facts["lost_packs"]),
-        sources={int(key): SourceTotals(**entry) for key, entry in facts["sources"].items()},
-    )
+    return written
 
 
 def remove_markers(folder: Path) -> None:

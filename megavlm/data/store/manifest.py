@@ -10,12 +10,12 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from megavlm.io import atomic
 from megavlm.io.storage import LocalFiles, open_folder
+from megavlm.io.typed_json import build
 
 FILE_NAME = "manifest.json"
 FORMAT_NAME = "megavlm-packs"
@@ -247,39 +247,7 @@ def parse_manifest(text: str, path: Path | str) -> Manifest:
             f"{path}: format version {version}, but this megavlm reads versions"
             f" {', '.join(map(str, READ_VERSIONS))}; update megavlm, or pack the dataset again"
         )
-    for name, kind in (("sources", Source), ("levels", Level), ("shards", Shard)):
-        facts[name] = tuple(
-            _build(kind, entry, f"{path}: {name}[{index}]")
-            for index, entry in enumerate(facts.get(name, ()))
-        )
-    facts["totals"] = _build(Totals, facts.get("totals", {}), f"{path}: totals")
-    for name in ("pixel_mean", "pixel_std", "image_limit"):
-        if name in facts:
-            facts[name] = tuple(facts[name])
-    facts["grids"] = tuple(map(tuple, facts.get("grids", ())))
-    return _build(Manifest, facts, str(path))
-
-
-def _build(kind: type, facts: dict[str, Any], where: str) -> Any:
-    """Build a ``kind`` from its facts, strictly: none missing, none unknown."""
-    known, required = _names(kind)
-    if not required <= facts.keys() <= known:
-        unknown = sorted(facts.keys() - known)
-        missing = sorted(required - facts.keys())
-        raise ValueError(
-            f"{where}: facts missing: {missing or 'none'}; facts unknown: {unknown or 'none'}; pack"
-            " the dataset again"
-        )
-    return kind(**facts)
-
-
-@cache
-def _names(kind: type) -> tuple[frozenset[str], frozenset[str]]:
-    """Return the fields of a ``kind``, and those without a default."""
-    fields = dataclasses.fields(kind)
-    required = [
-        entry.name
-        for entry in fields
-        if entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
-    ]
-    return frozenset(entry.name for entry in fields), frozenset(required)
+    try:
+        return build(Manifest, facts, str(path), optional=True)
+    except ValueError as error:
+        raise ValueError(f"{error}; pack the dataset again") from None

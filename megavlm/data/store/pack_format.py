@@ -208,7 +208,14 @@ def complete(folder: Path, manifest: Manifest, shards: Sequence[tuple[Shard, Tot
     """Make a dataset of its shards: join their records to the index, then write the manifest, and
     return it with shards and totals. The records of the shards, ``NAME.records``, stay: a job that
     is stopped now does the same again.
+
+    Raises:
+        OSError: a file of a shard is gone, or not what was written.
     """
+    for shard, _ in shards:
+        path = folder / f"{shard.name}.bin"
+        if path.stat().st_size != shard.bin_bytes:
+            raise OSError(f"{path}: has changed since it was written; the same command resumes")
     packs = sum(shard.packs for shard, _ in shards)
     with open(folder / INDEX_NAME, "wb") as index:
         _, crc = measure(_index_chunks(folder, packs, [shard for shard, _ in shards], index))

@@ -5,8 +5,10 @@ as one that was not.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +122,120 @@ def test_killed(data, tmp_path, monkeypatch):  # noqa: F811
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
+def stop_at(monkeypatch, name: str, run) -> None:
+    """Run a job that is stopped where it calls a function of ``job``."""
+
+    def stopped(*arguments, **settings):
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, name, stopped)
+        with pytest.raises(Stop):
+            run()
+
+
+def changed(path: Path, **facts) -> None:
+    """Set facts of a file of JSON; those that are None are removed."""
+    content = json.loads(path.read_text()) | facts
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def test_damaged_states_of_a_stopped_job_are_named(data, tmp_path, monkeypatch):  # noqa: F811
+    settings = {"name": "bad", "max_rejects": 0.6}
+    out = tmp_path / "out"
+    stop_at(monkeypatch, "complete", lambda: pack_dataset(_job(data, out, **settings)))
+    partial = tmp_path / "out.partial"
+    kept = tmp_path / "kept"
+    partial.rename(kept)
+    state = json.loads((kept / "scan" / "scan.json").read_text())
+    source = state["sources"][0]
+    scan_json = partial / "scan" / "scan.json"
+    rejects = partial / "scan" / "rejects.0.jsonl"
+    cases = [
+        (lambda: changed(scan_json, rows=None), r"scan.json: facts missing: \['rows'\]"),
+        (lambda: changed(scan_json, rows=str(state["rows"])), "scan.json: rows: '5' is no int"),
+        (lambda: changed(scan_json, more=1), r"scan.json: facts .*unknown: \['more'\]"),
+        (lambda: changed(scan_json, sources={}), "scan.json: sources: {} is no list"),
+        (lambda: changed(scan_json, sources=[]), "scan.json: tells of 0 sources, not of 1"),
+        (
+            lambda: changed(scan_json, sources=[source | {"rejects": {"changed": "many"}}]),
+            r"scan.json: sources\[0\]: rejects: changed: 'many' is no int",
+        ),
+        (lambda: scan_json.write_text("[]"), "scan.json: facts missing"),
+        (lambda: (partial / "scan" / "rows.0.bin").unlink(), "rows.0.bin: has 0 of 160 bytes"),
+        (lambda: os.truncate(partial / "scan" / "rows.0.bin", 96), "rows.0.bin: has 96 of 160"),
+        (lambda: os.truncate(rejects, 40), "rejects.0.jsonl: has 40 of"),
+        (lambda: rejects.write_bytes(b" " * 9999), "rejects.0.jsonl: Expecting value"),
+    ]
+    for damage, words in cases:
+        shutil.copytree(kept, partial)
+        damage()
+        with pytest.raises(ValueError, match=words) as caught:
+            pack_dataset(_job(data, out, **settings))
+        assert f"--out {out}: " in str(caught.value)
+        assert f"; remove {partial} to begin anew" in str(caught.value)
+        shutil.rmtree(partial)
+    for content in ("[]", '{"sources": [1]}', '{"sources": [{"path": 1}]}', '{"sources": 5}'):
+        shutil.copytree(kept, partial)
+        (partial / "job.json").write_text(content)
+        with pytest.raises(FileExistsError, match="left by another job .* or remove it"):
+            pack_dataset(_job(data, out, **settings))
+        shutil.rmtree(partial)
+    # A shard whose marker is damaged is written again.
+    whole = tmp_path / "whole"
+    pack_dataset(_job(data, whole, **settings))
+    for marker in ('{"sources": {}}', "[]", '{"shard": {"name": 5}}'):
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(kept, partial)
+        (partial / "packs-00000.json").write_text(marker)
+        pack_dataset(_job(data, out, **settings))
+        assert files(out) == files(whole)
+
+
+def test_a_scan_that_begins_anew_keeps_no_shard(data, tmp_path, monkeypatch):  # noqa: F811
+    """They were planned with the samples of another scan."""
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    shutil.copy(folder / "2.png", folder / "cut.png")
+    settings = {"name": "bad", "max_rejects": 0.6}
+    stop_at(
+        monkeypatch, "complete", lambda: pack_dataset(_job(folder, tmp_path / "out", **settings))
+    )
+    shutil.copy(folder / "0.png", folder / "nowhere.png")
+    (tmp_path / "out.partial" / "scan" / "scan.json").write_bytes(b"")
+    pack_dataset(_job(folder, tmp_path / "out", **settings))
+    pack_dataset(_job(folder, tmp_path / "whole", **settings))
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_what_is_removed_while_a_job_packs_is_not_missing_from_the_result(
+    data,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    partial = tmp_path / "out.partial"
+    write = job.write_shard
+
+    def run(remove):
+        def write_and_remove(task):
+            written = write(task)
+            remove()
+            return written
+
+        with monkeypatch.context() as patch:
+            patch.setattr(job, "write_shard", write_and_remove)
+            pack_dataset(_job(data, tmp_path / "out"))
+
+    with pytest.raises(FileNotFoundError, match="packs-00000.bin"):
+        run((partial / "packs-00000.bin").unlink)
+    with pytest.raises(OSError, match="packs-00000.bin: has changed since it was written"):
+        run(lambda: os.truncate(partial / "packs-00000.bin", 64))
+    run(lambda: shutil.rmtree(partial / "tokenizer"))
+    pack_dataset(_job(data, tmp_path / "whole"))
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert files(tmp_path / "out" / "tokenizer") == files(tmp_path / "whole" / "tokenizer")
+
+
 @pytest.mark.usefixtures("small_shards")
 @pytest.mark.parametrize("content", [b"", b'{"half'])
 @pytest.mark.parametrize("cut", ["scan/scan.json", "packs-00000.json", "job.json"])
@@ -130,13 +246,7 @@ def test_a_state_file_that_a_power_cut_emptied_is_as_good_as_absent(
     cut,
     content,
 ):
-    def stopped(*arguments, **settings):
-        raise Stop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(job, "complete", stopped)
-        with pytest.raises(Stop):
-            pack_dataset(_job(data, tmp_path / "out"))
+    stop_at(monkeypatch, "complete", lambda: pack_dataset(_job(data, tmp_path / "out")))
     assert (tmp_path / "out.partial" / cut).stat().st_size > len(content)
     (tmp_path / "out.partial" / cut).write_bytes(content)
     pack_dataset(_job(data, tmp_path / "out"))
@@ -205,13 +315,7 @@ def test_workers_end_with_a_packing_that_is_killed():
 
 
 def test_another_job_does_not_go_on(data, tmp_path, monkeypatch):  # noqa: F811
-    def stopped(*arguments, **settings):
-        raise Stop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(job, "plan_packs", stopped)
-        with pytest.raises(Stop):
-            pack_dataset(_job(data, tmp_path / "out"))
+    stop_at(monkeypatch, "plan_packs", lambda: pack_dataset(_job(data, tmp_path / "out")))
     with pytest.raises(
         FileExistsError,
         match=r"left by another job \(capacity: 1024 there, 2048 requested\)",
