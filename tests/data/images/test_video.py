@@ -261,18 +261,9 @@ def test_a_short_video_gives_all_its_frames_once():
 
 def test_frames_at_a_rate():
     times = [place / 10 for place in range(100)]
-    assert FrameChoice(sampling="fps1").choose(times, None, np.random.default_rng(0)) == [
-        5,
-        15,
-        25,
-        35,
-        45,
-        55,
-        65,
-        75,
-        85,
-        95,
-    ]
+    assert FrameChoice(sampling="fps1").choose(times, None, np.random.default_rng(0)) == list(
+        range(5, 100, 10)
+    )
     assert FrameChoice(sampling="fps0.5").choose(times, (0.0, 4.0), np.random.default_rng(0)) == [
         10,
         30,
