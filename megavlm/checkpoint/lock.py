@@ -143,6 +143,11 @@ def held(
     while not _create(path, holder):
         found = _read(path)
         if found is None:
+            if path.is_dir():
+                raise LockedError(
+                    f"{flag} {folder}: {path} is a folder, and has the name of the lock of a run;"
+                    " remove it, or name another folder"
+                )
             time.sleep(0.05)  # it is being written or was just released
             if _read(path) is None and _age(path) > dead_seconds:
                 path.unlink(missing_ok=True)  # never written to the end

@@ -36,7 +36,7 @@ def other(tmp_path: Path) -> Iterator[multiprocessing.Process]:
     ours, theirs = FORK.Pipe()
     process = FORK.Process(target=_hold, args=(tmp_path / "run", theirs))
     process.start()
-    assert ours.recv() == "held"
+    assert ours.poll(60) and ours.recv() == "held"
     yield process
     process.kill()
     process.join()
@@ -189,13 +189,27 @@ def test_a_lock_whose_writer_was_killed_is_no_lock_for_ever(tmp_path: Path) -> N
         found.check()
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_a_folder_in_the_place_of_the_lock_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    if not links:
+        monkeypatch.setattr(os, "link", _refuse)
+    (tmp_path / FILE_NAME).mkdir()
+    start = time.monotonic()
+    with pytest.raises(LockedError, match=f"{FILE_NAME} is a folder"), held(tmp_path, **QUICK):
+        pass
+    assert time.monotonic() - start < 0.5
+
+
+def _refuse(*paths: object) -> None:
+    raise PermissionError("no links here")
+
+
 def test_without_links_there_is_still_one_holder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*paths) -> None:
-        raise PermissionError("no links here")
-
-    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(os, "link", _refuse)
     holder = lock._this_process()
     assert lock._create(tmp_path / FILE_NAME, holder)
     assert not lock._create(tmp_path / FILE_NAME, dataclasses.replace(holder, token="other"))

@@ -7,7 +7,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -32,6 +33,22 @@ def _start_no_thread() -> None:
     FORK.Queue().put(1)
 
 
+@contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError in what waits inside for longer."""
+
+    def end(*_: object) -> None:
+        raise TimeoutError(f"{seconds} s are over")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 @pytest.mark.parametrize(
     ("fail", "status", "told"),
     [(_be_killed, -signal.SIGKILL, "killed by signal 9"), (_start_no_thread, 1, "with status 1")],
@@ -45,7 +62,7 @@ def test_a_writer_that_fails_is_an_error_and_the_others_end(
     queue.put(1)
     other = FORK.Process(target=time.sleep, args=(60,))
     failing = FORK.Process(target=fail)
-    with pytest.raises(WriterError, match=told), watched_writers():
+    with pytest.raises(WriterError, match=told), at_most(120), watched_writers():
         other.start()
         failing.start()
         queue.join()
@@ -65,7 +82,7 @@ def test_a_child_that_was_there_before_is_no_writer() -> None:
 
 
 def test_writers_that_end_well_are_no_error() -> None:
-    with watched_writers():
+    with at_most(120), watched_writers():
         writers = [FORK.Process(target=time.sleep, args=(0.01,)) for _ in range(3)]
         for writer in writers:
             writer.start()
@@ -85,10 +102,11 @@ def test_a_writer_does_not_outlive_its_rank() -> None:
     ours, theirs = FORK.Pipe()
     rank = FORK.Process(target=_start_a_writer, args=(theirs,))
     rank.start()
-    writer = ours.recv()
+    with at_most(120):
+        writer = ours.recv()
     time.sleep(0.2)  # it has just been forked, and asks to end with its parent
     rank.kill()
-    rank.join()
+    rank.join(timeout=120)
     deadline = time.monotonic() + 120
     while _is_alive(writer):
         assert time.monotonic() < deadline
