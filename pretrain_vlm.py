@@ -10,8 +10,10 @@ from megavlm.config.stages import parse_stages
 from megavlm.model_source import read_model
 from megavlm.pack_first import pack_annotations, problems
 from megavlm.start_check import check_start
+from megavlm.train.stop_signal import ignore_save_signal
 
 if __name__ == "__main__":
+    ignore_save_signal()
     stages = parse_stages(sys.argv[1:], read_model, problems, check_start)
     runs = [pack_annotations(run, stages[0]) for run in stages]
     # Only now, since it takes seconds: help and mistakes in the configuration should not wait for

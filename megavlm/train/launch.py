@@ -17,7 +17,7 @@ from megavlm.train import failures, resume
 from megavlm.train.agreement import agree_to_start
 from megavlm.train.resume import DamagedError
 from megavlm.train.run_job import run_job
-from megavlm.train.stop_signal import StopRequest, ignore_save_signal
+from megavlm.train.stop_signal import StopRequest
 
 
 def launch(
@@ -40,8 +40,6 @@ def launch(
         can_go_back: raise DamagedError, on every rank, instead of ending the process, unless the
             run has checkpoints of its own.
     """
-    if stop is None:
-        ignore_save_signal()
     backend.set_environment(config.training.deterministic)
     store = store or backend.meet(config.parallel.timeout_minutes)
     with contextlib.ExitStack() as stack:

@@ -79,7 +79,7 @@ def train(job: Job, state: State, metrics: Metrics, stop: StopRequest | None = N
         contextlib.closing(_load_batches(job, state)) as loader,
     ):
         batches = supply.timed(watchdog.count(loader))
-        if state.step == 0:
+        if state.step == 0 and not groups.any_rank(stop.asked, device):
             with clock.paused():
                 state = _evaluate(job, state, metrics, watchdog)
         while state.step < last:

@@ -4,17 +4,27 @@ one and continue.
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from types import FrameType
+
+from megavlm.config import torchrun
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAVE_SIGNAL = signal.SIGUSR1
 
 
 def ignore_save_signal() -> None:
-    """Ignore SIGUSR1, which ends a process by default, before and after training."""
-    signal.signal(SAVE_SIGNAL, signal.SIG_IGN)
+    """Ignore SIGUSR1, which ends a process by default, and say so: before and after training there
+    is nothing to save.
+    """
+    signal.signal(SAVE_SIGNAL, _tell_of_nothing_to_save)
+
+
+def _tell_of_nothing_to_save(number: int, frame: FrameType | None) -> None:
+    told = f"WARNING: SIGUSR1 on {torchrun.name_of_rank()}: nothing is trained now, so nothing is"
+    os.write(2, f"{told} saved\n".encode())  # it may have come inside of a print
 
 
 class StopRequest:

@@ -325,5 +325,9 @@ def test_a_signal_that_came_with_the_last_step_is_known_to_all(
     dataset: Path, ranks: Pool, tmp_path: Path
 ) -> None:
     config = make_job(dataset, tmp_path / "run")
-    config = dataclasses.replace(config, logging=Logging(interval=STEPS))
+    data = dataclasses.replace(config.data, valid=str(dataset))
+    config = dataclasses.replace(config, logging=Logging(interval=STEPS), data=data)
     assert ranks.run(run_with_a_signal, 2, config) == [(STEPS, True), (STEPS, True)]
+    # Who asks to stop while the run is built does not wait for an evaluation before the first step.
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "valid_loss" in line] == [STEPS]
