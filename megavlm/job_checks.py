@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from megavlm.config import unfreezing
@@ -14,6 +14,7 @@ from megavlm.config.parameter_groups import name_problems, setting_problems
 from megavlm.config.schema import Config
 from megavlm.data.records.readers import is_annotation
 from megavlm.data.store.manifest import read_manifest
+from megavlm.data.store.reader import Reader
 from megavlm.io.remote import is_remote
 from megavlm.planner.parameter_table import parameter_keys
 
@@ -38,10 +39,43 @@ def warnings(config: Config, world_size: int) -> list[str]:
 
     Raises:
         ValueError: a dataset that cannot be used.
+        OSError: one that cannot be read.
     """
     of_steps = () if config.eval.only else batch_warnings(config, dataset_facts(config))
     is_one = world_size == config.parallel.model_parallel_size
-    return [*of_steps, *unread(config, (*TOLERATED, *(OF_ONE_REPLICA if is_one else ())))]
+    return [
+        *of_steps,
+        *_length_warnings(config),
+        *unread(config, (*TOLERATED, *(OF_ONE_REPLICA if is_one else ()))),
+    ]
+
+
+def _length_warnings(config: Config) -> Iterator[str]:
+    """Yield the datasets with samples that are longer than the language model was made for, if its
+    positions are rotary, which have no end; the index is read if a pack may hold such a sample.
+    """
+    language = config.architecture.language
+    most = language.max_position_embeddings
+    if not language.exists or language.has_learned_positions:
+        return
+    flag = "--architecture.language"
+    why = "the language model was made for shorter ones"
+    if (factor := language.rotary_dynamic_factor) != 1:
+        why = (
+            f"transformers stretches the positions of longer ones by {flag}.rotary_dynamic_factor"
+            f" {factor:g}, training does not, so for them an export is not exact"
+        )
+    for option, folder in _datasets(config):
+        if read_manifest(folder).capacity <= most:  # no sample is longer than a pack
+            continue
+        longest = Reader(folder, with_shards=False).index.largest("longest")
+        if longest > most:
+            yield (
+                f"{option} {folder}: holds a sample of {longest:,} tokens, and"
+                f" {flag}.max_position_embeddings is {most}: {why}; give"
+                f" {flag}.max_position_embeddings {longest}, which exports then state, or pack with"
+                f" --capacity {most}"
+            )
 
 
 def with_parameter_problems(config: Config, found: Sequence[str]) -> list[str]:

@@ -14,8 +14,9 @@ def architecture_differences(
     """Describe the fields in which two models differ, such as
     ``--architecture.vision.num_layers: 24 in the checkpoint, 45 asked for``.
 
-    The family only says how Hugging Face's files name the same weights, unused layers and heads are
-    not built; dropout, and which pairs are positives of each other, may change.
+    The family only says how Hugging Face's files name the same weights, and the longest sample of
+    rotary positions what exports state; unused layers and heads are not built; dropout, and which
+    pairs are positives of each other, may change.
 
     Args:
         old: of the checkpoint.
@@ -29,10 +30,13 @@ def architecture_differences(
         free = ("image_size", "patch_drop")
         of_new = {name: vars(new.vision)[name] for name in free}
         old = replace(old, vision=replace(old.vision, **of_new))
+    of_language = dict(family=new.language.family)
+    if not new.language.has_learned_positions:
+        of_language["max_position_embeddings"] = new.language.max_position_embeddings
     old = replace(
         old,
         lora=replace(old.lora, dropout=new.lora.dropout),
-        language=replace(old.language, family=new.language.family),
+        language=replace(old.language, **of_language),
         contrastive=replace(
             old.contrastive,
             positives=new.contrastive.positives,

@@ -14,6 +14,7 @@ import pytest
 from megavlm.config.cli import to_yaml
 from megavlm.config.schema import Config
 from megavlm.config.stages import parse_stages
+from megavlm.data.store.reader import Reader
 from megavlm.pack_first import problems
 from megavlm.start_check import check_start
 from megavlm.train.inspection import inspect
@@ -155,6 +156,28 @@ def test_the_last_line_of_a_check_says_what_the_run_would_start_from(
     # A step of 8 packs, of a dataset of 4, is the only thing to be warned of.
     assert len(warnings) == options.count("batch_size 8"), said
     assert all("has 4 packs, and a step of --training.global" in line for line in warnings)
+
+
+@pytest.mark.parametrize("factor", ["1", "2"])
+@pytest.mark.parametrize("name", ["train", "valid"])
+def test_samples_that_are_longer_than_the_language_model_was_made_for_are_told(
+    command: list[str], capsys: pytest.CaptureFixture[str], factor: str, name: str
+) -> None:
+    [config] = parsed([*command, "--save", "new"])
+    longest = Reader(config.data.train, with_shards=False).index.largest("longest")
+    flag = "--architecture.language.max_position_embeddings"
+    arguments = [*command, "--save", "new", f"--data.{name}", config.data.train]
+    arguments += ["--architecture.language.rotary_dynamic_factor", factor]
+    _, said = checked([*arguments, flag, str(longest)], capsys)
+    assert "warning" not in said
+    _, said = checked([*arguments, flag, str(longest - 1)], capsys)
+    of = [line for line in said.splitlines() if f": --data.{name} {config.data.train}: " in line]
+    assert len(of) == 1 and f"holds a sample of {longest} tokens, and {flag} is" in of[0]
+    assert f"; give {flag} {longest}," in of[0]
+    assert ("rotary_dynamic_factor 2, training does not" in of[0]) == (factor == "2")
+    # Weights are no others, so a run that has begun takes it, too.
+    status, said = checked([*command, "--save", "run", flag, str(longest)], capsys)
+    assert status == 0 and "it would resume run" in said
 
 
 def test_the_folder_of_each_stage_is_looked_at(

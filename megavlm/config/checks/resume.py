@@ -141,7 +141,7 @@ def changes(old: Config, new: Config) -> list[str]:
     """
     keys = [key for key, kind in KINDS.items() if kind == "taken"]
     keys += ["architecture.contrastive.positives", "architecture.contrastive.exchange"]
-    keys += ["architecture.lora.dropout"]
+    keys += ["architecture.lora.dropout", "architecture.language.max_position_embeddings"]
     rows = [
         (f"--{key}", shown_value(_value(old, key)), shown_value(_value(new, key)))
         for key in keys
