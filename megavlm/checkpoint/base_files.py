@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megavlm.checkpoint import checksums
+from megavlm.checkpoint.rank_errors import raised_on_all
 from megavlm.io.checksum import Sum
 
 _UNREAD = -1
@@ -62,6 +63,9 @@ def note(folders: list[Path], save: Path, *, by_size_only: bool) -> Base:
         folders: of the parts, in order.
         save: the run's save folder.
         by_size_only: note sizes instead of contents.
+
+    Raises:
+        RankError: a file cannot be read; every rank raises it.
     """
     known = [_written_sums(folder) for folder in folders]
     named = [
@@ -69,11 +73,12 @@ def note(folders: list[Path], save: Path, *, by_size_only: bool) -> Base:
     ]
     unread = [(number, name) for number, name in named if name not in known[number]]
     mine: dict[tuple[int, str], Sum] = {}
-    for number, name in unread[dist.get_rank() :: dist.get_world_size()]:
-        path = folders[number] / name
-        mine[number, name] = (
-            (path.stat().st_size, _UNREAD) if by_size_only else checksums.measure(path)
-        )
+    with raised_on_all():
+        for number, name in unread[dist.get_rank() :: dist.get_world_size()]:
+            path = folders[number] / name
+            mine[number, name] = (
+                (path.stat().st_size, _UNREAD) if by_size_only else checksums.measure(path)
+            )
     shares: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(shares, mine)
     read = {key: value for share in shares for key, value in share.items()}

@@ -21,6 +21,9 @@ from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, n
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict, ShardedTensor
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megavlm.checkpoint.rank_errors import RankError
 
 _OF_EXPERTS = ".mlp.experts."
 
@@ -53,7 +56,11 @@ class SharedLoading(TorchDistLoadShardedStrategy):
     def load(
         self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path, *options: Any
     ) -> dict[Any, Any]:
-        """Return the state dict with tensors in the place of shards. Collective."""
+        """Return the state dict with tensors in the place of shards. Collective.
+
+        Raises:
+            RankError: a rank cannot read its share; every rank raises it.
+        """
         entries = [one for one in nested_values(sharded_state_dict) if isinstance(one, ShardedBase)]
         shards = [one for one in entries if isinstance(one, ShardedTensor)]
         kinds = (
@@ -67,7 +74,11 @@ class SharedLoading(TorchDistLoadShardedStrategy):
         ]
         others = {id(shard) for shard, owner, group in plans if owner != group.rank()}
         own = {str(number): one for number, one in enumerate(entries) if id(one) not in others}
-        read = super().load(own, checkpoint_dir, *options)
+        try:
+            read = super().load(own, checkpoint_dir, *options)
+        except CheckpointException as error:  # torch tells all ranks, and it is no Exception
+            told = (f"rank {rank}: {found}" for rank, (found, _) in error.failures.items())
+            raise RankError(f"{checkpoint_dir}: cannot be loaded: {'; '.join(told)}") from error
         values = {id(one): read[number] for number, one in own.items()}
         for shard, owner, group in plans:
             if shard.data is None:

@@ -10,9 +10,11 @@ from functools import partial
 
 from megavlm.checkpoint.base_files import Base
 from megavlm.checkpoint.lock import Lock
+from megavlm.checkpoint.rank_errors import raised_on_all
 from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.checkpoint.train_state import History, State
 from megavlm.config.schema import Config
+from megavlm.convert.hf.unused_weights import Weights
 from megavlm.data.loading.blend import BlendedDataset
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.order import Order
@@ -63,6 +65,7 @@ def build_job(
 
     Raises:
         DamagedError: the base weights of a checkpoint of trained parameters have changed.
+        RankError: a rank cannot read its files; every rank raises it.
     """
     history = resume.history(config, start)
     fill, base = _prepare_fill(config, start)
@@ -86,10 +89,20 @@ def build_job(
         tasks=open_tasks(config),
         lock=lock,
         averages=averaged,
-        unused_weights=initial_weights.find_unused(config, start) if groups.rank == 0 else {},
+        unused_weights=_unused_weights(config, start, groups),
         usage=None if packs.has_images else initial_weights.find_usage(start),
     )
     return job, state
+
+
+def _unused_weights(config: Config, start: Start, groups: Groups) -> Weights:
+    """Read, on the first rank, what files hold of the vision encoder beside its weights.
+    Collective; raises RankError as ``build_job``.
+    """
+    with raised_on_all():
+        if groups.rank == 0:
+            return initial_weights.find_unused(config, start)
+    return {}
 
 
 def _prepare_fill(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megavlm.checkpoint.rank_errors import RankError
 from megavlm.config import torchrun
 from megavlm.config.schema import Config
 from megavlm.data.loading.loader import WorkerError
@@ -15,7 +16,7 @@ from megavlm.train.resume import DamagedError
 from megavlm.train.saver import SaveError
 
 # Raised on every rank.
-_SHARED = (DamagedError, MismatchError, SaveError, StepError)
+_SHARED = (DamagedError, MismatchError, RankError, SaveError, StepError)
 # How gloo and NCCL word that another rank ended.
 _LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 _OF_ONE_RANK = (ExportError, ReadError, RemoteError, WorkerError)

@@ -6,6 +6,7 @@ the user names is taken or refused.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -313,7 +314,7 @@ def find_undamaged(config: Config, start: Checkpoint) -> Checkpoint:
         start = choice[0]
         found = checksums.damage(start.folder, by_size_only=config.checkpoint.verify == "size")
         if not found:
-            if checksums.read(start.folder) is None:
+            if not os.path.exists(start.folder / checksums.FILE_NAME):
                 _warn(f"{start.folder}: loaded unchecked, it has no {checksums.FILE_NAME}", [])
             return start
         problems += found
@@ -329,8 +330,10 @@ def find_undamaged(config: Config, start: Checkpoint) -> Checkpoint:
 
 def _one_before(config: Config, start: Checkpoint, problems: list[str]) -> Checkpoint | str:
     """Return the newest checkpoint of the run before one that is damaged, or why there is none."""
-    before = directory.candidates(start.folder.parent)
+    damaged = directory.step_of(start.folder)
     try:
-        return _first_whole(config, before[before.index(start.folder) + 1 :], problems)
-    except ValueError as error:  # or the one before does not fit this run
+        found = directory.candidates(start.folder.parent)
+        before = [one for one in found if directory.step_of(one) < damaged]
+        return _first_whole(config, before, problems)
+    except (ValueError, OSError) as error:  # or the one before does not fit this run
         return str(error)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from megavlm.checkpoint import directory
 from megavlm.checkpoint.lock import Lock
+from megavlm.checkpoint.rank_errors import raised_on_all
 from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.checkpoint.train_state import State
 from megavlm.config.schema import Config
@@ -49,6 +50,7 @@ def run_job(
 
     Raises:
         DamagedError: the checkpoint to start from is damaged, on every rank.
+        RankError: a rank cannot read or write its files, on every rank.
         SaveError: the last checkpoint could not be saved, on every rank.
         StepError: a step has no loss or no finite gradient, on every rank.
     """
@@ -91,7 +93,10 @@ def _open_training_set(config: Config) -> tuple[PackedDataset | BlendedDataset, 
 
 def _clean(save: Path, groups: Groups, metrics: Metrics) -> None:
     """Remove what a killed run left in the save folder. Collective."""
-    left: list = [directory.clean(save) if groups.rank == 0 and save.exists() else []]
+    left: list = [[]]
+    with raised_on_all():
+        if groups.rank == 0 and save.exists():
+            left = [directory.clean(save)]
     dist.broadcast_object_list(left)
     if left[0]:
         metrics.log(f"removed from {save} what a killed run left: {', '.join(left[0])}")

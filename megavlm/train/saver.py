@@ -22,6 +22,7 @@ import torch.distributed as dist
 from megavlm.checkpoint import checksums, directory, train_state
 from megavlm.checkpoint.async_writer import Writing
 from megavlm.checkpoint.lock import FILE_NAME as LOCK_NAME
+from megavlm.checkpoint.rank_errors import gather_errors, raised_on_all
 from megavlm.checkpoint.step_folder import CONFIG_NAME, SHARDS, TOKENIZER
 from megavlm.checkpoint.train_state import State
 from megavlm.checkpoint.whole_shards import ShardError
@@ -68,8 +69,9 @@ class Saver:
         self._start = 0.0
         self._problem = ""
         self._dataset: dict[str, bytes] = {}
-        if job.config.checkpoint.save and job.groups.rank == 0:
-            self._dataset = _files_of_dataset(job.train.folder)
+        with raised_on_all():
+            if job.config.checkpoint.save and job.groups.rank == 0:
+                self._dataset = _files_of_dataset(job.train.folder)
 
     def save(self, state: State) -> None:
         """Save the run as it is; if writing continues beside training, the weights may change when
@@ -162,14 +164,10 @@ class Saver:
 
     def _agree(self, error: str) -> bool:
         """Whether saving failed on any rank; then it is told and cleared away."""
-        errors: list = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, error)
-        told = {text: rank for rank, text in reversed(list(enumerate(errors))) if text}
-        if not told:
-            return False
-        listed = "; ".join(f"rank {rank}: {text}" for text, rank in told.items())
-        self._give_up(listed + self._free())
-        return True
+        listed = gather_errors(error)
+        if listed:
+            self._give_up(listed + self._free())
+        return bool(listed)
 
     def _free(self) -> str:
         """Say how much room there is where checkpoints go; empty if that cannot be told."""

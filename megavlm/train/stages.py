@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import itertools
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -25,7 +24,7 @@ from megavlm.train.architecture_differences import architecture_differences
 from megavlm.train.inspection import find_start, inspect_job
 from megavlm.train.launch import launch
 from megavlm.train.resume import DamagedError
-from megavlm.train.stop_signal import StopRequest, ignore_save_signal
+from megavlm.train.stop_signal import StopRequest
 
 
 def launch_all(stages: Sequence[Config]) -> None:
@@ -36,22 +35,21 @@ def launch_all(stages: Sequence[Config]) -> None:
     If the last checkpoint of a stage is damaged, the stage resumes from the one before, and the
     next one starts from what it then saves.
     """
-    ignore_save_signal()
     store = backend.meet(stages[0].parallel.timeout_minutes)
     stores = (dist.PrefixStore(f"run {number}", store) for number in itertools.count())
-    number = _agreed_first(stages, store)
+    number, problem = _agreed_first(stages, store)
     if stages[0].eval.only:  # it has nothing to save, so a signal ends it at once
         launch(stages[0], store=next(stores))
         return
     for text in _left(stages, number):
         _warn(text)
-    ahead: Callable[[], None] = partial(_check_ahead, stages[number:])
-    attempts: Counter[int] = Counter()
+    ahead: Callable[[], None] = partial(_check_ahead, stages[number:], problem)
+    retried: set[int] = set()
     with StopRequest() as stop:
         while number < len(stages):
             config = stages[number]
             stop.limit(config.training.max_hours)
-            goes_back = number > 0 and not attempts[number]
+            goes_back = number > 0 and number not in retried
             try:
                 state = launch(
                     config,
@@ -63,9 +61,8 @@ def launch_all(stages: Sequence[Config]) -> None:
             except DamagedError as error:
                 before = stages[number - 1].stage
                 _warn(f"{error}\nstage {before} resumes from the checkpoint before")
-                attempts[number] += 1
+                retried |= {number - 1, number}
                 number -= 1
-                attempts[number] += 1
                 continue
             finally:
                 ahead = partial(_check_ahead, ())  # once, before anything runs
@@ -97,12 +94,20 @@ def _left(stages: Sequence[Config], number: int) -> Iterator[str]:
             )
 
 
-def _agreed_first(stages: Sequence[Config], store: dist.Store) -> int:
+def _agreed_first(stages: Sequence[Config], store: dist.Store) -> tuple[int, str]:
     """Return the number of the stage to begin with, as the first rank sees the save folders: others
-    may have an older view of a network file system, and would wait in another run.
+    may have an older view of a network file system, and would wait in another run. Beside it, on
+    that rank, why it cannot tell; all ranks hear of it when they compare what they run.
     """
+    problem = ""
     if torchrun.rank() == 0:
-        store.set("first", str(_first(stages)))
+        first = 0
+        try:
+            first = _first(stages)
+        except OSError as error:
+            folder = Path(stages[0].checkpoint.save).parent
+            problem = f"--checkpoint.save {folder}: cannot be read ({error})"
+        store.set("first", str(first))
     minutes = stages[0].parallel.timeout_minutes
     try:
         store.wait(["first"], timedelta(minutes=minutes))
@@ -112,7 +117,7 @@ def _agreed_first(stages: Sequence[Config], store: dist.Store) -> int:
             f" comes first, by the checkpoints in {Path(stages[0].checkpoint.save).parent}"
         ) from None
     # A rank with fewer stages, by a command of its own, is refused by the comparison of all ranks.
-    return min(int(store.get("first")), len(stages) - 1)
+    return min(int(store.get("first")), len(stages) - 1), problem
 
 
 def _first(stages: Sequence[Config]) -> int:
@@ -144,12 +149,15 @@ def describe_start(stages: Sequence[Config]) -> str:
     return text if len(stages) == 1 else f"stage {first.stage} comes first: {text}"
 
 
-def _check_ahead(stages: Sequence[Config]) -> None:
+def _check_ahead(stages: Sequence[Config], problem: str = "") -> None:
     """Check the stages after the first of these.
 
     Raises:
-        ValueError: everything that would keep one of them from running, in one message.
+        ValueError: everything that would keep one of them from running, in one message; or the
+            problem.
     """
+    if problem:
+        raise ValueError(problem)
     if found := list(_problems_ahead(stages)):
         raise ValueError("\n  ".join(["a later stage could not run:", *found]))
 

@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 from megavlm import job_checks
+from megavlm.checkpoint.rank_errors import raised_on_all
 from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.checkpoint.train_state import State
 from megavlm.config.checks.resume import changes
@@ -47,9 +48,10 @@ def log_run_summary(
     metrics.log(f"start: {start_point.describe(config, start, state.step)}")
     for note in _notes(config, start):
         metrics.log(f"note: {note}")
-    if groups.is_writer:  # it reads the manifests again
-        for warning in job_checks.warnings(config, groups.size):
-            metrics.log(f"warning: {warning}")
+    with raised_on_all():
+        if groups.is_writer:  # it reads the manifests again
+            for warning in job_checks.warnings(config, groups.size):
+                metrics.log(f"warning: {warning}")
     if not config.eval.only:
         _log_training(config, trained, start, state, metrics)
 

@@ -233,6 +233,74 @@ def test_each_run_of_a_command_has_keys_of_its_own(
     assert told == [1, 1, 1]
 
 
+def test_a_stage_goes_back_to_the_one_before_it_once(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its start is damaged, and what the one before it then saves is, too."""
+    from megavlm.train import stages as of_command
+    from megavlm.train.resume import DamagedError
+
+    begun = []
+
+    def launch(run: Config, *_: object, can_go_back: bool, **__: object) -> object:
+        begun.append((run.stage, can_go_back))
+        if run.stage == "2":
+            raise DamagedError("damaged") if can_go_back and len(begun) < 9 else SystemExit(2)
+        return SimpleNamespace(step=run.training.steps)
+
+    monkeypatch.setattr(of_command, "launch", launch)
+    with pytest.raises(SystemExit):
+        of_command.launch_all(stages(arguments, tmp_path / "run"))
+    assert begun == [("1", False), ("1.5", True), ("2", True), ("1.5", False), ("2", False)]
+
+
+def test_a_save_folder_that_rank_0_cannot_read_is_told_to_all(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megavlm.train import stages as of_command
+
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    def launch(*_: object, ahead: object, **__: object) -> None:
+        with pytest.raises(ValueError, match="--checkpoint.save .*/run: cannot be read"):
+            ahead()  # before all ranks compare what they found
+        raise SystemExit(2)
+
+    monkeypatch.setattr(of_command, "launch", launch)
+    monkeypatch.setattr(of_command.resume, "has_begun", fail)
+    with pytest.raises(SystemExit):
+        of_command.launch_all(stages(arguments, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_a_stage_with_checkpoints_of_its_own_does_not_go_back(
+    undisturbed: Path,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    is_own: bool,
+) -> None:
+    from megavlm.checkpoint.step_folder import find
+    from megavlm.train import launch as of_run
+    from megavlm.train.resume import DamagedError
+
+    before, run = stages(arguments, undisturbed)[1:]
+    start = find((run if is_own else before).checkpoint.save)
+
+    def run_job(*_: object) -> None:
+        raise DamagedError("no checkpoint can be used")
+
+    monkeypatch.setattr(of_run, "agree_to_start", lambda *_: (start, None))
+    monkeypatch.setattr(of_run, "run_job", run_job)
+    for name in ("start", "stop"):
+        monkeypatch.setattr(of_run.backend, name, lambda *_, **__: None)
+    with pytest.raises(SystemExit if is_own else DamagedError):
+        of_run.launch(run, store=torch.distributed.HashStore(), can_go_back=True)
+    told = "error: no checkpoint can be used\n" if is_own else ""
+    assert capsys.readouterr().err == told
+
+
 def test_a_later_stage_that_could_not_run_is_refused_before_the_first_starts(
     ranks: Pool, arguments: list[str], tmp_path: Path
 ) -> None:

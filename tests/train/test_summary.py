@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,10 @@ OF_TRAINING = (
 
 
 @pytest.mark.parametrize("only", [False, True])
-def test_an_evaluation_says_nothing_of_training(only: bool) -> None:
+def test_an_evaluation_says_nothing_of_training(
+    only: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megavlm.train.summary.raised_on_all", contextlib.nullcontext)
     options = ["--save", "run", "--eval.only", str(only).lower(), "--training.steps", "7"]
     config = parse(["--stage", "2", "--model", "tiny", *options])
     said: list[str] = []

@@ -1,0 +1,121 @@
+"""What a disk does to one rank ends all of them at once, in the same words."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch.distributed as dist
+
+from megavlm.checkpoint import base_files
+from megavlm.checkpoint.rank_errors import RankError, gather_errors
+from megavlm.config.schema import Config
+from megavlm.train import resume
+from megavlm.train.inspection import inspect
+from megavlm.train.resume import DamagedError
+from tests.ranks.pool import Pool
+from tests.ranks.test_damage import NEWEST, told
+from tests.ranks.test_damage import dataset as dataset
+from tests.ranks.test_damage import whole as whole
+from tests.ranks.test_resume import make_job
+
+ERROR = "[Errno 5] Input/output error"
+TOLD = f"OSError: {ERROR}"
+
+
+def _fail(*_: object, **__: object) -> None:
+    raise OSError(5, "Input/output error")
+
+
+def on_rank(
+    number: int, name: str, action: Callable[..., Any] = _fail
+) -> contextlib.AbstractContextManager:
+    """Let a function fail on one rank, or do something else."""
+    return mock.patch(name, action) if dist.get_rank() == number else contextlib.nullcontext()
+
+
+def run_on_failing_disk(config: Config, name: str) -> str:
+    """Run a job in which a function fails on rank 0; return the error that this rank ends with."""
+    with on_rank(0, f"megavlm.train.{name}"):
+        return told(config)[1]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "run_job.directory.clean",
+        "build_job.initial_weights.find_unused",
+        "saver._files_of_dataset",
+    ],
+)
+def test_what_rank_0_alone_reads_is_no_wait_for_others(
+    ranks: Pool, dataset: Path, whole: Path, tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    config = make_job(dataset, tmp_path / "run", steps=9)
+    assert ranks.run(run_on_failing_disk, 2, config, name) == [f"rank 0: {TOLD}"] * 2
+
+
+def look_on_failing_disk(config: Config) -> str:
+    """Find the checkpoint to load, of which rank 0 cannot look for the one before a damaged one."""
+    first = inspect(config, 1)
+    with on_rank(0, "megavlm.train.resume.directory.candidates"):
+        try:
+            resume.find_undamaged(config, first)
+        except DamagedError as error:
+            return str(error)
+    return ""
+
+
+def test_no_checkpoint_before_a_damaged_one_can_be_looked_for(
+    ranks: Pool, dataset: Path, whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / NEWEST / "shards/__0_0.distcp").unlink()
+    config = make_job(dataset, tmp_path / "run")
+    assert ranks.run(look_on_failing_disk, 2, config) == [ERROR] * 2
+
+
+def run_on_disk_that_fails_late(config: Config) -> str:
+    """Run a job whose checkpoint is whole when it is checked, and whose shards rank 1 cannot read
+    then.
+    """
+    name = "megatron.core.dist_checkpointing.strategies.torch.MCoreLoadPlanner.resolve_tensor"
+    with on_rank(1, name):
+        return told(config)[1]
+
+
+def test_a_rank_that_cannot_read_its_shards_is_named_by_all(
+    ranks: Pool, dataset: Path, whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    config = make_job(dataset, tmp_path / "run", steps=9)
+    for error in ranks.run(run_on_disk_that_fails_late, 2, config):
+        assert f"{tmp_path / 'run' / NEWEST}/shards: cannot be loaded: rank 1: " in error
+        assert ERROR in error
+
+
+def note_files(folder: Path) -> tuple[str, str]:
+    """Note base weights of which rank 1 cannot read its share; gather errors of all ranks."""
+    from megavlm.parallel import backend
+
+    backend.start(5)
+    error = ""
+    with on_rank(1, "megavlm.checkpoint.base_files.checksums.measure"):
+        try:
+            base_files.note([folder], folder, by_size_only=False)
+        except RankError as found:
+            error = str(found)
+    return error, gather_errors("" if dist.get_rank() == 1 else "full")
+
+
+def test_files_of_base_weights_that_one_rank_cannot_read(ranks: Pool, tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.safetensors").touch()
+    found = ranks.run(note_files, 3, tmp_path)
+    assert found == [(f"rank 1: {TOLD}", "rank 0: full")] * 3
