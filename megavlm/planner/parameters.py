@@ -87,9 +87,10 @@ class ParameterCounts:
 def parameters_on_rank(config: Config, chunk: Chunk) -> ParameterCounts:
     """Count the parameters of a chunk on one rank."""
     arch = config.architecture
-    found = _layers(_sharding_of(config), chunk.layer_numbers(arch.vision.num_layers))
+    sharding = _sharding_of(config)
+    found = _layers(sharding, chunk.layer_numbers(arch.vision.num_layers))
     if chunk.has_head and not chunk.has_connector and arch.language.tied_head:
-        found += _embedding(config)  # the head has a copy
+        found += _embedding(sharding)  # the head has a copy
     return found
 
 
@@ -98,7 +99,7 @@ def replicated_head(config: Config, chunks: tuple[Chunk, ...]) -> int:
     with that of the token embedding; else 0.
     """
     is_replica = config.architecture.language.tied_head and not chunks[-1].has_connector
-    return _embedding(config).trained if is_replica else 0
+    return _embedding(_sharding_of(config)).trained if is_replica else 0
 
 
 def is_trained(piece: Piece, trainable: tuple[str, ...]) -> bool:
@@ -144,13 +145,12 @@ def _sharding_of(config: Config) -> _Sharding:
     )
 
 
-def _embedding(config: Config) -> ParameterCounts:
+@lru_cache(maxsize=4096)
+def _embedding(sharding: _Sharding) -> ParameterCounts:
     piece = next(
-        piece
-        for piece in pieces(config.architecture)
-        if piece.key.endswith("word_embeddings.weight")
+        piece for piece in pieces(sharding.arch) if piece.key.endswith("word_embeddings.weight")
     )
-    return _counts(piece, _sharding_of(config))
+    return _counts(piece, sharding)
 
 
 @lru_cache(maxsize=65536)
