@@ -13,7 +13,7 @@ from megavlm.config.checks.rules import problems
 from megavlm.config.cli import parse
 from megavlm.config.schema import Config, Data, Ema, Eval, Init
 from megavlm.evaluate import run
-from megavlm.evaluate.page import Answered, table_lines
+from megavlm.evaluate.page import Answered
 from megavlm.evaluate.run import AnswerOptions, _arguments, answer_with
 from tools import evaluate
 
@@ -31,6 +31,7 @@ def test_settings_of_trained_experts_do_not_stand_in_the_way(tmp_path: Path) -> 
     measuring = parse(_arguments(saved, tmp_path, Eval(), tmp_path, None))
     assert not [told for told in problems(measuring, 1) if "experts" in told]
     assert measuring.architecture == trained.architecture
+    assert measuring.checkpoint.weights_only  # its optimizer is another's
 
 
 @pytest.mark.parametrize("stage", ["1", ""])
@@ -96,7 +97,9 @@ def answer_at_once(words: list[str], ranks: int, model: Path, *, is_quiet: bool)
     answers = target / "answers" / "step-00000000"
     answers.mkdir(parents=True)
     (answers / "task.jsonl").write_text(json.dumps(dict(id="1", prediction="x")) + "\n")
-    (target / "metrics.jsonl").write_text(json.dumps({"step": 0, "task/accuracy": 0.0}) + "\n")
+    # The run's first record, and figures beside those of the task.
+    records = [{"step": 0, "trainable_parameters": 1}, {"step": 0, "task": 9, "task/accuracy": 0.5}]
+    (target / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records))
 
 
 @pytest.fixture
@@ -108,14 +111,50 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
-def ask(model: Path, *others: str, **more: str) -> None:
+def ask(model: Path, *others: str, max_new_tokens: int = 4, **more: str) -> Answered:
     root = model.parent
-    answer_with(
-        str(model),
-        [write_question(root / "task.jsonl", "b", **more)],
-        root / "out",
-        AnswerOptions(packs=root / "packs", max_new_tokens=4, ranks=1, others=others),
+    options = AnswerOptions(
+        packs=root / "packs", max_new_tokens=max_new_tokens, ranks=1, others=others
     )
+    task = write_question(root / "task.jsonl", "b", **more)
+    return answer_with(str(model), [task], root / "out", options)
+
+
+def test_a_model_that_has_changed_or_may_write_more_is_asked_again(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+    monkeypatch.setattr(
+        run, "_run", lambda *given, **named: runs.append(given) or answer_at_once(*given, **named)
+    )
+    for _ in range(2):
+        answered = ask(model)
+        assert (answered.model, answered.figures) == ("hf", {"task/accuracy": 0.5})
+    assert len(runs) == 1
+    ask(model, max_new_tokens=5)
+    assert len(runs) == 2
+    (model / "model.safetensors").write_bytes(b"other weights")
+    ask(model, max_new_tokens=5)
+    assert len(runs) == 3
+
+
+def test_a_folder_is_asked_at_the_image_size_of_its_own_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = SimpleNamespace(vision=SimpleNamespace(image_size=28))
+    monkeypatch.setattr(run, "architecture_from_hf", lambda folder: small)
+    for name, resized in (("internvl_c", True), ("internvl", False)):
+        monkeypatch.setattr(run, "recipe_of", lambda dialect, name=name: run.recipe(name))
+        monkeypatch.setattr(run, "dialect_of", lambda folder: "any")
+        words = run._of_folder(tmp_path)
+        assert ("--architecture.vision.image_size 28" in " ".join(words)) == resized
+
+
+def test_a_step_is_called_after_its_run(tmp_path: Path) -> None:
+    assert run._noted_name("", tmp_path / "stage2" / "step_00000003", tmp_path / "out") == (
+        "stage2-step_00000003"
+    )
+    assert run._noted_name("", tmp_path / "stage2", tmp_path / "out") == "stage2"
 
 
 def test_a_run_that_fails_leaves_nothing_that_counts_as_done(
@@ -196,9 +235,3 @@ def test_transformers_needs_a_folder_of_its_own(
     words = [f"ours={tmp_path / 'step_00000001'}", "--tasks", str(task), "--out", str(tmp_path)]
     assert evaluate.main([*words, "--transformers"]) == 2
     assert "--transformers: no model is a Hugging Face folder" in capsys.readouterr().err
-
-
-def test_a_figure_that_is_no_number_has_a_cell() -> None:
-    lost = Answered(model="lost", figures={"alike/similarity": None}, rows={})
-    good = Answered(model="good", figures={"alike/similarity": 0.5}, rows={})
-    assert [line.split()[1:] for line in table_lines([lost, good])][1] == ["-", "0.5000"]
