@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from megavlm.data.store.manifest import read_manifest
 from megavlm.data.text.templates import FORMATS
 from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS, add_special_tokens, load_tokenizer
 from megavlm.evaluate import media
-from megavlm.evaluate.packs import Request, RequestReader, prepare
+from megavlm.evaluate.packs import Request, RequestReader, arrange, prepare
 from megavlm.evaluate.task import Task, read_task
 from megavlm.io.storage import ReadError
 from tests.data.images.test_video import level, write_folder, write_video
@@ -43,6 +44,42 @@ def test_a_prefix_ends_where_an_answer_begins(tmp_path: Path) -> None:
     positions, ends = sample_positions(pack.lengths, 4, 64)
     found = find_prefixes(pack.supervised, positions, ends)
     assert found.ends.diff().tolist() == [7, 10, 7, 1]
+
+
+def test_a_pack_holds_no_more_tokens_and_tiles_than_those_of_training() -> None:
+    manifest = SimpleNamespace(capacity=16, tile_cap=4, alignment=4)
+
+    def arranged(*sizes: tuple[int, int]) -> list[list[int]]:
+        """Arrange questions of so many tokens and tiles."""
+        asked = [
+            SimpleNamespace(tokens=range(tokens), room=1, tiles=tiles, where="exam.jsonl:1")
+            for tokens, tiles in sizes
+        ]
+        return arrange(asked, manifest)
+
+    assert arranged((7, 1), (7, 3), (7, 0)) == [[0, 1], [2]]
+    assert arranged((3, 3), (3, 2), (3, 2)) == [[0], [1, 2]]
+    with pytest.raises(ValueError, match="jsonl:1: 20 tokens and 1 tiles"):
+        arranged((16, 1))
+    with pytest.raises(ValueError, match="8 tokens and 5 tiles"):
+        arranged((7, 5))
+
+
+def test_what_stands_for_an_answer_is_neither_an_end_nor_an_image(tmp_path: Path) -> None:
+    make_dataset(tmp_path, packs=1, context_token_id=0)
+    manifest = read_manifest(tmp_path)
+    manifest = dataclasses.replace(manifest, end_token_id=manifest.pad_token_id)
+    asked = Request(
+        path=Path("task.jsonl"),
+        line=1,
+        tokens=np.array([5, 6], np.int32),
+        supervised=np.zeros(2, bool),
+        images=(),
+        room=1,
+    )
+    (sample,) = RequestReader([asked], [[0]], manifest).samples(0, load=False)
+    assert sample.tokens[:2].tolist() == [5, 6]
+    assert sample.tokens[2] not in (manifest.end_token_id, manifest.context_token_id)
 
 
 def make_packs(folder: Path, template: str, tokenizer: str, context: str) -> Path:

@@ -41,6 +41,8 @@ def test_fewer_examples_are_the_first_of_more_and_never_the_question_itself(tmp_
         assert [turn.role for turn in some.turns] == ["human", "gpt"] * 2 + ["human"]
         shown = [image.stem for image in many.images[:-1]]
         assert [turn.text for turn in many.turns[1::2]] == [f"shade {name}" for name in shown]
+        # The tokens of a choice are those that count, and no example's.
+        assert not any(turn.learned for turn in many.turns if turn.role == "gpt")
     assert with_shots((bare,), "", ()) == (bare,)
 
 
@@ -64,6 +66,14 @@ def test_videos_of_examples_come_before_that_of_the_question(tmp_path: Path) -> 
     [one] = with_shots(read_tasks(files[:1]), files[1], (1,))
     shown = [[Path(each.video.file.path).name for each in asked.videos] for asked in one.questions]
     assert shown == [["b", "a"], ["a", "b"]]
+
+
+def test_a_system_message_stays_in_front(tmp_path: Path) -> None:
+    _, examples = _files(tmp_path)
+    task = str(write(tmp_path, dict(question="What?", answer="x", system="Be brief.")))
+    [one] = with_shots(read_tasks((task,)), examples, (1,))
+    roles = [turn.role for turn in one.questions[0].turns]
+    assert roles == ["system", "human", "gpt", "human"]
 
 
 def test_too_few_examples_are_told(tmp_path: Path) -> None:

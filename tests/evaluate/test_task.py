@@ -108,10 +108,11 @@ def test_a_file_that_is_missing(tmp_path: Path):
 
 
 def test_choices_are_listed_unless_the_question_lists_them(tmp_path: Path):
-    path = write(tmp_path, PAIR, PAIR | dict(question="Which box, by size?"))
-    first, second = (question.turns[-1].text for question in read_task(path).questions)
+    asked = ("Which box, by size?", "Which, A. x or the other?")
+    path = write(tmp_path, PAIR, *(PAIR | dict(question=text) for text in asked))
+    first, *others = (question.turns[-1].text for question in read_task(path).questions)
     assert first == "A. x B. y"
-    assert second == "Which box, by size?\nA. x\nB. y"
+    assert others == [f"{text}\nA. x\nB. y" for text in asked]
 
 
 def test_a_line_may_hold_other_line_breaks(tmp_path: Path):
