@@ -19,9 +19,11 @@ import yaml
 from jsonargparse import Namespace
 
 from megavlm.config import torchrun, verdict, yaml_file
+from megavlm.config.gone_folders import gone_folders, own_configs
 from megavlm.config.help_text import help_text
 from megavlm.config.hub_cache import cached, short_name
 from megavlm.config.layer_ranges import with_layers
+from megavlm.config.lora import Lora
 from megavlm.config.models import MODELS, ReadModel, architecture, for_objective
 from megavlm.config.not_offered import NOT_OFFERED
 from megavlm.config.options import (
@@ -159,6 +161,7 @@ def _parse(arguments: list[str], read_model: ReadModel | None) -> tuple[Config, 
             read_model=read_model,
             sets_vision=_sets_vision(others, files),
             is_stated=chosen.model is None and _state_architecture(files),
+            known=_model_of_checkpoint(arguments, **names, init=init),
         )
     )
     if chosen.help is not None:
@@ -178,6 +181,28 @@ def _parse(arguments: list[str], read_model: ReadModel | None) -> tuple[Config, 
     config = to_config(values)
     checkpoint = dataclasses.replace(config.checkpoint, load=cached(config.checkpoint.load))
     return with_layers(dataclasses.replace(config, init=init, checkpoint=checkpoint)), chosen
+
+
+def _model_of_checkpoint(
+    arguments: Sequence[str], *, stage: str | None, model: str | None, init: Init
+) -> Architecture | None:
+    """Return the model that the checkpoints of a run know, without adapters, which options give; if
+    a folder is gone that the run was made of. None: all are there, or it has no checkpoints.
+    """
+    gone = gone_folders(model or "", init)
+    save = where_given(arguments).get("checkpoint.save") if gone else None
+    for path in own_configs(save.text, stage or "") if save and save.text else ():
+        try:
+            run = from_yaml(path)
+        except (ValueError, OSError):  # told when its checkpoint is looked at
+            continue
+        if run.init in (init, Init()) and model in (None, run.model):
+            verdict.warn(
+                f"{', '.join(gone)}: no such folder; the model is that of {path}, with which what"
+                " was there cannot be compared"
+            )
+            return dataclasses.replace(run.architecture, lora=Lora())
+    return None
 
 
 def of_presets(config: Config, read_model: ReadModel | None) -> Config:
@@ -277,12 +302,13 @@ def _from_tables(
     read_model: ReadModel | None,
     sets_vision: bool,
     is_stated: bool = False,
+    known: Architecture | None = None,
 ) -> Config:
     """Return the schema's defaults under the rows of both tables.
 
     A language model to start from says what the language part is; the vision part is then that of a
     folder, what ``--architecture.vision`` says, or the recipe's. Nothing is looked up for a model
-    that files state in full.
+    that files state in full, or that a checkpoint of the run knows.
     """
     has_model = model or chosen.architecture or init.is_whole or (init.language and sets_vision)
     wanted = ("stage", stage, chosen.stages), ("model", has_model, MODELS)
@@ -297,8 +323,8 @@ def _from_tables(
         )
         raise ValueError(f"missing {' and '.join(missing)}{instead}")
     row = chosen.stage(stage)
-    built = chosen.architecture or Architecture()
-    if not is_stated:
+    built = known or chosen.architecture or Architecture()
+    if not is_stated and not known:
         built = architecture(model or "", init, read_model, chosen.architecture)
     parts = [short_name(folder) for folder in init.parts.values()]
     name = model or "+".join(parts) or chosen.name

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megavlm.config import cli, torchrun, verdict
 from megavlm.config.cli import FindProblems
+from megavlm.config.gone_folders import has_steps
 from megavlm.config.models import ReadModel
 from megavlm.config.schema import Config, Init
 from megavlm.config.verdict import FindStart
@@ -175,7 +176,9 @@ def is_of_start(problem: str) -> bool:
 def _problems(
     runs: Sequence[Config], command: Command, find_problems: FindProblems
 ) -> Iterator[str]:
-    """Yield the problems of all stages; what a later stage starts from is not there yet."""
+    """Yield the problems of all stages; what a later stage starts from is not there yet, and what
+    the first one starts from may be gone if a later one has begun.
+    """
     for before, run in pairwise(runs):
         objective = run.architecture.objective
         if objective != before.architecture.objective:
@@ -185,10 +188,11 @@ def _problems(
                 " it in a command of its own"
             )
     yield from _export_problems(runs)
+    needs_start = not any(has_steps(run.checkpoint.save) for run in runs[1:])
     for number, run in enumerate(runs):
         yield from _own_problems(run, number, runs, command)
         for problem in find_problems(starting_like(run, runs[0]), _ranks(command)):
-            if number == 0 or not is_of_start(problem):
+            if (number == 0 and needs_start) or not is_of_start(problem):
                 yield f"stage {run.stage}: {problem}"
 
 

@@ -5,6 +5,7 @@ nothing is, and what it would start from.
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -62,6 +63,12 @@ def print_error(error: str) -> None:
         where = f" on {torchrun.name_of_rank()}"
     hint = "--help lists the sections of options, and --help SECTION the options of one"
     torchrun.refuse(f"{PROGRAM}: error{where}: {error}\n{hint}")
+
+
+def warn(text: str) -> None:
+    """Print a warning once."""
+    if is_first_rank():
+        print(f"WARNING: {text}", file=sys.stderr, flush=True)
 
 
 def is_first_rank() -> bool:

@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from megavlm.config.cli import to_yaml
-from megavlm.config.schema import Config
+from megavlm.config.cli import from_yaml, to_yaml
+from megavlm.config.schema import Config, Init
 from megavlm.config.stages import parse_stages
 from megavlm.data.store.reader import Reader
 from megavlm.pack_first import problems
@@ -38,7 +39,11 @@ def command(dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> l
 
 
 def parsed(arguments: list[str]) -> list[Config]:
-    return parse_stages(arguments, lambda *_: None, problems, check_start)
+    return parse_stages(arguments, _read_nothing, problems, check_start)
+
+
+def _read_nothing(folder: str, init: Init, default: object) -> None:
+    raise FileNotFoundError(f"{folder or init}: no such folder")
 
 
 def checked(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -156,6 +161,42 @@ def test_the_last_line_of_a_check_says_what_the_run_would_start_from(
     # A step of 8 packs, of a dataset of 4, is the only thing to be warned of.
     assert len(warnings) == options.count("batch_size 8"), said
     assert all("has 4 packs, and a step of --training.global" in line for line in warnings)
+
+
+@pytest.mark.parametrize("stages", ["2", "1,2"])
+def test_a_run_resumes_without_the_folders_that_its_model_was_made_of(
+    command: list[str], capsys: pytest.CaptureFixture[str], stages: str
+) -> None:
+    """Those of parts, and the folder of a whole model that ``--checkpoint.load`` names, too."""
+    settings = yaml.safe_load(Path("run.yaml").read_text())
+    model = {name: settings.pop(name) for name in ("architecture", "stage", "model")}
+    Path("rest.yaml").write_text(yaml.safe_dump(settings))
+    save = "all" if stages == "1,2" else "run"
+    step = Path("run/step_00000001")
+    if save == "all":
+        Path("all").mkdir()
+        Path("run").rename("all/stage_2")
+        step = Path("all/stage_2/step_00000001")
+    parts = {"vision": "gone/vision", "language": "gone/language"}
+    of_parts = [word for part, folder in parts.items() for word in (f"--init.{part}", folder)]
+    for named, noted, load in (
+        (of_parts, {} if save == "all" else {"init": parts}, ""),
+        (["--model", "gone", "--load", "gone"], {"model": "gone"}, "gone"),
+    ):
+        files = settings["checkpoint"] | {"load": "all/stage_1" if save == "all" else load}
+        written = settings | model | noted | {"checkpoint": files}
+        (step / "config.yaml").write_text(yaml.safe_dump(written))
+        arguments = ["--config", "rest.yaml", "--stage", stages, *named]
+        status, said = checked([*arguments, "--save", save], capsys)
+        assert status == 0, said
+        assert f"it would resume {step.parent} after step 1" in said
+        run = parsed([*arguments, "--save", save])[-1]
+        assert run.architecture == from_yaml(step / "config.yaml").architecture
+        told = capsys.readouterr().err
+        assert told.startswith(f"WARNING: {' '.join(named[:2])}")
+        assert f": no such folder; the model is that of {step}/config.yaml, with" in told
+        status, said = checked([*arguments, "--save", "new"], capsys)
+        assert status == 2 and "gone" in said
 
 
 @pytest.mark.parametrize("factor", ["1", "2"])

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megavlm.config.evaluation import VALID_LOSS, shots_name
+from megavlm.config.gone_folders import has_steps
 from megavlm.config.parts import Init
 from megavlm.config.schema import Config
 
@@ -85,7 +86,7 @@ def _only(config: Config) -> Iterator[str]:
     files = config.checkpoint
     if not files.load and config.init == Init():
         yield "--eval.only true needs the weights of --checkpoint.load or --init"
-    if files.save and any(Path(files.save).glob("step_*")):
+    if has_steps(files.save):
         yield (
             f"--eval.only true: --checkpoint.save {files.save} holds the checkpoints of a run; name"
             " the weights with --checkpoint.load, and another folder for answers and figures"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megavlm.config import torchrun
 from megavlm.config.checks.limits import at_least
+from megavlm.config.gone_folders import has_steps
 from megavlm.config.schema import Checkpoint
 
 EXPORTED = "exported.json"
@@ -40,8 +41,7 @@ def checkpoint_problems(
         )
     yield from _unwritable("--checkpoint.save", checkpoint.save)
     # A run that resumes its own checkpoint does not need what it began with.
-    has_begun = bool(checkpoint.save) and any(Path(checkpoint.save).glob("step_*"))
-    if checkpoint.load and not has_begun and not Path(checkpoint.load).is_dir():
+    if checkpoint.load and not has_steps(checkpoint.save) and not Path(checkpoint.load).is_dir():
         yield f"--checkpoint.load {checkpoint.load}: no such folder"
     if checkpoint.moments == "keep" and not checkpoint.load:
         yield (

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megavlm.config.exports import HOLDS
+from megavlm.config.gone_folders import has_steps
 from megavlm.config.recipes import recipe
 from megavlm.config.schema import Config
 
@@ -18,7 +19,8 @@ def problems(config: Config) -> Iterator[str]:
     load = config.checkpoint.load
     export = config.checkpoint.export_hf
     for name, folder in vars(init).items():
-        if folder and not Path(folder).is_dir():
+        # A run that resumes its own checkpoint does not need what it began with.
+        if folder and not has_steps(config.checkpoint.save) and not Path(folder).is_dir():
             yield f"--init.{name} {folder}: no such folder"
     if init.tokenizer and not init.language:
         yield f"--init.tokenizer {init.tokenizer} needs --init.language, whose tokenizer it is"
