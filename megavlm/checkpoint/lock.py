@@ -26,6 +26,7 @@ from pathlib import Path
 from megavlm.io import atomic
 
 FILE_NAME = ".lock"
+_FLAG = "--checkpoint.save"
 _BEAT_SECONDS = 10.0
 _DEAD_SECONDS = 90.0
 
@@ -117,7 +118,6 @@ class Lock:
 def held(
     folder: Path,
     *,
-    flag: str = "--checkpoint.save",
     beat_seconds: float = _BEAT_SECONDS,
     dead_seconds: float = _DEAD_SECONDS,
     tell: Callable[[str], None] | None = None,
@@ -126,7 +126,6 @@ def held(
 
     Args:
         folder: the save folder.
-        flag: names it in messages.
         beat_seconds: time between two signs of life.
         dead_seconds: without one for so long, a holder that cannot be looked up counts as dead.
         tell: told before waiting for a sign of life; none: it is printed.
@@ -145,7 +144,7 @@ def held(
         if found is None:
             if path.is_dir():
                 raise LockedError(
-                    f"{flag} {folder}: {path} is a folder, and has the name of the lock of a run;"
+                    f"{_FLAG} {folder}: {path} is a folder, and has the name of the lock of a run;"
                     " remove it, or name another folder"
                 )
             time.sleep(0.05)  # it is being written or was just released
@@ -153,11 +152,11 @@ def held(
                 path.unlink(missing_ok=True)  # never written to the end
             elif time.monotonic() > unreadable_until:
                 raise LockedError(
-                    f"{flag} {folder}: {path} cannot be read, and another run keeps it alive; make"
+                    f"{_FLAG} {folder}: {path} cannot be read, and another run keeps it alive; make"
                     " it readable, or remove it if no run writes to the folder"
                 )
             continue
-        _wait_for_its_death(path, found, flag, beat_seconds, dead_seconds, tell or _print)
+        _wait_for_its_death(path, found, beat_seconds, dead_seconds, tell or _print)
         if _take_over(path, found, holder):
             break
     lock = Lock(path, holder, beat_seconds)
@@ -279,7 +278,6 @@ def _age(path: Path) -> float:
 def _wait_for_its_death(
     path: Path,
     found: Holder,
-    flag: str,
     beat_seconds: float,
     dead_seconds: float,
     tell: Callable[[str], None],
@@ -290,7 +288,7 @@ def _wait_for_its_death(
         LockedError: the holder lives.
     """
     refusal = (
-        f"{flag} {path.parent}: another run writes to this folder ({found}); end it, or name"
+        f"{_FLAG} {path.parent}: another run writes to this folder ({found}); end it, or name"
         " another folder"
     )
     if _is_here(found):
@@ -301,7 +299,7 @@ def _wait_for_its_death(
     if first > dead_seconds:
         return
     tell(
-        f"{flag} {path.parent}: locked by {found}, {first:.0f} s after its last sign of life;"
+        f"{_FLAG} {path.parent}: locked by {found}, {first:.0f} s after its last sign of life;"
         f" waiting up to {dead_seconds - first:.0f} s for another one"
     )
     before = path.stat().st_mtime_ns if path.exists() else 0

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 
 from megavlm.report.run_log import Points
 
-COLOURS = ("#1f5fa8", "#c8501e", "#2e8b57", "#8a4fb0", "#b08a00", "#b3335f", "#4a7f88", "#555555")
+_COLOURS = ("#1f5fa8", "#c8501e", "#2e8b57", "#8a4fb0", "#b08a00", "#b3335f", "#4a7f88", "#555555")
 _WIDTH = 460
 _HEIGHT = 240
 _LEFT = 62
@@ -19,16 +19,16 @@ _RIGHT = 12
 _STEEP = 30.0
 
 
-def chart(title: str, curves: Mapping[str, Points]) -> str:
+def chart(title: str, curves: Sequence[Points]) -> str:
     """Draw a figure of several runs over the steps.
 
     Args:
         title: name of the figure.
-        curves: by run; every run that the page is about is there, so that colours stay the same. A
-            run without the figure has no points.
+        curves: of every run that the page is about, so that colours stay the same; no points if a
+            run has not recorded the figure.
     """
-    values = [value for points in curves.values() for _, value in points]
-    steps = [step for points in curves.values() for step, _ in points]
+    values = [value for points in curves for _, value in points]
+    steps = [step for points in curves for step, _ in points]
     is_log = "loss" in title and min(values) > 0 and max(values) / min(values) > _STEEP
     across = _Axis(min(steps), max(steps), _LEFT, _WIDTH - _RIGHT, is_log=False)
     up = _Axis(min(values), max(values), _HEIGHT - _BOTTOM, _TOP, is_log=is_log)
@@ -37,8 +37,9 @@ def chart(title: str, curves: Mapping[str, Points]) -> str:
         *(_tick_up(up.at(value), value) for value in up.ticks()),
         *(_tick_across(across.at(step), step) for step in across.ticks()),
     ]
-    for colour, points in zip(_colours(len(curves)), curves.values(), strict=True):
+    for number, points in enumerate(curves):
         if points:
+            colour = colour_of(number)
             corners = " ".join(
                 f"{across.at(step):.1f},{up.at(value):.1f}" for step, value in points
             )
@@ -52,8 +53,9 @@ def chart(title: str, curves: Mapping[str, Points]) -> str:
     return "".join([*parts, "</svg>"])
 
 
-def _colours(count: int) -> Sequence[str]:
-    return [COLOURS[index % len(COLOURS)] for index in range(count)]
+def colour_of(run: int) -> str:
+    """Return the colour of a run, by its number."""
+    return _COLOURS[run % len(_COLOURS)]
 
 
 def _tick_up(y: float, value: float) -> str:

@@ -12,7 +12,7 @@ from megavlm.config.cli import from_yaml
 from megavlm.config.schema import Config
 from megavlm.evaluate.page import STYLE, Answered, read_rows, task_lines
 from megavlm.io import atomic
-from megavlm.report.chart import COLOURS, chart
+from megavlm.report.chart import chart, colour_of
 from megavlm.report.plan import Share, chunk_shares, source_shares
 from megavlm.report.run_log import Event, Run, Start, newest_settings
 
@@ -52,7 +52,7 @@ def _lines(runs: Sequence[Run], answers: int) -> Iterator[str]:
     yield from _summary(runs)
     yield '<div class="charts">'
     for name in figure_names(runs):
-        curves = {f"{index}": run.figures.get(name, []) for index, run in enumerate(runs)}
+        curves = [run.figures.get(name, []) for run in runs]
         yield f"<figure><figcaption>{escape(name)}</figcaption>{chart(name, curves)}</figure>"
     yield "</div>"
     yield from _differences(runs)
@@ -71,9 +71,8 @@ def _row(cells: Sequence[str], kind: str = "td") -> str:
 def _names(runs: Sequence[Run]) -> list[str]:
     """Return the runs' names with their colours."""
     return [
-        f'<span class="run" style="--colour: {COLOURS[index % len(COLOURS)]}">'
-        f"{escape(run.name)}</span>"
-        for index, run in enumerate(runs)
+        f'<span class="run" style="--colour: {colour_of(number)}">{escape(run.name)}</span>'
+        for number, run in enumerate(runs)
     ]
 
 

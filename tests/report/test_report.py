@@ -145,7 +145,7 @@ def test_layout_data_skips_and_saves_are_told(tmp_path: Path):
 
 
 def test_a_curve_goes_through_its_points():
-    drawn = chart("lr", {"a": [(0, 1.0), (10, 3.0), (20, 2.0)], "b": []})
+    drawn = chart("lr", [[(0, 1.0), (10, 3.0), (20, 2.0)], []])
     (corners,) = re.findall(r'<polyline points="([^"]*)"', drawn)
     points = [tuple(map(float, corner.split(","))) for corner in corners.split()]
     assert points == [(62.0, 212.0), (255.0, 10.0), (448.0, 111.0)]
@@ -153,7 +153,7 @@ def test_a_curve_goes_through_its_points():
 
 @pytest.mark.parametrize("name", ["loss", "lr"])
 def test_a_steep_loss_has_equal_lengths_for_equal_ratios(name: str):
-    drawn = chart(name, {"a": [(0, 100.0), (1, 10.0), (2, 1.0)]})
+    drawn = chart(name, [[(0, 100.0), (1, 10.0), (2, 1.0)]])
     (corners,) = re.findall(r'<polyline points="([^"]*)"', drawn)
     heights = [float(corner.split(",")[1]) for corner in corners.split()]
     is_even = abs(heights[1] - (heights[0] + heights[2]) / 2) < 0.2
@@ -161,7 +161,7 @@ def test_a_steep_loss_has_equal_lengths_for_equal_ratios(name: str):
 
 
 def test_curves_that_are_flat():
-    assert "<polyline" in chart("loss", {"a": [(3, 0.0), (4, 0.0)]})
+    assert "<polyline" in chart("loss", [[(3, 0.0), (4, 0.0)]])
 
 
 @pytest.mark.parametrize(
