@@ -139,22 +139,20 @@ class VideoContainer:
         """Read the time stamps of all frames and of key frames, ascending, without decoding any."""
         stamps = []
         keys = []
-        first = 0
         for packet in self._container.demux(self._stream):
             stamp = packet.dts if packet.pts is None else packet.pts
             if stamp is None or not packet.size:
                 continue
-            # A key frame shows which of the frames before it is the first. Those behind it in the
-            # file may be shown before it, but not before it is decoded.
+            # Frames behind a key frame in the file may be shown before it, but not before it is
+            # decoded.
             decoded = stamp if packet.dts is None else packet.dts
             if (
                 enough
                 and packet.is_keyframe
                 and len(stamps) > enough.frames
-                and (decoded - first) * self._stream.time_base > enough.seconds
+                and (decoded - stamps[0]) * self._stream.time_base > enough.seconds
             ):
                 break
-            first = min(first, stamp) if stamps else stamp
             stamps.append(stamp)
             if packet.is_keyframe:
                 keys.append(stamp)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from megavlm.data.images.cut_off import check_whole
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.images.video import frame_times, read_frames
 from megavlm.data.records.record import MediaFile
@@ -54,6 +57,25 @@ def test_a_video_that_does_not_say_how_long_it_is_gives_the_frames_it_has(tmp_pa
     assert len(frame_times(MediaFile(path="a.mkv", content=streamed))) == 40
     half = streamed[: len(streamed) // 2]
     assert 10 < len(frame_times(MediaFile(path="a.mkv", content=half))) < 30
+
+
+def box(name: bytes, size: int) -> bytes:
+    return (8 + size).to_bytes(4) + name + bytes(size)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        box(b"free", 40) + b"\0\0\0\1mdat" + (116).to_bytes(8) + bytes(100),
+        box(b"skip", 40) + box(b"ftyp", 40) + box(b"mdat", 100),
+        b"RIFF\x0f\0\0\0AVI " + bytes(12) + b"RIFF\x70\0\0\0AVIX" + bytes(108),
+    ],
+    ids=["sizes of 64 bits", "room in front", "parts of odd sizes"],
+)
+def test_unusual_parts_are_counted(content):
+    check_whole(io.BytesIO(content))
+    with pytest.raises(ValueError, match="cut off: it has"):
+        check_whole(io.BytesIO(content[:-20]))
 
 
 def test_a_gif_without_the_mark_of_its_end_is_read(tmp_path):

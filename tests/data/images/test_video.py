@@ -18,7 +18,7 @@ from megavlm.config.vision import RESAMPLES
 from megavlm.data.images.decode import cut_tiles
 from megavlm.data.images.frame_sampling import FrameChoice, show_frames
 from megavlm.data.images.tiling import Tiling
-from megavlm.data.images.transforms import centre_crop
+from megavlm.data.images.transforms import centre_crop, to_square
 from megavlm.data.images.video import Enough, frame_times, read_frames
 from megavlm.data.packing.encode import Encoder, Images
 from megavlm.data.records.meta_file import Annotations
@@ -172,18 +172,6 @@ def test_frames_are_found_if_some_have_one_time_stamp(tmp_path):
     assert shown(frame.encoded) == pytest.approx(level(39), abs=2.4)
 
 
-def test_the_image_of_a_png_that_is_no_frame_is_left_out(tmp_path):
-    pictures = [Image.new("RGB", (40, 30), (value,) * 3) for value in (250, 20, 120)]
-    path = tmp_path / "a.png"
-    pictures[0].save(
-        path, save_all=True, append_images=pictures[1:], default_image=True, duration=[300, 100]
-    )
-    file = MediaFile(path=str(path))
-    assert frame_times(file) == pytest.approx([0.0, 0.3])
-    frames = read_frames(file, lambda times: [0, 1], Tiling(tile_size=16))
-    assert [shown(frame.encoded) for frame in frames] == pytest.approx([20, 120], abs=3)
-
-
 def test_a_folder_is_listed_once(tmp_path):
     folder = write_folder(tmp_path / "frames", 5)
 
@@ -200,7 +188,7 @@ def test_a_folder_is_listed_once(tmp_path):
         )
 
 
-@pytest.mark.parametrize("mode", ["stretch", "crop"])
+@pytest.mark.parametrize("mode", ["stretch", "crop", "pad"])
 def test_frames_are_resized_as_images_are(tmp_path, mode):
     pixels = np.random.default_rng(5).integers(0, 256, (2, 90, 70), np.uint8)
     first, second = map(Image.fromarray, pixels)
@@ -211,7 +199,12 @@ def test_frames_are_resized_as_images_are(tmp_path, mode):
         file = MediaFile(path=str(tmp_path / "noise.gif"))
         [frame] = read_frames(file, lambda times: [0], tiling)
         image = Image.fromarray(shown)
-        whole = np.asarray(centre_crop(image, 16, resample)) if mode == "crop" else shown
+        wholes = {
+            "stretch": image,
+            "crop": centre_crop(image, 16, resample),
+            "pad": to_square(image, (124, 116, 104)),
+        }
+        whole = np.asarray(wholes[mode])
         [tile] = cut_tiles(whole, 1, 1, 16, False, resample=resample)
         found = np.asarray(Image.open(io.BytesIO(frame.encoded))).transpose(2, 0, 1)
         assert np.abs(found.astype(int) - tile).mean() < 2
@@ -345,7 +338,9 @@ def test_a_sample_with_a_video(videos, kind):
     assert any(encode(videos[kind], seed=seed).images != sample.images for seed in (1, 2))
 
 
-def test_videos_that_cannot_be_samples(videos, tmp_path):
+def test_videos_that_cannot_be_samples(videos, tmp_path, monkeypatch):
+    monkeypatch.chdir(videos["mp4"].parent)
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile a.mp4\n")
     (tmp_path / "text.mp4").write_text("no video " * 100)
     (tmp_path / "cut.mp4").write_bytes(videos["mp4"].read_bytes()[:600])
     (tmp_path / "playlist.mp4").write_text(
@@ -360,6 +355,7 @@ def test_videos_that_cannot_be_samples(videos, tmp_path):
         ("text.mp4", {}, "unreadable_video", "not a video that can be read"),
         ("cut.mp4", {}, "unreadable_video", "not a video that can be read"),
         ("playlist.mp4", {}, "unreadable_video", "not a video that can be read"),
+        ("list.mp4", {}, "unreadable_video", "not a video that can be read"),
         ("nowhere.mp4", {}, "missing_video", "No such file"),
         ("empty", {}, "unreadable_video", "it has no frames"),
         ("bare.mp4", {}, "unreadable_video", "the file is empty"),
@@ -374,6 +370,12 @@ def test_videos_that_cannot_be_samples(videos, tmp_path):
         assert (
             isinstance(outcome, Reject) and outcome.reason == reason and words in outcome.detail
         ), (name, outcome)
+
+
+def test_a_video_of_too_many_frames_is_refused(videos, monkeypatch):
+    monkeypatch.setattr("megavlm.data.images.container.MAX_FRAMES", 39)
+    with pytest.raises(ValueError, match="more than 39 frames"):
+        frame_times(MediaFile(path=str(videos["mp4"])))
 
 
 def test_a_video_that_is_damaged_inside_is_refused(videos, tmp_path):
