@@ -68,14 +68,21 @@ def box(name: bytes, size: int) -> bytes:
     [
         box(b"free", 40) + b"\0\0\0\1mdat" + (116).to_bytes(8) + bytes(100),
         box(b"skip", 40) + box(b"ftyp", 40) + box(b"mdat", 100),
+        box(b"ftyp", 40) + box(b"moof", 100),
         b"RIFF\x0f\0\0\0AVI " + bytes(12) + b"RIFF\x70\0\0\0AVIX" + bytes(108),
     ],
-    ids=["sizes of 64 bits", "room in front", "parts of odd sizes"],
+    ids=["sizes of 64 bits", "room in front", "a fragment", "parts of odd sizes"],
 )
 def test_unusual_parts_are_counted(content):
     check_whole(io.BytesIO(content))
     with pytest.raises(ValueError, match="cut off: it has"):
         check_whole(io.BytesIO(content[:-20]))
+
+
+def test_avi_that_counts_its_head_is_read():
+    content = b"RIFF\x78\0\0\0AVI " + bytes(108)
+    assert len(content) == 0x78
+    check_whole(io.BytesIO(content))
 
 
 def test_a_gif_without_the_mark_of_its_end_is_read(tmp_path):

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from megavlm.data.images.decode import MAX_PIXELS, check_pixels, decode_tiles, read_size
+from megavlm.data.images.decode import (
+    MAX_PIXELS,
+    check_pixels,
+    decode_tiles,
+    read_header,
+    read_size,
+    scale_deep,
+)
 
 
 def _picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -130,3 +137,21 @@ def test_large_texts_in_a_png_do_no_harm():
 def test_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_size(tmp_path / "nowhere.jpg")
+
+
+@pytest.mark.parametrize(
+    ("values", "scaled"),
+    [
+        (np.array([[0, 257, 65535]], np.int32), [0, 1, 255]),
+        (np.array([[100, 65636, 131172]], np.int32), [0, 128, 255]),
+        (np.array([[-10, 0, 10]], np.int32), [0, 128, 255]),
+        (np.array([[0.0, 0.2, 0.6]], np.float32), [0, 51, 153]),
+        (np.array([[-2.0, 0.0, 2.0]], np.float32), [0, 128, 255]),
+    ],
+)
+def test_deep_images_are_scaled_to_eight_bits(values, scaled):
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, "TIFF")
+    assert read_header(file.getvalue()).deep
+    found = np.asarray(Image.open(io.BytesIO(scale_deep(file.getvalue()))))
+    assert found.tolist() == [scaled]

@@ -338,8 +338,8 @@ def test_a_sample_with_a_video(videos, kind):
     assert any(encode(videos[kind], seed=seed).images != sample.images for seed in (1, 2))
 
 
-def test_videos_that_cannot_be_samples(videos, tmp_path, monkeypatch):
-    monkeypatch.chdir(videos["mp4"].parent)
+def test_videos_that_cannot_be_samples(videos, tmp_path):
+    (tmp_path / "a.mp4").write_bytes(videos["mp4"].read_bytes())
     (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile a.mp4\n")
     (tmp_path / "text.mp4").write_text("no video " * 100)
     (tmp_path / "cut.mp4").write_bytes(videos["mp4"].read_bytes()[:600])
@@ -372,10 +372,15 @@ def test_videos_that_cannot_be_samples(videos, tmp_path, monkeypatch):
         ), (name, outcome)
 
 
-def test_a_video_of_too_many_frames_is_refused(videos, monkeypatch):
+def test_a_video_of_too_many_or_too_large_frames_is_refused(videos, monkeypatch):
+    file = MediaFile(path=str(videos["mp4"]))
+    with monkeypatch.context() as patch:
+        patch.setattr("megavlm.data.images.container.MAX_PIXELS", 64 * 48 - 1)
+        with pytest.raises(ValueError, match="frames of 64 x 48 pixels; at most 3071"):
+            read_frames(file, lambda times: [0], Tiling(tile_size=16))
     monkeypatch.setattr("megavlm.data.images.container.MAX_FRAMES", 39)
     with pytest.raises(ValueError, match="more than 39 frames"):
-        frame_times(MediaFile(path=str(videos["mp4"])))
+        frame_times(file)
 
 
 def test_a_video_that_is_damaged_inside_is_refused(videos, tmp_path):
