@@ -92,6 +92,41 @@ def test_the_page_holds_curves_settings_events_and_answers(resumed: Path, tmp_pa
     assert not re.search(r'(src|href)="(?!data:)', page)
 
 
+def test_what_people_look_for_comes_first_and_events_in_their_order(tmp_path: Path):
+    run = write_run(
+        tmp_path / "run",
+        dict(step=0) | START,
+        dict(step=1, other=1.0, lr=0.1, loss=2.0, skipped_steps=1),
+        dict(step=1) | START,
+        dict(step=2, other=1.0, lr=0.1, loss=1.0, skipped_steps=1),
+    )
+    for step, prediction in ((1, "outdated"), (2, "newest")):
+        row = dict(id="1", question="Who?", image=[], answers=["y"], score=0.0)
+        answers = run / "answers" / f"step-0000000{step}"
+        answers.mkdir(parents=True)
+        (answers / "exam.jsonl").write_text(json.dumps(row | dict(prediction=prediction)) + "\n")
+    out = tmp_path / "report.html"
+    names = [f"run {number}</script>" for number in range(9)]  # more than there are colours
+    assert main([*(f"{name}={run}" for name in names), "--out", str(out)]) == 0
+    page = out.read_text()
+    assert list(figures(page)) == names
+    drawn = re.findall("<figcaption>(.*?)</figcaption>", page)
+    assert drawn == ["loss", "lr", "other", "skipped_steps"]
+    colours = re.findall("--colour: (#[0-9a-f]*)", page)
+    assert colours[0] == colours[8] and len(set(colours[:8])) == 8
+    assert [row[2] for row in cells(page, "Events")[:3]] == [
+        *("started", "skipped 1 steps up to step 1", "resumed after step 1")
+    ]
+    assert "newest" in page and "outdated" not in page
+
+
+def test_a_long_curve_has_a_dot_at_its_end_alone():
+    dots = [
+        chart("lr", [[(step, 1.0) for step in range(count)]]).count("<circle") for count in (60, 61)
+    ]
+    assert dots == [60, 1]
+
+
 def cells(page: str, title: str) -> list[list[str]]:
     """Read the rows of a table below a title, without its head."""
     (table,) = re.findall(rf"<h2>{title}</h2>\n<table>(.*?)</table>", page, re.DOTALL)
