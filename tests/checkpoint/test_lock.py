@@ -136,6 +136,27 @@ def test_a_frozen_holder_that_was_taken_over_does_not_save_any_more(tmp_path: Pa
             frozen.check()
 
 
+def test_a_lock_without_signs_of_life_for_long_is_taken_over_without_a_word(tmp_path: Path) -> None:
+    with held(tmp_path, beat_seconds=1000):
+        dead = (tmp_path / FILE_NAME).read_text()
+    (tmp_path / FILE_NAME).write_text(dead)
+    from_elsewhere(tmp_path / FILE_NAME)
+    os.utime(tmp_path / FILE_NAME, (1, 1))
+    told: list[str] = []
+    with held(tmp_path, tell=told.append) as found:
+        found.check()
+    assert told == []
+
+
+def test_a_lock_that_another_run_has_taken_over_meanwhile_stays_its_own(tmp_path: Path) -> None:
+    path = tmp_path / FILE_NAME
+    taker = lock._this_process()
+    dead = dataclasses.replace(taker, token="dead")
+    assert lock._create(path, taker)
+    assert not lock._take_over(path, dead, dataclasses.replace(taker, token="late"))
+    assert lock._read(path) == taker
+
+
 @pytest.mark.slow
 def test_one_of_many_takes_a_dead_lock_over(tmp_path: Path) -> None:
     folder = tmp_path / "run"

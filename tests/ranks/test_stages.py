@@ -273,6 +273,24 @@ def test_a_save_folder_that_rank_0_cannot_read_is_told_to_all(
         of_command.launch_all(stages(arguments, tmp_path / "run"))
 
 
+def test_a_stage_that_is_done_is_not_built_again(
+    arguments: list[str], undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megavlm.train import stages as of_command
+
+    begun = []
+
+    def launch(run: Config, *_: object, **__: object) -> object:
+        begun.append(run.stage)
+        return SimpleNamespace(step=run.training.steps)
+
+    monkeypatch.setattr(of_command, "launch", launch)
+    for stage in ("1", "1.5", "2"):
+        shutil.copytree(undisturbed / f"stage_{stage}", tmp_path / f"run/stage_{stage}")
+        of_command.launch_all(stages(arguments, tmp_path / "run"))
+    assert begun == ["1.5", "2", "2", "2"]
+
+
 @pytest.mark.parametrize("is_own", [True, False])
 def test_a_stage_with_checkpoints_of_its_own_does_not_go_back(
     undisturbed: Path,
