@@ -137,6 +137,16 @@ def test_packs_hold_every_record(data, tmp_path):
         and f"{report.packs:,} of 1,024 tokens" in report.text()
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    # Nothing is left of what only a job that resumes needs.
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "manifest.json",
+        "packs-00000.bin",
+        "packs.idx",
+        "rejects.jsonl",
+        "report.json",
+        "report.txt",
+        "tokenizer",
+    ]
 
 
 def test_the_manifest_says_what_was_done(data, tmp_path):
