@@ -1,4 +1,6 @@
-"""Every recipe in bfloat16, the default of ``--training.precision``; most tests compare float32."""
+"""Every recipe in bfloat16, the default of ``--training.precision``, with what is recomputed, and
+with options drawn at random; other tests compare float32, and options that were thought of.
+"""
 
 from __future__ import annotations
 
@@ -106,10 +108,16 @@ def test_no_recipe_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_it_trains_like_in_float32(ranks: Pool, tmp_path: Path, name: str) -> None:
+def test_bfloat16_and_recomputing_change_rounding_only(
+    ranks: Pool, tmp_path: Path, name: str
+) -> None:
     config = CASES[name](tmp_path, **STEPS)
     [exact] = ranks.run(train_curve, 1, config)
     training = dataclasses.replace(config.training, precision="bfloat16")
     [half] = ranks.run(train_curve, 1, dataclasses.replace(config, training=training))
     assert half.losses == pytest.approx(exact.losses, rel=1e-2)
     assert half.grad_norms == pytest.approx(exact.grad_norms, rel=5e-2)
+    parallel = dataclasses.replace(config.parallel, recompute="selective")
+    [again] = ranks.run(train_curve, 1, dataclasses.replace(config, parallel=parallel))
+    assert again.losses == pytest.approx(exact.losses, rel=1e-6)
+    assert again.grad_norms == pytest.approx(exact.grad_norms, rel=1e-5)
