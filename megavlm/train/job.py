@@ -76,6 +76,7 @@ class Job(BuiltModel):
         workers: int,
         seed: int = 0,
         drops_patches: bool = False,
+        with_pair_ids: bool = False,
     ) -> Generator[Batch, None, None]:
         """Load packs as this rank needs them; ``close()`` ends the workers.
 
@@ -86,6 +87,7 @@ class Job(BuiltModel):
             workers: loader processes.
             seed: fixes drop path and the random changes of images.
             drops_patches: whether they are to train on, without some of their patches.
+            with_pair_ids: say which pairs share an image or a text, even if the loss does not ask.
         """
         vision = self.config.architecture.vision
         return batches(
@@ -98,7 +100,7 @@ class Job(BuiltModel):
             reduction=self.config.data.loss_reduction,
             vision_layers=vision.num_layers,
             patches=vision.patch_choice if drops_patches else None,
-            with_pair_ids=self.config.architecture.needs_pair_ids,
+            with_pair_ids=with_pair_ids or self.config.architecture.needs_pair_ids,
             seed=seed,
             with_tiles=self.chunks[0].pre_process,
             rank_slice=self.groups.rank_slice,

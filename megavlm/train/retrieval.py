@@ -1,4 +1,5 @@
-"""Retrieval among the validation pairs: each image finds its text among all, and the reverse.
+"""Retrieval among the validation pairs: each image finds any of its texts among all, and each text
+its image. Pairs of equal images are several texts of one image, as in COCO.
 
 Shape letters: n pairs of this data-parallel rank, N of all, E size of the embeddings.
 """
@@ -6,10 +7,12 @@ Shape letters: n pairs of this data-parallel rank, N of all, E size of the embed
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.order import Plan
 from megavlm.evaluate.pair_metrics import CUTS, RECALLS, search_ranks
 from megavlm.parallel.gather_rows import gather_rows
@@ -28,12 +31,12 @@ def recalls(job: Job) -> dict[str, float]:
     nothing.
 
     Returns:
-        Figures by name: the share of images, or texts, whose own is among so many of the most
-            similar; on ranks with the last chunk, nothing on others.
+        Figures by name: the share of images that have a text, or of texts that have their image,
+            among so many of the most similar; on ranks with the last chunk, nothing on others.
     """
     plan, count = validation_plan(job)
     with evaluating(job.ddp_chunks):
-        outputs = _embed(job, plan, count)
+        outputs, ids = _embed(job, plan, count)
     if not job.groups.has_last_chunk:
         return {}
     records = job.valid.index[plan.pack_ids(0, count)]
@@ -41,37 +44,53 @@ def recalls(job: Job) -> dict[str, float]:
     size = job.config.architecture.contrastive.size
     none = torch.zeros(2, 0, size, device=job.backend.device)  # a rank may have no pack
     images, texts = torch.cat([none, *outputs], dim=1)
+    own = torch.cat([none.new_empty(0, dtype=torch.int64), *ids])
     group = job.groups.collection.dp_cp
+    owners = gather_rows(own, counts, group)
+    is_first = _is_first(owners)
     first = sum(counts[: job.groups.data_rank])
-    hits = torch.cat(
-        [
-            _hits(images, gather_rows(texts, counts, group), first),
-            _hits(texts, gather_rows(images, counts, group), first),
-        ]
-    )
-    shares = job.groups.sum_over_data(hits) / sum(counts)
-    return {f"recall/{name}": share for name, share in zip(RECALLS, shares.tolist(), strict=True)}
+    asks = is_first[first : first + len(own)]
+    all_images = gather_rows(images, counts, group)[is_first]
+    of_images = search_ranks(images[asks], gather_rows(texts, counts, group), own[asks], owners)
+    of_texts = search_ranks(texts, all_images, own, owners[is_first])
+    hits = job.groups.sum_over_data(torch.cat([_hits(of_images), _hits(of_texts)]))
+    asked = hits.new_tensor([len(all_images)] * len(CUTS) + [len(owners)] * len(CUTS))
+    shares = (hits / asked).tolist()
+    return {f"recall/{name}": share for name, share in zip(RECALLS, shares, strict=True)}
 
 
-def _embed(job: Job, plan: Plan, count: int) -> list[Tensor]:
-    """Return the embeddings of this rank's packs, float32 [2, pairs, E] each, in their order."""
+def _embed(job: Job, plan: Plan, count: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the embeddings of this rank's packs, float32 [2, pairs, E] each, in their order; and
+    the ids of the images of each, int64 [pairs], which are equal for equal images; both on ranks
+    with the last chunk.
+    """
     positions = range(job.groups.data_rank, count, job.groups.data_size)
     if not len(positions):
-        return []
+        return [], []
     workers = min(job.config.data.workers, len(positions))
-    batches = job.batches(job.valid, plan, positions, workers=workers)
+    is_last = job.groups.has_last_chunk
+    batches = job.batches(job.valid, plan, positions, workers=workers, with_pair_ids=is_last)
+    ids: list[Tensor] = []
+
+    def noting() -> Iterator[Batch]:
+        for batch in batches:
+            if is_last:
+                ids.append(batch.pair_ids[:, 0].to(job.backend.device))
+            yield batch
+
     with contextlib.closing(batches):
-        return outputs_of(job.ddp_chunks, batches, len(positions), job.backend)
+        outputs = outputs_of(job.ddp_chunks, noting(), len(positions), job.backend)
+    return outputs, ids
 
 
-def _hits(queries: Tensor, found: Tensor, first: int) -> Tensor:
-    """Count the queries whose own is among the most similar, for each of ``CUTS``, float64.
+def _is_first(ids: Tensor) -> Tensor:
+    """Return which of some ids [N] have none like them before them, bool [N]."""
+    _, number = ids.unique(return_inverse=True)
+    places = torch.arange(len(ids), device=ids.device)
+    first = torch.full_like(places, len(ids)).scatter_reduce(0, number, places, "amin")
+    return first[number] == places
 
-    Args:
-        queries: of this rank [n, E].
-        found: what they find, of all ranks [N, E].
-        first: index among ``found`` of the first query's own.
-    """
-    labels = torch.arange(len(found), device=found.device)
-    places = search_ranks(queries, found, labels[first : first + len(queries)], labels)
+
+def _hits(places: Tensor) -> Tensor:
+    """Count the searches that find what is right, for each of ``CUTS``, float64."""
     return torch.stack([(places < cut).sum() for cut in CUTS]).double()

@@ -24,6 +24,7 @@ from tests.ranks.test_contrastive import (
     SIGLIP,
     assert_same,
     config_of,
+    measure_recalls,
     pack_pairs,
     problems_of,
     run,
@@ -247,3 +248,24 @@ def test_a_ring_is_refused_for_cross_entropy(tmp_path: Path) -> None:
     pack_pairs(tmp_path, text_tokens=(4, 16), capacity=40)
     [found] = problems_of(with_settings(CLIP, exchange="ring"), tmp_path)
     assert "exchange ring: the loss softmax of a pair needs the similarities of all" in found
+
+
+def test_any_text_of_an_image_counts_and_an_image_is_searched_once(
+    ranks: Pool, shared: Path
+) -> None:
+    config = config_of(CLIP, shared / "four")
+    [(figures, packs)] = ranks.run(measure_recalls, 1, config)
+    images, texts = np.concatenate(packs, axis=1)
+    once = sorted(set(IMAGES))
+    similar = images[once] @ texts.T
+    is_own = np.array(once)[:, None] == IMAGES
+    for direction, rows, own in (
+        ("image_to_text", similar, is_own),
+        ("text_to_image", similar.T, is_own.T),
+    ):
+        for cut in (1, 5, 10):
+            nearest = np.argsort(-rows, axis=1)[:, :cut]
+            hits = np.take_along_axis(own, nearest, axis=1).any(axis=1)
+            assert figures[f"recall/{direction}_at_{cut}"] == pytest.approx(hits.mean())
+    two = ranks.run(measure_recalls, 2, config)
+    assert [found for found, _ in two] == [figures, figures]
