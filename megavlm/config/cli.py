@@ -21,7 +21,7 @@ from jsonargparse import Namespace
 from megavlm.config import torchrun, verdict, yaml_file
 from megavlm.config.gone_folders import gone_folders, own_configs
 from megavlm.config.help_text import help_text
-from megavlm.config.hub_cache import cached, short_name
+from megavlm.config.hub_cache import cached, is_same, short_name
 from megavlm.config.layer_ranges import with_layers
 from megavlm.config.lora import Lora
 from megavlm.config.models import MODELS, ReadModel, architecture, for_objective
@@ -196,7 +196,10 @@ def _model_of_checkpoint(
             run = from_yaml(path)
         except (ValueError, OSError):  # told when its checkpoint is looked at
             continue
-        if run.init in (init, Init()) and model in (None, run.model):
+        is_made_of_them = run.init == Init() or all(
+            is_same(noted, vars(init)[part]) for part, noted in vars(run.init).items()
+        )
+        if is_made_of_them and (model is None or is_same(run.model, model)):
             verdict.warn(
                 f"{', '.join(gone)}: no such folder; the model is that of {path}, with which what"
                 " was there cannot be compared"

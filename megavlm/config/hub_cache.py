@@ -44,6 +44,13 @@ def find_folder(name: str, flag: str = "") -> Path:
     raise FileNotFoundError(f"{told}: no such folder{as_id if _HUB_ID.fullmatch(name) else ''}")
 
 
+def is_same(noted: str, name: str) -> bool:
+    """Tell whether ``name`` is what was noted, or its hub id if that was a cached snapshot: what
+    ``cached`` makes of it while the cache holds the model.
+    """
+    return noted == name or (bool(name) and _repository(Path(noted)) == name)
+
+
 def file_name(folder: str | Path) -> str:
     """Return a name for files about the model in a folder."""
     folder = Path(folder)

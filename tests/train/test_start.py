@@ -178,10 +178,12 @@ def test_a_run_resumes_without_the_folders_that_its_model_was_made_of(
         Path("run").rename("all/stage_2")
         step = Path("all/stage_2/step_00000001")
     parts = {"vision": "gone/vision", "language": "gone/language"}
+    snapshots = "cache/models--org--gone/snapshots"  # of the hub, as was noted while it was there
     of_parts = [word for part, folder in parts.items() for word in (f"--init.{part}", folder)]
     for named, noted, load in (
         (of_parts, {} if save == "all" else {"init": parts}, ""),
         (["--model", "gone", "--load", "gone"], {"model": "gone"}, "gone"),
+        (["--model", "org/gone"], {"model": f"{snapshots}/1f"}, ""),
     ):
         files = settings["checkpoint"] | {"load": "all/stage_1" if save == "all" else load}
         written = settings | model | noted | {"checkpoint": files}
