@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import lru_cache
+from multiprocessing import forkserver
 from typing import Literal, TypeVar
 
 from megavlm.data.images.frame_sampling import FrameChoice
@@ -135,6 +137,10 @@ def _process_map(
     # tokenizer's do not survive a fork.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
+    # Workers keep the mask: a scheduler sends SIGUSR1 to all processes, and it would end them.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    forkserver.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent) as pool:
         waiting = deque()
         try:

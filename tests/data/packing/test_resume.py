@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from megavlm.data.packing import job, scan, work_folder
+from megavlm.data.packing.executors import ordered_map
 from megavlm.data.packing.job import pack_dataset, plan_dataset
 from megavlm.data.records.meta_file import single_source
 from megavlm.data.store.reader import Reader
@@ -370,3 +371,14 @@ def test_ray_packs_the_same(data, tmp_path, monkeypatch):  # noqa: F811
     pack_dataset(_job(data, tmp_path / "here"))
     assert report.packed_records == 90
     assert files(tmp_path / "ray") == files(tmp_path / "here")
+
+
+def _signalled(number: int) -> int:
+    os.kill(os.getpid(), signal.SIGUSR1)
+    os.kill(os.getppid(), signal.SIGUSR1)  # the process that forks workers
+    return number
+
+
+def test_workers_go_on_after_the_signal_that_asks_for_a_checkpoint() -> None:
+    """A scheduler sends it to all processes of a job, which may still pack its data."""
+    assert list(ordered_map(_signalled, range(3), 2)) == [0, 1, 2]
