@@ -137,7 +137,8 @@ def _process_map(
     # tokenizer's do not survive a fork.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
-    # Workers keep the mask: a scheduler sends SIGUSR1 to all processes, and it would end them.
+    # A scheduler sends SIGUSR1 to all processes, and it would end the server and its workers, which
+    # keep the mask.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     forkserver.ensure_running()
     signal.pthread_sigmask(signal.SIG_SETMASK, mask)
