@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
-import yaml
 
-from megavlm.config.cli import from_yaml, to_settings, to_yaml
+from megavlm.config.cli import to_yaml
 from megavlm.config.options import Option, options
 from megavlm.config.recipes import RECIPES
 from megavlm.config.schema import Config
 from megavlm.config.vision import PIXELS
 from megavlm.job_checks import problems
+from tests.config.test_cli import with_value
 from tests.ranks import commands
 from tests.ranks.layouts import asks_for_all
 from tests.ranks.test_recipes import CASES
@@ -59,10 +59,10 @@ PATTERNS = ("vision", "language", "connector", "language.*", "*.bias", "language
 # What has to be given together.
 TOGETHER: tuple[dict[str, Any], ...] = (
     {},
-    {"architecture.lora.rank": 4, "training.trainable": ["connector", "language.*.lora"]},
+    {"architecture.lora.rank": 4, "training.trainable": ("connector", "language.*.lora")},
     {"training.drop_path": 0.2, "ema.decay": 0.9},
     {"optimizer.kind": "muon", "loss.vocabulary_block": 64},
-    {"training.frozen_until": ["connector=2"], "data.workers": 2},
+    {"training.frozen_until": ("connector=2",), "data.workers": 2},
 )
 LAYOUTS: tuple[tuple[int, dict[str, Any]], ...] = (
     (1, dict(recompute="selective")),
@@ -87,21 +87,16 @@ def draw(option: Option, rng: random.Random) -> Any:
         return rng.choice(get_args(kind))
     if get_origin(kind) is tuple:
         several = {str: PATTERNS, int: (0, 1, 2), float: (0.0, 0.5, 1.0)}[get_args(kind)[0]]
-        return rng.sample(several, rng.randint(1, 2))
+        return tuple(rng.sample(several, rng.randint(1, 2)))
     simple = {bool: (True, False), int: (0, 1, 2, 4, 16), float: (0.0, 1e-3, 0.1, 0.5, 0.9, 1.0)}
     return rng.choice(simple.get(kind, PATTERNS))
 
 
 def changed(config: Config, values: dict[str, Any]) -> Config:
     """Return a configuration with other values of some options."""
-    settings = to_settings(config)
     for key, value in values.items():
-        *sections, name = key.split(".")
-        section = settings
-        for part in sections:
-            section = section[part]
-        section[name] = value
-    return from_yaml(yaml.safe_dump(settings))
+        config = with_value(config, key, value)
+    return config
 
 
 def accepted(config: Config, ranks: int, drawn: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
