@@ -160,14 +160,10 @@ class GatedCrossAttention(MegatronModule):
         hidden = hidden + torch.tanh(self.attention_gate) * read
         normed = self.mlp_norm(hidden)
         if recompute and torch.is_grad_enabled():
-            transformed = self.checkpoint(self._transform, self.group, normed)
+            transformed, _ = self.checkpoint(self.mlp, self.group, normed)
         else:
-            transformed = self._transform(normed)
+            transformed, _ = self.mlp(normed)
         return hidden + torch.tanh(self.mlp_gate) * transformed
-
-    def _transform(self, hidden: Tensor) -> Tensor:
-        output, bias = self.mlp(hidden)
-        return output if bias is None else output + bias
 
     def _attend(self, hidden: Tensor, memory: Tensor | None, samples: PackedSamples) -> Tensor:
         query = self._heads(self.linear_q(self.norm(hidden))[0])

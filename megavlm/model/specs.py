@@ -75,20 +75,15 @@ def _attention(
 
 
 def mlp_submodules(first: type, kernels: Kernels) -> MLPSubmodules:
-    """Slots of an MLP whose first linear layer is ``first``."""
+    """Slots of an MLP whose first linear layer is ``first``. The second adds its bias, too: the MLP
+    may be computed again in the backward pass, and a bias that it returned would then be cut off
+    from the parameter that is trained.
+    """
     return MLPSubmodules(
         linear_fc1=_adding_bias(first),
-        linear_fc2=kernels.row_linear,
+        linear_fc2=_adding_bias(kernels.row_linear),
         activation_func=kernels.swiglu,  # ``MLP`` builds it if ``use_te_activation_func``
     )
-
-
-def _language_mlp(kernels: Kernels) -> MLPSubmodules:
-    """Slots of a language model's MLP. A layer may compute it again in the backward pass: a bias
-    that the MLP returned would then be cut off from the parameter that is trained.
-    """
-    slots = mlp_submodules(kernels.norm_linear, kernels)
-    return replace(slots, linear_fc2=_adding_bias(slots.linear_fc2))
 
 
 def _layers(
@@ -145,7 +140,8 @@ def vision_spec(count: int, vision: Vision, kernels: Kernels) -> TransformerBloc
         add_branch=kernels.add_branch,
         checkpoint=kernels.checkpoint,
     )
-    mlp = mlp_submodules(kernels.norm_linear, kernels)
+    # ``VisionLayer`` hands the bias of the second linear layer to what adds the branch.
+    mlp = replace(mlp_submodules(kernels.norm_linear, kernels), linear_fc2=kernels.row_linear)
     layers = _layers(VisionLayer, attention, mlp, count, kernels, **settings)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=None)
 
@@ -162,7 +158,7 @@ def language_spec(
     inside = _attention(_core(language, kernels), language.qkv_bias, kernels, head_norm)
     mask = AttnMaskType.causal if language.is_causal else AttnMaskType.no_mask
     attention = ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask}, submodules=inside)
-    mlp = _language_mlp(kernels)
+    mlp = mlp_submodules(kernels.norm_linear, kernels)
     if language.sandwich_norm:
         [plain] = _layers(SandwichLayer, attention, mlp, 1, kernels, norm=kernels.norm)
     else:

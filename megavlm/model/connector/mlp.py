@@ -75,5 +75,4 @@ class MlpConnector(MegatronModule):
         """
         patches = hidden[self.class_tokens :].transpose(0, 1)
         features = pixel_shuffle(patches, self.factor).flatten(0, 1)[:, None]
-        projected, bias = self.mlp(features if self.norm is None else self.norm(features))
-        return projected if bias is None else projected + bias
+        return self.mlp(features if self.norm is None else self.norm(features))[0]
