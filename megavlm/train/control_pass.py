@@ -4,18 +4,18 @@ by it ignores its images, which its loss alone does not show.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 
 import torch
 
-from megavlm.data.loading.batch import Batch
 from megavlm.parallel.process_groups import Groups
 from megavlm.train.evaluate import blanked, evaluating
 from megavlm.train.job import Job
 from megavlm.train.meters import Clock, Figures, Meter
+from megavlm.train.microbatches import Microbatches
 from megavlm.train.optimizer import whole_weights
-from megavlm.train.step import WeightOfPack, run_packs
+from megavlm.train.step import run_packs
 
 
 class ControlPass(Meter):
@@ -32,43 +32,26 @@ class ControlPass(Meter):
         self._interval = job.config.eval.control_interval
         self._loss: float | None = None
 
-    def run(
-        self,
-        step: int,
-        batches: Iterator[Batch],
-        count: int,
-        weight: float,
-        weight_of_pack: WeightOfPack | None,
-    ) -> Iterator[Batch]:
-        """Measure the loss of a step's packs without images, if that is due, and return the
-        batches to train on. Collective.
+    def run(self, step: int, packs: Microbatches) -> Microbatches:
+        """Measure the loss of a step's packs without images, if that is due, and return the packs
+        to train on. Collective.
 
         Args:
             step: the number of the step, from 1.
-            batches: packs of this data-parallel rank, in order.
-            count: packs of the step; all are held in the host's memory, pixels too.
-            weight: sum of the loss weights of all packs of the step, over all ranks.
-            weight_of_pack: takes its place, as in ``run_packs``.
+            packs: of the step; all are held in the host's memory, pixels too.
         """
         if not self._interval or step % self._interval:
-            return batches
-        packs = list(islice(batches, count))
+            return packs
+        batches = list(islice(packs.batches, packs.count))
         chunks = self._job.ddp_chunks
         backend = self._job.backend
         if backend.device.type == "cuda":
             torch.cuda.synchronize(backend.device)  # what is still computed counts as training
         with self._clock.paused(), whole_weights(chunks), evaluating(chunks), torch.no_grad():
-            loss = run_packs(
-                chunks,
-                blanked(iter(packs), self._job.config.architecture.vision),
-                count,
-                weight,
-                backend,
-                forward_only=True,
-                weight_of_pack=weight_of_pack,
-            )
+            blank = blanked(iter(batches), self._job.config.architecture.vision)
+            loss = run_packs(chunks, replace(packs, batches=blank), backend, forward_only=True)
             self._loss = float(self._job.groups.sum_over_data(loss))
-        return iter(packs)
+        return replace(packs, batches=iter(batches))
 
     def report(self, groups: Groups, steps: int) -> Figures:
         """Return ``loss_without_images`` of the last step, if it had a control pass."""

@@ -18,6 +18,7 @@ from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.order import Plan
 from megavlm.train.job import Job
 from megavlm.train.meters import Meter
+from megavlm.train.microbatches import Microbatches
 from megavlm.train.named_losses import NamedLosses
 from megavlm.train.source_losses import SourceLosses
 from megavlm.train.step import run_packs
@@ -146,15 +147,8 @@ def run_forward(
     blank = blank_packs(job, count, -(-total // groups.data_size))
     if not count + blank:
         return torch.zeros((), device=job.backend.device)
-    return run_packs(
-        job.ddp_chunks,
-        _followed_by_blank(packs, count, blank),
-        count + blank,
-        weight,
-        job.backend,
-        forward_only=True,
-        meters=meters,
-    )
+    whole = Microbatches(_followed_by_blank(packs, count, blank), count + blank, weight)
+    return run_packs(job.ddp_chunks, whole, job.backend, forward_only=True, meters=meters)
 
 
 def _whole_steps(job: Job, packs: int) -> int:
@@ -181,16 +175,9 @@ def _run_steps(
     batch = min(job.config.training.global_batch_size, len(ids))
     loss = torch.zeros((), device=job.backend.device)
     for start in range(0, len(ids), batch):
-        loss += run_whole_step(
-            job.ddp_chunks,
-            packs,
-            batch // job.groups.data_size,
-            weight,
-            job.samples_of_ranks(job.valid.index[ids[start : start + batch]]),
-            job.backend,
-            forward_only=True,
-            meters=meters,
-        )
+        samples = job.samples_of_ranks(job.valid.index[ids[start : start + batch]])
+        step = Microbatches(packs, batch // job.groups.data_size, weight, samples=samples)
+        loss += run_whole_step(job.ddp_chunks, step, job.backend, forward_only=True, meters=meters)
     return loss
 
 

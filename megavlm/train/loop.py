@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -23,6 +23,7 @@ from megavlm.train.gates import Gates
 from megavlm.train.job import Job
 from megavlm.train.meters import Clock, Meter
 from megavlm.train.metrics import Metrics
+from megavlm.train.microbatches import Microbatches
 from megavlm.train.named_losses import NamedLosses
 from megavlm.train.optimizer import set_rates
 from megavlm.train.periodic_evaluation import evaluate
@@ -30,7 +31,7 @@ from megavlm.train.profile import ProfiledSteps
 from megavlm.train.saver import Saver
 from megavlm.train.schedule import drop_path
 from megavlm.train.source_losses import SourceLosses
-from megavlm.train.step import StepResult, WeightOfPack, train_step
+from megavlm.train.step import StepResult, train_step
 from megavlm.train.step_log import StepLog
 from megavlm.train.stop_signal import StopRequest
 from megavlm.train.supply import Supply
@@ -211,25 +212,28 @@ def _step(
         for chunk in job.chunks:
             chunk.set_drop_path(rate / highest)
     skips = partial(rule.skips, state.step + 1, ids.tolist())
-    weight_of_pack = _weight_of_pack(job, ids, records)
-    count = len(ids) // job.groups.data_size
+    packs = Microbatches(
+        batches,
+        len(ids) // job.groups.data_size,
+        weight,
+        weight_of_pack=_weight_of_pack(job, ids, records),
+        samples=job.samples_of_ranks(records),
+    )
     return train_step(
         job.ddp_chunks,
         job.optimizer,
-        control.run(state.step + 1, batches, count, weight, weight_of_pack),
-        count,
-        weight,
+        control.run(state.step + 1, packs),
         config.optimizer.clip_grad,
         job.backend,
         meters=meters,
-        samples=job.samples_of_ranks(records),
         skips=skips if config.bad_steps.is_watched else None,
-        weight_of_pack=weight_of_pack,
         part_norms=job.part_norms,
     )
 
 
-def _weight_of_pack(job: Job, ids: np.ndarray, records: np.ndarray) -> WeightOfPack | None:
+def _weight_of_pack(
+    job: Job, ids: np.ndarray, records: np.ndarray
+) -> Callable[[Batch], float] | None:
     """Return what the loss of each pack of a step is divided by; none: the same for all."""
     data = job.config.data
     if not data.loss_weights:

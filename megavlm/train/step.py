@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
@@ -16,6 +16,7 @@ from megavlm.model.router import end_step
 from megavlm.model.tied import sum_tied_gradients
 from megavlm.parallel.backend import Backend
 from megavlm.train.meters import Meter
+from megavlm.train.microbatches import Microbatches
 from megavlm.train.optimizer import prepare_gradient, update_weights
 from megavlm.train.part_norms import PartNorms
 from megavlm.train.pipeline import run_pipeline
@@ -76,32 +77,22 @@ def _loss(
     return weighted_sum(losses.total, batch.loss_weights) / weight_of_step
 
 
-WeightOfPack = Callable[[Batch], float]
-"""Says what the summed loss of a pack is divided by."""
-
-
 def run_packs(
     model: Sequence[DistributedDataParallel],
-    batches: Iterator[Batch],
-    count: int,
-    weight_of_step: float,
+    packs: Microbatches,
     backend: Backend,
     *,
     forward_only: bool = False,
     meters: Sequence[Meter] = (),
-    weight_of_pack: WeightOfPack | None = None,
 ) -> Tensor:
-    """Run ``count`` packs through the pipeline, backward too unless ``forward_only``.
+    """Run packs through the pipeline, backward too unless ``forward_only``.
 
     Args:
         model: this rank's chunks.
-        batches: packs of this data-parallel rank, in order.
-        count: packs to take; a multiple of the pipeline's ranks where each has several chunks.
-        weight_of_step: sum of the loss weights of all packs of the step, over all ranks.
+        packs: of the step.
         backend: where tensors live.
         forward_only: no gradients.
         meters: observe the losses.
-        weight_of_pack: takes the place of ``weight_of_step``; none: all packs share that.
 
     Returns:
         This rank's part of the loss; 0 but in the last chunk.
@@ -110,51 +101,41 @@ def run_packs(
     objective = model[-1].module.objective
 
     def loss(batch: Batch, output: Tensor) -> Tensor:
-        weight = weight_of_pack(batch) if weight_of_pack else weight_of_step
+        weight = packs.weight_of_pack(batch) if packs.weight_of_pack else packs.weight
         return _loss(objective, batch, weight, meters, output)
 
-    return run_pipeline(model, batches, count, loss, backend, forward_only=forward_only)
+    return run_pipeline(model, packs.batches, packs.count, loss, backend, forward_only=forward_only)
 
 
 def train_step(
     model: Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
-    batches: Iterator[Batch],
-    count: int,
-    weight_of_step: float,
+    packs: Microbatches,
     clip_grad: float,
     backend: Backend,
+    *,
     meters: Sequence[Meter] = (),
-    samples: Sequence[Sequence[int]] = (),
     skips: Callable[[Tensor, Tensor], bool] | None = None,
-    weight_of_pack: WeightOfPack | None = None,
     part_norms: PartNorms | None = None,
 ) -> StepResult:
-    """Update the parameters once; arguments as in ``run_packs``, ``run_whole_step`` and
-    ``update_weights``.
+    """Update the parameters once.
 
     Args:
-        part_norms: gets the norms of the gradient by part.
+        model: this rank's chunks.
+        optimizer: of their trained parameters.
+        packs: of the step.
+        clip_grad: the largest norm of the gradient, as for ``update_weights``.
+        backend: where tensors live.
+        meters: observe the losses.
         skips: decides from the loss and the gradient norm, before the update, whether there is
             none, alike on all ranks; it may wait for the device. None: every step has an update.
+        part_norms: gets the norms of the gradient by part.
     """
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    if model[-1].module.objective.spans_step:
-        loss = run_whole_step(
-            model, batches, count, weight_of_step, samples, backend, meters=meters
-        )
-    else:
-        loss = run_packs(
-            model,
-            batches,
-            count,
-            weight_of_step,
-            backend,
-            meters=meters,
-            weight_of_pack=weight_of_pack,
-        )
+    run = run_whole_step if model[-1].module.objective.spans_step else run_packs
+    loss = run(model, packs, backend, meters=meters)
     gradient = prepare_gradient(optimizer, backend.device, part_norms.sums if part_norms else None)
     is_skipped = skips is not None and skips(loss, gradient.norm)
     if not is_skipped:

@@ -26,6 +26,7 @@ from megavlm.model.objective.objective import Objective, Output
 from megavlm.model.objective.stand_ins import stand_in_for
 from megavlm.parallel.backend import Backend
 from megavlm.train.meters import Meter
+from megavlm.train.microbatches import Microbatches
 from megavlm.train.pipeline import on_device, run_pipeline
 
 _LossFrom = Callable[[int, Sequence[Output]], Tensor]
@@ -37,23 +38,17 @@ _Gradients = tuple[Tensor | None, ...]
 
 def run_whole_step(
     model: Sequence[DistributedDataParallel],
-    batches: Iterator[Batch],
-    count: int,
-    weight_of_step: float,
-    samples: Sequence[Sequence[int]],
+    step: Microbatches,
     backend: Backend,
     *,
     forward_only: bool = False,
     meters: Sequence[Meter] = (),
 ) -> Tensor:
-    """Run a step of ``count`` packs, backward too unless ``forward_only``. Collective.
+    """Run a step, backward too unless ``forward_only``. Collective.
 
     Args:
         model: this rank's chunks.
-        batches: packs of this data-parallel rank, in order.
-        count: packs to take.
-        weight_of_step: sum of the loss weights of all packs of the step, over all ranks.
-        samples: of each pack of each data-parallel rank in this step.
+        step: its packs.
         backend: where tensors live.
         forward_only: no gradients.
         meters: observe the losses.
@@ -61,27 +56,27 @@ def run_whole_step(
     Returns:
         This rank's part of the loss; 0 but in the last chunk.
     """
-    packs = list(on_device(islice(batches, count), backend))
+    packs = list(on_device(islice(step.batches, step.count), backend))
     objective = model[-1].module.objective
-    at_once = objective.packs_at_once(count)
+    at_once = objective.packs_at_once(len(packs))
 
     def loss_from(first: int, outputs: Sequence[Output]) -> Tensor:
         here = slice(first, first + len(outputs))
-        of_ranks = [of_rank[here] for of_rank in samples]
+        of_ranks = [of_rank[here] for of_rank in step.samples]
         losses = objective.step_losses(outputs, packs[here], of_ranks)
-        return _weighed(losses, packs[here], weight_of_step, meters)
+        return _weighed(losses, packs[here], step.weight, meters)
 
     if at_once == 1:
         numbers = itertools.count()
         return run_pipeline(
             model,
             iter(packs),
-            count,
+            len(packs),
             lambda batch, output: loss_from(next(numbers), [output]),
             backend,
             forward_only=forward_only,
         )
-    outputs = outputs_of(model, iter(packs), count, backend)
+    outputs = outputs_of(model, iter(packs), len(packs), backend)
     starts = range(0, len(outputs), at_once)
     loss = torch.zeros((), device=backend.device)
     if forward_only:
@@ -144,7 +139,7 @@ def outputs_of(
     backend: Backend,
 ) -> list[Output]:
     """Run packs forward; return what each ends in, on ranks with the last chunk. Arguments as of
-    ``run_whole_step``.
+    ``run_pipeline``.
     """
     outputs: list[Output] = []
 

@@ -16,6 +16,7 @@ def gradients(built) -> tuple[float, dict[str, torch.Tensor]]:
     """Compute the loss of the first two packs, and its gradient."""
     from megavlm.model.precision import tile_multiple
     from megavlm.model.weights import named_weights
+    from megavlm.train.microbatches import Microbatches
     from megavlm.train.step import run_packs
 
     layers = SMALL.vision.num_layers
@@ -25,9 +26,8 @@ def gradients(built) -> tuple[float, dict[str, torch.Tensor]]:
         for pack in range(2)
     ]
     built.ddp_chunks[0].zero_grad_buffer()
-    loss = run_packs(
-        built.ddp_chunks, iter(packs), 2, sum(pack.weight_sum for pack in packs), built.backend
-    )
+    step = Microbatches(iter(packs), 2, sum(pack.weight_sum for pack in packs))
+    loss = run_packs(built.ddp_chunks, step, built.backend)
     return float(loss), {
         key: weight.main_grad.float().cpu()
         for key, weight in named_weights(built.chunks[0]).items()

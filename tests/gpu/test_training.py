@@ -56,6 +56,7 @@ def test_8_bit_weights_follow_the_weights(job, dataset: Path, part: str) -> None
     """Transformer Engine keeps the 8-bit copy of a weight over the packs of a step; the next step
     needs another.
     """
+    from megavlm.train.microbatches import Microbatches
     from megavlm.train.optimizer import set_rates
     from megavlm.train.step import train_step
 
@@ -79,9 +80,7 @@ def test_8_bit_weights_follow_the_weights(job, dataset: Path, part: str) -> None
             train_step(
                 built.ddp_chunks,
                 built.optimizer,
-                iter(packs),
-                2,
-                sum(pack.weight_sum for pack in packs),
+                Microbatches(iter(packs), 2, sum(pack.weight_sum for pack in packs)),
                 1.0,
                 built.backend,
             )
@@ -151,6 +150,7 @@ def test_the_host_waits_for_nothing_in_a_step(
 ) -> None:
     from megavlm.data.loading.loader import batches
     from megavlm.model.precision import tile_multiple
+    from megavlm.train.microbatches import Microbatches
     from megavlm.train.optimizer import set_rates
     from megavlm.train.step import train_step
 
@@ -177,9 +177,7 @@ def test_the_host_waits_for_nothing_in_a_step(
                 result = train_step(
                     built.ddp_chunks,
                     built.optimizer,
-                    iter(packs),
-                    size,
-                    weight,
+                    Microbatches(iter(packs), size, weight),
                     clip,
                     built.backend,
                 )

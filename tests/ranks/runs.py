@@ -209,6 +209,7 @@ def train_curve(config: Config, pack_ids: tuple[int, ...] = ()) -> Curve:
     """Loss and gradient norm of every step, on every rank; ``pack_ids`` replaces the order of the
     packs by this one, again and again.
     """
+    from megavlm.train.microbatches import Microbatches
     from megavlm.train.optimizer import set_rates
     from megavlm.train.step import train_step
 
@@ -227,15 +228,13 @@ def train_curve(config: Config, pack_ids: tuple[int, ...] = ()) -> Curve:
         arriving = iter([job.train.batch(int(order[p]), p, **options) for p in positions])
         set_rates(job.optimizer, config, step)
         weight = job.train.weight_sum(ids, config.data.loss_reduction)
+        samples = job.samples_of_ranks(job.train.index[ids])
         result = train_step(
             job.ddp_chunks,
             job.optimizer,
-            arriving,
-            size // world,
-            weight,
+            Microbatches(arriving, size // world, weight, samples=samples),
             config.optimizer.clip_grad,
             job.backend,
-            samples=job.samples_of_ranks(job.train.index[ids]),
             part_norms=job.part_norms,
         )
         losses.append(_from_last_chunk(float(job.groups.sum_over_data(result.loss)), job))

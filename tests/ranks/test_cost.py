@@ -72,6 +72,7 @@ def counted_by_torch(
     from torch.utils.flop_counter import FlopCounterMode
 
     from megavlm.model.weights import named_weights
+    from megavlm.train.microbatches import Microbatches
     from megavlm.train.step import run_packs
 
     job = build(
@@ -81,7 +82,7 @@ def counted_by_torch(
     # The plain kernel keeps the probabilities; fused ones compute them again in the backward pass,
     # which torch counts, unlike us.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        run_packs(job.ddp_chunks, iter([batch]), 1, batch.weight_sum, job.backend)
+        run_packs(job.ddp_chunks, Microbatches(iter([batch]), 1, batch.weight_sum), job.backend)
     lengths = batch.sample_ends.diff().to(torch.float64)
     size = {
         "tokens": len(batch.tokens),

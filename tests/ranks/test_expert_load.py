@@ -16,12 +16,13 @@ from tests.ranks.test_experts import dataset as dataset
 def two_reports(config: Config) -> list[dict]:
     """Run the four packs of a step, and report twice."""
     from megavlm.train.expert_load import ExpertLoad
+    from megavlm.train.microbatches import Microbatches
     from megavlm.train.step import run_packs
 
     job = build(config)
     packs = range(job.groups.data_rank, 4, job.groups.data_size)
     batches = [job.train.batch(pack, 0, vision_layers=2) for pack in packs]
-    run_packs(job.ddp_chunks, iter(batches), len(batches), 100.0, job.backend)
+    run_packs(job.ddp_chunks, Microbatches(iter(batches), len(batches), 100.0), job.backend)
     load = ExpertLoad(job.chunks, config.architecture, job.backend.device)
     return [load.report(job.groups, 1), load.report(job.groups, 1)]
 

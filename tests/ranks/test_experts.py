@@ -242,6 +242,7 @@ def routed(config: Config) -> tuple[list[int], list[int], list[list[float]], lis
     import torch
 
     from megavlm.model.router import routers_of
+    from megavlm.train.microbatches import Microbatches
     from megavlm.train.step import run_packs
 
     job = build(config)
@@ -266,7 +267,7 @@ def routed(config: Config) -> tuple[list[int], list[int], list[list[float]], lis
         layer.mlp.router.register_forward_hook(weigh)
         for expert in layer.mlp.experts.local_experts:
             expert.register_forward_hook(count)
-    run_packs(job.ddp_chunks, iter(batches), 4, 100.0, job.backend)
+    run_packs(job.ddp_chunks, Microbatches(iter(batches), 4, 100.0), job.backend)
     real = [int((~batch.is_padding).sum()) for batch in batches]
     loads = [router.load.tolist() for router in routers_of(job.chunks[0])]
     sums = [sum(loss for number, loss in by_hand if number == layer) for layer in (1, 2)]

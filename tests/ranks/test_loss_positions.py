@@ -92,6 +92,7 @@ def peak_of_logits(config: Config) -> int:
     from torch.multiprocessing.reductions import StorageWeakRef
     from torch.utils._python_dispatch import TorchDispatchMode
 
+    from megavlm.train.microbatches import Microbatches
     from megavlm.train.step import run_packs
 
     job = build(config)
@@ -113,7 +114,7 @@ def peak_of_logits(config: Config) -> int:
             return result
 
     with Watch():
-        run_packs(job.ddp_chunks, iter([batch]), 1, batch.weight_sum, job.backend)
+        run_packs(job.ddp_chunks, Microbatches(iter([batch]), 1, batch.weight_sum), job.backend)
     return most
 
 

@@ -28,6 +28,7 @@ def gradients(config: Config, folders: list[Path]) -> list[dict[str, np.ndarray]
     from megavlm.data.loading.blend import BlendedDataset
     from megavlm.data.loading.dataset import PackedDataset
     from megavlm.model.weights import named_weights
+    from megavlm.train.microbatches import Microbatches
     from megavlm.train.step import run_packs
 
     job = build(config)
@@ -42,11 +43,8 @@ def gradients(config: Config, folders: list[Path]) -> list[dict[str, np.ndarray]
         job.ddp_chunks[0].zero_grad_buffer()
         run_packs(
             job.ddp_chunks,
-            iter(packs),
-            len(packs),
-            1.0,
+            Microbatches(iter(packs), len(packs), 1.0, lambda batch: divisors[batch.pack_id]),
             job.backend,
-            weight_of_pack=lambda batch: divisors[batch.pack_id],
         )
         return {
             key: weight.main_grad.numpy().copy()

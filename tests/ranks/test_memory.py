@@ -84,6 +84,7 @@ def held(config: Config) -> tuple[int, Memory]:
     """
     import torch
 
+    from megavlm.train.microbatches import Microbatches
     from megavlm.train.step import train_step
 
     job = build(config)
@@ -94,9 +95,7 @@ def held(config: Config) -> tuple[int, Memory]:
     train_step(
         job.ddp_chunks,
         job.optimizer,
-        iter([batch] * packs),
-        packs,
-        batch.weight_sum,
+        Microbatches(iter([batch] * packs), packs, batch.weight_sum),
         1.0,
         job.backend,
     )

@@ -72,6 +72,7 @@ def weights_after_a_step(
 ) -> tuple[dict[str, np.ndarray], float]:
     """Run an update that clips; return this rank's weights and the norm before clipping."""
     from megavlm.model.weights import named_weights
+    from megavlm.train.microbatches import Microbatches
     from megavlm.train.optimizer import (
         prepare_gradient,
         set_rates,
@@ -84,9 +85,8 @@ def weights_after_a_step(
     job.ddp_chunks[0].zero_grad_buffer()
     set_rates(job.optimizer, config, 1)
     pack = job.groups.data_rank
-    run_packs(
-        job.ddp_chunks, iter([job.train.batch(pack, pack, vision_layers=3)]), 1, 1.0, job.backend
-    )
+    batch = job.train.batch(pack, pack, vision_layers=3)
+    run_packs(job.ddp_chunks, Microbatches(iter([batch]), 1, 1.0), job.backend)
     clip = config.optimizer.clip_grad
     if by_megatron_core:
         norm = job.optimizer.step()[1]

@@ -35,6 +35,7 @@ def _samples(images: tuple[int, ...], seed: int) -> list:
 def losses_and_gradients(config: Config) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
     """Compute the losses of the supervised tokens of every pack, and the gradient of their sum."""
     from megavlm.model.weights import named_weights
+    from megavlm.train.microbatches import Microbatches
     from megavlm.train.step import run_packs
 
     job = build(config)
@@ -46,7 +47,7 @@ def losses_and_gradients(config: Config) -> tuple[list[np.ndarray], dict[str, np
     with torch.no_grad():
         losses = [job.chunks[0](batch)[batch.loss_weights > 0].numpy() for batch in packs]
     job.ddp_chunks[0].zero_grad_buffer()
-    run_packs(job.ddp_chunks, iter(packs), len(packs), 1.0, job.backend)
+    run_packs(job.ddp_chunks, Microbatches(iter(packs), len(packs), 1.0), job.backend)
     gradients = {
         key: weight.main_grad.numpy().copy() for key, weight in named_weights(job.chunks[0]).items()
     }

@@ -30,6 +30,7 @@ def messages(config: Config) -> tuple[list[tuple[int, ...]], list[tuple[int, ...
     import torch.distributed as dist
 
     from megavlm.data.loading.batch import Batch
+    from megavlm.train.microbatches import Microbatches
     from megavlm.train.step import run_packs
 
     job = build(config)
@@ -52,7 +53,7 @@ def messages(config: Config) -> tuple[list[tuple[int, ...]], list[tuple[int, ...
         mock.patch.object(dist, "batch_isend_irecv", spy),
         mock.patch.object(Batch, "to", autospec=True, side_effect=Batch.to) as moved,
     ):
-        run_packs(job.ddp_chunks, iter(packs), PACKS, 1.0, job.backend)
+        run_packs(job.ddp_chunks, Microbatches(iter(packs), PACKS, 1.0), job.backend)
     return sent, got, [pack.num_tiles for pack in packs], moved.call_count
 
 

@@ -79,6 +79,7 @@ def test_equal_images_and_texts_have_equal_ids(shared: Path) -> None:
 
 def loss_of(config: Config) -> tuple[float, np.ndarray, float, float]:
     """Return the loss of a step of all packs, the embeddings, scale and bias."""
+    from megavlm.train.microbatches import Microbatches
     from megavlm.train.whole_step import outputs_of, run_whole_step
 
     job = build(config)
@@ -89,9 +90,8 @@ def loss_of(config: Config) -> tuple[float, np.ndarray, float, float]:
     outputs = outputs_of(job.ddp_chunks, iter(packs), len(packs), job.backend)
     samples = job.samples_of_ranks(job.train.index[np.arange(len(packs))])
     weight = sum(pack.weight_sum for pack in packs)
-    loss = run_whole_step(
-        job.ddp_chunks, iter(packs), len(packs), weight, samples, job.backend, forward_only=True
-    )
+    step = Microbatches(iter(packs), len(packs), weight, samples=samples)
+    loss = run_whole_step(job.ddp_chunks, step, job.backend, forward_only=True)
     objective = job.chunks[-1].objective
     bias = objective.logit_bias
     return (

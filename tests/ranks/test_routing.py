@@ -131,6 +131,7 @@ def steps_by_hand(config: Config, skips: tuple[bool, ...]) -> list[Memory]:
     the first layer's router knows of each step.
     """
     from megavlm.train.evaluate import evaluating
+    from megavlm.train.microbatches import Microbatches
     from megavlm.train.step import run_packs, train_step
 
     job = build(config)
@@ -145,16 +146,13 @@ def steps_by_hand(config: Config, skips: tuple[bool, ...]) -> list[Memory]:
             router.load.zero_()
             if forward_only:
                 with evaluating(job.ddp_chunks), torch.no_grad():
-                    run_packs(
-                        job.ddp_chunks, iter(batches), size, 1.0, job.backend, forward_only=True
-                    )
+                    packs = Microbatches(iter(batches), size, 1.0)
+                    run_packs(job.ddp_chunks, packs, job.backend, forward_only=True)
                 continue
             train_step(
                 job.ddp_chunks,
                 job.optimizer,
-                iter(batches),
-                size,
-                100.0,
+                Microbatches(iter(batches), size, 100.0),
                 1.0,
                 job.backend,
                 skips=lambda loss, norm, is_skipped=is_skipped: is_skipped,

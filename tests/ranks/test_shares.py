@@ -57,6 +57,7 @@ def test_every_shard_is_saved_by_one_rank(ranks: Pool, dataset: Path) -> None:
 def gradients(config: Config) -> dict[str, np.ndarray]:
     """Gradients of one step over the whole dataset, of the weights that this rank holds whole."""
     from megavlm.model.weights import named_weights
+    from megavlm.train.microbatches import Microbatches
     from megavlm.train.step import run_packs
 
     job = build(config)
@@ -65,7 +66,7 @@ def gradients(config: Config) -> dict[str, np.ndarray]:
         for pack in range(len(job.train))
     ]
     job.ddp_chunks[0].zero_grad_buffer()
-    run_packs(job.ddp_chunks, iter(packs), len(packs), 1.0, job.backend)
+    run_packs(job.ddp_chunks, Microbatches(iter(packs), len(packs), 1.0), job.backend)
     # With a single data-parallel rank all gradients are there; with several, each holds its share
     # of the sum.
     weights = named_weights(job.chunks[0])

@@ -63,6 +63,7 @@ def run_steps(config) -> tuple[dict, dict, list[float]]:
     losses.
     """
     from megavlm.data.loading.blend import open_blend
+    from megavlm.train.microbatches import Microbatches
     from megavlm.train.source_losses import SourceLosses
     from megavlm.train.step import run_packs
 
@@ -88,9 +89,7 @@ def run_steps(config) -> tuple[dict, dict, list[float]]:
         weight = packs.weight_sum(order.pack_ids(step * size, size), data.loss_reduction)
         loss = run_packs(
             job.ddp_chunks,
-            arriving,
-            size // world,
-            weight,
+            Microbatches(arriving, size // world, weight),
             job.backend,
             forward_only=True,
             meters=(by_source,),

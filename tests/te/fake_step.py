@@ -76,6 +76,7 @@ def run(config: Any, waits: Any, planted: Sequence[Any], packs_a_step: int) -> d
 
     from megavlm.train import loop
     from megavlm.train.meters import Clock
+    from megavlm.train.microbatches import Microbatches
     from megavlm.train.optimizer import set_rates
     from megavlm.train.part_norms import NORM_PARTS
     from megavlm.train.step import train_step
@@ -107,13 +108,10 @@ def run(config: Any, waits: Any, planted: Sequence[Any], packs_a_step: int) -> d
         result = train_step(
             job.ddp_chunks,
             job.optimizer,
-            arriving(),
-            packs_a_step,
-            weight,
+            Microbatches(arriving(), packs_a_step, weight, samples=job.samples_of_ranks(records)),
             1.0,
             job.backend,
-            meters,
-            samples=job.samples_of_ranks(records),
+            meters=meters,
             part_norms=job.part_norms,
         )
         waits.watching = False

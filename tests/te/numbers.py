@@ -125,6 +125,7 @@ def train(config: Any) -> tuple[list[tuple[float, float]], dict[str, Any], list[
     from megavlm.parallel import process_groups
     from megavlm.train.evaluate import evaluating
     from megavlm.train.generate import generate
+    from megavlm.train.microbatches import Microbatches
     from megavlm.train.optimizer import set_rates, whole_weights
     from megavlm.train.step import train_step
     from tests.data.questions import random_questions
@@ -142,9 +143,8 @@ def train(config: Any) -> tuple[list[tuple[float, float]], dict[str, Any], list[
             ]
             set_rates(job.optimizer, config, step + 1)
             weight = sum(pack.weight_sum for pack in packs)
-            result = train_step(
-                job.ddp_chunks, job.optimizer, iter(packs), PACKS, weight, 1.0, job.backend
-            )
+            step = Microbatches(iter(packs), PACKS, weight)
+            result = train_step(job.ddp_chunks, job.optimizer, step, 1.0, job.backend)
             told.append((float(result.loss), float(result.grad_norm)))
         with whole_weights(job.ddp_chunks):
             with evaluating(job.ddp_chunks):

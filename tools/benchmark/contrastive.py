@@ -100,6 +100,7 @@ def measure(pairs: int, packs: int) -> dict[str, float]:
     from megavlm.planner.memory import memory
     from megavlm.planner.partition import PackSize
     from megavlm.train.build_model import build_model
+    from megavlm.train.microbatches import Microbatches
     from megavlm.train.whole_step import run_whole_step
 
     torch.set_num_threads(1)
@@ -122,8 +123,8 @@ def measure(pairs: int, packs: int) -> dict[str, float]:
                 chunk.zero_grad_buffer()
             samples = [[one.samples for one in some]]
             weight = sum(one.weight_sum for one in some)
-            found = run_whole_step(built.ddp_chunks, iter(some), len(some), weight, samples, device)
-            return float(found)
+            step = Microbatches(iter(some), len(some), weight, samples=samples)
+            return float(run_whole_step(built.ddp_chunks, step, device))
 
         run([make_batch(config, 2, 0)])
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

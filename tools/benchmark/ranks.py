@@ -91,6 +91,7 @@ class Run:
         """Seconds of an update, once every rank is ready for it."""
         import torch.distributed as dist
 
+        from megavlm.train.microbatches import Microbatches
         from megavlm.train.step import train_step
 
         dist.barrier()
@@ -99,14 +100,14 @@ class Run:
         clip = self._config.optimizer.clip_grad
         packs = iter(self._batches)
         count = len(self._batches)
-        train_step(
-            built.ddp_chunks, built.optimizer, packs, count, self._weight, clip, self._backend
-        )
+        step = Microbatches(packs, count, self._weight)
+        train_step(built.ddp_chunks, built.optimizer, step, clip, self._backend)
         dist.barrier()
         return time.perf_counter() - start
 
     def forward_and_backward(self) -> float:
         """Seconds of the packs of an update, without the optimizer's own work."""
+        from megavlm.train.microbatches import Microbatches
         from megavlm.train.step import run_packs
 
         for chunk in self._built.ddp_chunks:
@@ -114,9 +115,7 @@ class Run:
         start = time.perf_counter()
         run_packs(
             self._built.ddp_chunks,
-            iter(self._batches),
-            len(self._batches),
-            self._weight,
+            Microbatches(iter(self._batches), len(self._batches), self._weight),
             self._backend,
         )
         return time.perf_counter() - start

@@ -17,6 +17,7 @@ from megavlm.parallel import backend, process_groups
 from megavlm.planner.layout import make_layout
 from megavlm.train import optimizer
 from megavlm.train.build_model import build_model
+from megavlm.train.microbatches import Microbatches
 from megavlm.train.step import train_step
 from tools.benchmark.cases import Case
 from tools.benchmark.feed import Feed
@@ -88,9 +89,7 @@ class Trainer:
         return train_step(
             self._built.ddp_chunks,
             self._built.optimizer,
-            self.feed,
-            count,
-            weight,
+            Microbatches(self.feed, count, weight),
             clip,
             self._backend,
         ).loss
