@@ -131,7 +131,7 @@ def drop_old(
     ranked = sorted(
         (sign * value, folder) for folder in mine if (value := _figure(folder, best_by)) is not None
     )
-    spared = {*mine[-keep:], published, *(folder for _, folder in ranked[:keep_best])}
+    spared = {*mine[-keep:], *(folder for _, folder in ranked[:keep_best])}
     problems = []
     for folder in mine:
         if folder not in spared:

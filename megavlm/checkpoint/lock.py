@@ -235,7 +235,7 @@ def _create_in_place(path: Path, holder: Holder) -> bool:
     try:
         file = path.open("x")
     except FileExistsError:
-        return _is_of(path, holder)
+        return False
     try:
         with file:
             file.write(json.dumps(asdict(holder)))

@@ -79,8 +79,7 @@ def runs_inside(path: str | Path) -> str:
     """Name the save folders in a folder that is none itself, such as that of a command of several
     stages, for an error; empty if there are none.
     """
-    inside = sorted(folder for folder in Path(path).glob("*") if folder.is_dir())
-    found = [str(folder) for folder in inside if directory.candidates(folder)]
+    found = [str(folder) for folder in sorted(Path(path).glob("*")) if directory.candidates(folder)]
     return f"; it holds the runs {', '.join(found)}: name one of them" if found else ""
 
 

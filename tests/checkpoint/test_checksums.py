@@ -59,13 +59,19 @@ def test_one_flipped_bit_is_found_by_content_and_not_by_size(folder: Path) -> No
 
 @pytest.mark.parametrize("by_size_only", [False, True])
 def test_files_that_are_cut_short_or_gone_are_named(folder: Path, by_size_only: bool) -> None:
-    os.truncate(folder / "shards" / "__0_0.distcp", 100)
+    path = folder / "shards" / "__0_0.distcp"
+    os.truncate(path, 100)
     (folder / "state.json").unlink()
-    cut, gone = _wrong(folder, by_size_only=by_size_only)
-    assert (
-        "__0_0.distcp: 100 bytes, 2,304 were written" in cut
-        and gone == f"{folder / 'state.json'}: missing"
-    )
+    assert _wrong(folder, by_size_only=by_size_only) == [
+        f"{path}: 100 bytes, 2,304 were written",
+        f"{folder / 'state.json'}: missing",
+    ]
+    os.truncate(path, 2305)
+    assert f"{path}: 2,305 bytes, 2,304 were written" in _wrong(folder, by_size_only=by_size_only)
+    path.unlink()
+    path.parent.rmdir()
+    path.parent.touch()
+    assert f"{path}: cannot be read (Not a directory)" in _wrong(folder, by_size_only=by_size_only)
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"a": 3}', '{"a": [1, "x"]}'])

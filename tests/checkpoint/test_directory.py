@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def test_two_attempts_at_a_checkpoint_have_folders_of_their_own() -> None:
 
 
 def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
-    for step, loss in ((1, 3.0), (2, 0.5), (3, 0.7), (4, 0.6), (5, None), (6, 0.9)):
+    for step, loss in ((1, math.nan), (2, 0.5), (3, 0.7), (4, 0.6), (5, None), (6, 0.9)):
         _checkpoint(tmp_path, step, loss)
     directory.drop_old(tmp_path, tmp_path / directory.step_name(6), keep=2, keep_best=2)
     assert _steps(tmp_path) == [2, 4, 5, 6]
@@ -81,7 +82,7 @@ def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
 
 
 def test_the_best_may_be_by_a_figure_of_a_task(tmp_path: Path) -> None:
-    for step, figure in ((1, 0.9), (2, 0.1), (3, None), (4, 0.5), (5, 0.2)):
+    for step, figure in ((1, 0.9), (2, math.inf), (3, None), (4, 0.5), (5, 0.2)):
         figures = () if figure is None else (("exam/accuracy", figure), ("pope/f1", 1 - figure))
         _checkpoint(tmp_path, step, loss=figure, figures=figures)
     newest = tmp_path / directory.step_name(5)
@@ -131,10 +132,10 @@ def test_a_link_to_a_checkpoint_goes_and_what_it_leads_to_stays(tmp_path: Path) 
 
 
 def test_a_run_that_went_back_keeps_what_it_has_just_written(tmp_path: Path) -> None:
-    for step in (100, 200, 900):
+    for step in (100, 200, 800, 900):
         _checkpoint(tmp_path, step)
     directory.drop_old(tmp_path, tmp_path / directory.step_name(200), keep=1, keep_best=0)
-    assert _steps(tmp_path) == [200, 900]
+    assert _steps(tmp_path) == [200, 800, 900]
 
 
 def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import threading
 import time
@@ -106,9 +107,9 @@ def test_a_holder_elsewhere_that_gives_signs_of_life_keeps_the_lock(
     assert len(told) == 1 and "locked by process" in told[0] and "waiting up to" in told[0]
 
 
-@pytest.mark.parametrize("ahead", [0, 3600])
+@pytest.mark.parametrize(("ahead", "dead_seconds"), [(0, 1.0), (3600, 1.0), (-59, 60.0)])
 def test_a_holder_elsewhere_without_signs_of_life_is_waited_for_and_then_dead(
-    tmp_path: Path, other: multiprocessing.Process, ahead: int
+    tmp_path: Path, other: multiprocessing.Process, ahead: int, dead_seconds: float
 ) -> None:
     other.kill()
     other.join()
@@ -117,7 +118,8 @@ def test_a_holder_elsewhere_without_signs_of_life_is_waited_for_and_then_dead(
     touched = time.time() + ahead  # an hour ahead: the clock of the file system was set back
     os.utime(path, (touched, touched))
     start = time.monotonic()
-    with held(tmp_path / "run", tell=lambda text: None, **QUICK) as found:
+    quick = QUICK | dict(dead_seconds=dead_seconds)
+    with held(tmp_path / "run", tell=lambda text: None, **quick) as found:
         assert 0.5 < time.monotonic() - start < 10
         found.check()
 
@@ -131,7 +133,8 @@ def test_a_frozen_holder_that_was_taken_over_does_not_save_any_more(tmp_path: Pa
             taker.check()
             with pytest.raises(OSError, match="the lock of this run is now held by process"):
                 frozen.check()
-            frozen._beat_seconds = 0.0
+            frozen.release()
+            taker.check()
         with pytest.raises(OSError, match="is gone"):
             frozen.check()
 
@@ -155,6 +158,53 @@ def test_a_lock_that_another_run_has_taken_over_meanwhile_stays_its_own(tmp_path
     assert lock._create(path, taker)
     assert not lock._take_over(path, dead, dataclasses.replace(taker, token="late"))
     assert lock._read(path) == taker
+
+
+def test_a_frozen_holder_that_wakes_up_does_not_keep_the_lock_of_another_alive(
+    tmp_path: Path,
+) -> None:
+    with held(tmp_path, beat_seconds=0.02):
+        from_elsewhere(tmp_path / FILE_NAME)
+        taken = json.loads((tmp_path / FILE_NAME).read_text()) | {"token": "taker"}
+        (tmp_path / FILE_NAME).write_text(json.dumps(taken))
+        os.utime(tmp_path / FILE_NAME, (1, 1))
+        time.sleep(0.2)
+        assert (tmp_path / FILE_NAME).stat().st_mtime == 1
+
+
+def test_a_lock_that_cannot_be_read_for_a_moment_is_not_taken_from_its_holder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = lock._read
+    failures = [None]  # as of a server of NFS that does not answer
+    with held(tmp_path, beat_seconds=1000):
+        os.utime(tmp_path / FILE_NAME, (1, 1))
+        monkeypatch.setattr(lock, "_read", lambda path: failures.pop() if failures else read(path))
+        with pytest.raises(LockedError, match="another run writes to this folder"), held(tmp_path):
+            pass
+
+
+def test_a_lock_that_can_never_be_read_and_is_kept_alive_is_told(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_text("{")
+    later = time.time() + 3600
+    os.utime(tmp_path / FILE_NAME, (later, later))
+    quick = dict(beat_seconds=0.1, dead_seconds=0.1)
+    with pytest.raises(LockedError, match=f"{FILE_NAME} cannot be read"), held(tmp_path, **quick):
+        pass
+
+
+def test_where_processes_cannot_be_looked_up_a_holder_gives_signs_of_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_boot", "_namespace"):
+        monkeypatch.setattr(lock, name, lambda: "")
+    monkeypatch.setattr(lock, "_started", lambda pid: None)
+    with (
+        held(tmp_path, **QUICK),
+        pytest.raises(LockedError, match="another run writes to this folder"),
+        held(tmp_path, tell=lambda text: None, **QUICK),
+    ):
+        pass
 
 
 @pytest.mark.slow
@@ -234,6 +284,53 @@ def test_without_links_there_is_still_one_holder(
     holder = lock._this_process()
     assert lock._create(tmp_path / FILE_NAME, holder)
     assert not lock._create(tmp_path / FILE_NAME, dataclasses.replace(holder, token="other"))
+
+
+def test_a_full_disk_leaves_no_half_of_a_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "link", _refuse)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"), held(tmp_path):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_whose_making_a_server_has_not_confirmed_is_the_makers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = os.link
+
+    def link_twice(source: Path, target: Path) -> None:
+        link(source, target)
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", link_twice)
+    with held(tmp_path, **QUICK) as found:
+        found.check()
+
+
+@pytest.mark.parametrize("is_here", [True, False])
+def test_the_claim_of_a_taker_that_lives_is_its_own(tmp_path: Path, is_here: bool) -> None:
+    claim = tmp_path / f"{FILE_NAME}_claim_dead"
+    taker = lock._this_process()
+    if not is_here:
+        taker = dataclasses.replace(taker, boot="another")
+    assert lock._create(claim, taker)
+    assert not lock._take_over_claim(claim, dataclasses.replace(taker, token="late"))
+    assert lock._read(claim) == taker
+
+
+def test_a_claim_that_was_never_written_to_the_end_is_none_for_ever(tmp_path: Path) -> None:
+    claim = tmp_path / f"{FILE_NAME}_claim_dead"
+    claim.touch()
+    os.utime(claim, (1, 1))
+    assert not lock._take_over_claim(claim, lock._this_process())
+    assert not claim.exists()
 
 
 def test_a_taker_that_was_killed_holds_the_next_one_up_no_longer_than_its_death_is_unknown(

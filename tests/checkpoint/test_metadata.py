@@ -34,6 +34,15 @@ def test_a_description_that_would_run_a_program_is_refused_unrun(tmp_path: Path,
     assert not (tmp_path / "broken-in").exists()
 
 
+@pytest.mark.parametrize("content", [b"ctorch\nload\n.", b"ctorch\nSize\n(I2\ntR."])
+def test_other_functions_of_torch_and_what_they_refuse_are_no_description(
+    tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / ".metadata").write_bytes(content)
+    with pytest.raises(ValueError, match="not a description of tensors, or damaged"):
+        read_description(tmp_path / ".metadata")
+
+
 def test_a_real_description_is_read_and_half_of_one_is_refused(tmp_path: Path) -> None:
     tensors = {"model.a": torch.zeros(3, 5), "model.b": torch.ones(2, dtype=torch.bfloat16)}
     save(tensors, storage_writer=FileSystemWriter(tmp_path), no_dist=True)

@@ -50,6 +50,7 @@ def test_conversion_says_if_no_checkpoint_is_there(tmp_path: Path) -> None:
 def test_the_folder_of_several_stages_is_told_by_its_runs(tmp_path: Path) -> None:
     _step(tmp_path / "stage_2", 6)
     _step(tmp_path / "stage_1", 4)
+    (tmp_path / "notes.txt").touch()
     runs = f"{tmp_path / 'stage_1'}, {tmp_path / 'stage_2'}"
     with pytest.raises(FileNotFoundError, match=f"holds the runs {re.escape(runs)}: name one"):
         export(tmp_path, tmp_path / "out")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 from pathlib import Path
 
@@ -65,7 +67,17 @@ def test_a_checkpoint_is_flushed_once(tmp_path: Path, events: list[tuple[str, in
     directory.publish(growing, target)
     flushed = ("flush", (target / "file").stat().st_ino)
     assert events.count(flushed) == 1
-    assert events.index(flushed) < events.index(("rename", target.stat().st_ino))
+    renames = [("rename", path.stat().st_ino) for path in (target, tmp_path / "latest")]
+    assert [event for event in events if event in (flushed, *renames)] == [flushed, *renames]
+
+
+def test_what_a_program_holds_back_is_flushed_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda file: sizes.append(os.fstat(file).st_size))
+    atomic.write_bytes(tmp_path / "state.json", b"{}")
+    assert sizes[0] == 2
 
 
 def test_a_failed_write_leaves_the_old_file(
@@ -113,6 +125,34 @@ def test_a_new_folder_appears_complete_or_not_at_all(tmp_path: Path) -> None:
         new_folder(target, "--out"),
     ):
         pass
+    with (
+        pytest.raises(ValueError, match=r"--out .*out/file: exists and is not an empty folder"),
+        new_folder(target / "file", "--out"),
+    ):
+        pass
+
+
+def test_what_a_killed_process_left_of_a_new_folder_is_not_in_the_next(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "out", "--out") as growing:
+        left = growing.name
+    (tmp_path / "out").rmdir()
+    (tmp_path / left).mkdir()
+    (tmp_path / left / "half").touch()
+    with new_folder(tmp_path / "out", "--out"):
+        pass
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_file_system_without_locks_takes_new_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with new_folder(tmp_path / "out", "--out"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_two_processes_do_not_write_into_one_new_folder(tmp_path: Path) -> None:
