@@ -302,12 +302,22 @@ def _wait_for_its_death(
         f"{_FLAG} {path.parent}: locked by {found}, {first:.0f} s after its last sign of life;"
         f" waiting up to {dead_seconds - first:.0f} s for another one"
     )
-    before = path.stat().st_mtime_ns if path.exists() else 0
+    before = _touched(path)
     until = time.monotonic() + dead_seconds - first
-    while path.exists() and time.monotonic() < until:
-        time.sleep(beat_seconds / 4)
-        if path.exists() and path.stat().st_mtime_ns != before:
+    while (touched := _touched(path)) is not None:
+        if touched != before:
             raise LockedError(refusal)
+        if time.monotonic() > until:
+            return
+        time.sleep(beat_seconds / 4)
+
+
+def _touched(path: Path) -> int | None:
+    """Return the time of the last sign of life in nanoseconds; none if the lock was given up."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def _take_over(path: Path, dead: Holder, holder: Holder) -> bool:

@@ -144,7 +144,7 @@ def newest_settings(folder: Path) -> Path | None:
 
 def _saves(folder: Path) -> Iterator[Event]:
     """Yield the checkpoints that are still there, with the times of their last files."""
-    for step in reversed(directory.candidates(folder)):
+    for step in directory.candidates(folder):
         if step.is_dir():
             times = [path.stat().st_mtime for path in step.iterdir()]
             number = directory.step_of(step)

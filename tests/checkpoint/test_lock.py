@@ -176,12 +176,32 @@ def test_a_lock_that_cannot_be_read_for_a_moment_is_not_taken_from_its_holder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = lock._read
-    failures = [None]  # as of a server of NFS that does not answer
+    failures = [None, None]  # as of a server of NFS that does not answer
     with held(tmp_path, beat_seconds=1000):
         os.utime(tmp_path / FILE_NAME, (1, 1))
         monkeypatch.setattr(lock, "_read", lambda path: failures.pop() if failures else read(path))
         with pytest.raises(LockedError, match="another run writes to this folder"), held(tmp_path):
             pass
+
+
+def test_a_lock_that_is_given_up_while_it_is_looked_at_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / FILE_NAME
+    elsewhere = dataclasses.replace(lock._this_process(), boot="another")
+    assert lock._create(path, elsewhere)
+    stat = Path.stat
+    looks: list[Path] = []
+
+    def give_up(looked: Path, **options: bool) -> os.stat_result:
+        found = stat(looked, **options)
+        looks.append(looked)
+        if looks.count(path) == 2:  # after the one for its age
+            path.unlink(missing_ok=True)  # by its holder
+        return found
+
+    monkeypatch.setattr(Path, "stat", give_up)
+    lock._wait_for_its_death(path, elsewhere, 0.1, 1.0, lambda text: None)
 
 
 def test_a_lock_that_can_never_be_read_and_is_kept_alive_is_told(tmp_path: Path) -> None:

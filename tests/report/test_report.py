@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -153,6 +155,9 @@ def test_layout_data_skips_and_saves_are_told(tmp_path: Path):
         *(dict(step=step, skipped_steps=skipped) for step, skipped in ((1, 0), (3, 2), (4, 2))),
         settings=to_yaml(config),
     )
+    shutil.copytree(run / "step_00000004", run / "step_00000002")
+    for file, late in (("2/config.yaml", 1.8e9), ("2/state.json", 1.8e9), ("4/state.json", 1.9e9)):
+        os.utime(run / f"step_0000000{file}", (late, late))
     out = tmp_path / "report.html"
     assert main([str(run), "--out", str(out)]) == 0
     page = out.read_text()
@@ -171,7 +176,8 @@ def test_layout_data_skips_and_saves_are_told(tmp_path: Path):
         ["b/random", "4", "20.0%"],
     ]
     assert [row[2] for row in cells(page, "Events")] == [
-        *("started", "skipped 2 steps up to step 3", "saved the checkpoint of step 4")
+        *("started", "skipped 2 steps up to step 3"),
+        *(f"saved the checkpoint of step {step}" for step in (2, 4)),
     ]
     (tmp_path / "b" / "manifest.json").unlink()
     assert main([str(run), "--out", str(out)]) == 0

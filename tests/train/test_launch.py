@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -13,7 +14,7 @@ from megavlm.config.checks.rules import ConfigError
 from megavlm.config.cli import to_yaml
 from megavlm.config.schema import Checkpoint, Config, Logging
 from megavlm.train.inspection import inspect
-from megavlm.train.resume import resumes
+from megavlm.train.resume import history, resumes
 from tests.data.samples import make_dataset
 from tests.ranks.runs import TINY, config_for
 
@@ -172,6 +173,62 @@ def test_a_checkpoint_of_another_recipe_gives_its_weights_only(
     config = _config(dataset, load=str(folder))
     assert not resumes(config, inspect(config, 1))
     assert resumes(dataclasses.replace(config, recipe="other"), inspect(config, 1))
+
+
+def test_a_run_keeps_the_moments_of_earlier_stages_as_it_asks(
+    dataset: Path, tmp_path: Path
+) -> None:
+    earlier = [[7, ["language"]]]
+    before = {"stage": "1", "step": 5, "skipped": 2, "history": earlier}
+    folder = _fake_checkpoint(tmp_path / "run", _config(dataset), **before)
+    kept = ((7, ("language",)),)
+    config = _config(dataset, load=str(folder), moments="keep")
+    last = (3, config.training.trainable)
+    assert history(config, inspect(config, 1)) == (*kept, last)
+    fresh = _config(dataset, load=str(folder))
+    assert history(fresh, inspect(fresh, 1)) == ()
+    of_stage_1 = dataclasses.replace(config, stage="1")
+    assert history(of_stage_1, inspect(of_stage_1, 1)) == kept
+    assert history(config, tmp_path) == ()
+
+
+def test_a_run_resumes_its_own_checkpoint_even_if_others_give_weights_only(
+    dataset: Path, tmp_path: Path
+) -> None:
+    folder = _fake_checkpoint(tmp_path / "run", _config(dataset))
+    other = _config(dataset, load=str(folder), weights_only=True)
+    assert not resumes(other, inspect(other, 1))
+    own = dataclasses.replace(other.checkpoint, save=str(folder))
+    own = dataclasses.replace(other, checkpoint=own)
+    assert resumes(own, inspect(other, 1))
+
+
+@pytest.mark.parametrize(
+    ("before", "state", "told"),
+    [
+        ({}, {"stage": None}, "was made by conversion and has no moments; use fresh"),
+        ({"frozen_until": ("vision=2",)}, {}, "stage 1 unfroze parameters on its way"),
+        ({"kind": "muon"}, {}, "--optimizer.kind muon, and the run has adam"),
+    ],
+)
+def test_moments_that_cannot_be_kept_are_refused(
+    dataset: Path, tmp_path: Path, before: dict, state: dict, told: str
+) -> None:
+    written = config_for(dataset, **before)
+    folder = _fake_checkpoint(tmp_path / "run", written, **{"stage": "1"} | state)
+    with pytest.raises(ConfigError, match=f"--checkpoint.moments keep: .*{told}"):
+        inspect(_config(dataset, load=str(folder), moments="keep"), 1)
+    inspect(_config(dataset, load=str(folder)), 1)
+
+
+def test_a_model_of_hugging_face_has_no_moments_to_keep(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with (
+        mock.patch("megavlm.convert.hf.convert.refuse_other") as refuse_other,
+        pytest.raises(ValueError, match="is of Hugging Face and has none; use fresh"),
+    ):
+        inspect(_config(dataset, load=str(tmp_path), moments="keep"), 1)
+    refuse_other.assert_called_once()
 
 
 def test_a_checkpoint_of_another_architecture_is_refused_with_every_difference(

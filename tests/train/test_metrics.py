@@ -10,12 +10,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from megavlm.config.models import MODELS
 from megavlm.config.schema import Checkpoint, Logging
 from megavlm.planner.flops import training_cost
 from megavlm.train.meters import Clock, Meter, collect_reports
 from megavlm.train.metrics import Metrics
+from megavlm.train.supply import Supply
 from megavlm.train.throughput import STEP_SECONDS, Throughput
 from tests.ranks.runs import config_for
 
@@ -197,3 +199,25 @@ def test_reports_of_meters_are_merged_and_a_meter_overrides_what_it_needs() -> N
         {"batches_per_step": 2.0},
         {"batches": {"chats": 4.0}},
     )
+
+
+def test_what_holds_a_run_up_is_counted_anew_after_each_report(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gather(everywhere: torch.Tensor, own: torch.Tensor) -> None:
+        everywhere.copy_(torch.cat([own, own + torch.tensor([1.0, 0.0])]))  # rank 1 waits longer
+
+    clock = iter((0.0, 3.0, 10.0, 11.0, 20.0, 20.0))
+    monkeypatch.setattr("megavlm.train.supply.time", SimpleNamespace(perf_counter=clock.__next__))
+    monkeypatch.setattr("megavlm.train.supply.dist.all_gather_into_tensor", gather)
+    supply = Supply(SimpleNamespace(device=torch.device("cpu")), capacity=100)
+    batches = supply.timed(iter("ab"))
+    for tokens, wait, fill in (((50, 100), 1.5, 0.75), ((10, 20), 0.5, 0.15)):
+        next(batches)
+        supply.add_step(np.array([(count,) for count in tokens], [("tokens", "i8")]))
+        assert supply.report(SimpleNamespace(size=2), 2) == {
+            "fill": fill,
+            "data_wait": wait + 1,
+            "data_wait_rank": 1.0,
+        }
+    assert list(batches) == []

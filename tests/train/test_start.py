@@ -102,8 +102,8 @@ def test_what_cannot_be_resumed_names_the_way_to_start_from_its_weights(
     assert ("to start a new run from its weights" in str(error.value)) == bool(way)
 
 
-def test_packs_that_were_replaced_by_as_many_others_are_told(
-    command: list[str], capsys: pytest.CaptureFixture[str]
+def test_packs_that_were_replaced_by_as_many_others_are_told_by_one_rank(
+    command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     [config] = parsed([*command, "--save", "run"])
     path = Path("run/step_00000001/state.json")
@@ -116,6 +116,9 @@ def test_packs_that_were_replaced_by_as_many_others_are_told(
         inspect(config, 1)
         said = capsys.readouterr().err
         assert (f"--data.train {config.data.train}: its packs are others" in said) == is_other
+    monkeypatch.setenv("RANK", "1")
+    inspect(config, 1)
+    assert capsys.readouterr().err == ""
 
 
 def test_folders_in_another_order_are_refused(command: list[str]) -> None:
@@ -238,6 +241,30 @@ def test_the_folder_of_each_stage_is_looked_at(
     status, said = checked(arguments, capsys)
     assert status == 0, said
     assert "stage 2 comes first: it would resume both/stage_2 after step 1" in said
+    # It is done.
+    one_step = ["--training.steps", "1"]
+    status, said = checked([*arguments, *one_step], capsys)
+    assert status == 0, said
+    weights = "it would start from the weights of both/stage_2/step_00000001"
+    assert f"stage 1 comes first: {weights}" in said
+    # Unless it is to be exported.
+    exported = ["--for", "2", "--checkpoint.export_hf exported"]
+    packs = Path(parsed(arguments)[0].data.train)
+    (packs / "tokenizer").mkdir()
+    status, said = checked([*arguments, *one_step, *exported], capsys)
+    (packs / "tokenizer").rmdir()
+    assert status == 0, said
+    assert "stage 2 comes first: it would resume both/stage_2 after step 1 of 1" in said
+    # The last one has begun, and is done.
+    backwards = [*command, "--stage", "1,2", "--save", "both"]
+    written = Path("both/stage_2/step_00000001/config.yaml")
+    settings = yaml.safe_load(written.read_text())
+    settings["checkpoint"]["load"] = "both/stage_1"
+    written.write_text(yaml.safe_dump(settings))
+    for options, end in (([], "10"), (one_step, "1")):
+        status, said = checked([*backwards, *options], capsys)
+        assert status == 0, said
+        assert f"stage 2 comes first: it would resume both/stage_2 after step 1 of {end}" in said
 
 
 def test_annotations_are_not_packed_to_look_at_a_checkpoint(
