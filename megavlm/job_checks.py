@@ -8,6 +8,7 @@ from pathlib import Path
 from megavlm.config import unfreezing
 from megavlm.config.checks import rules
 from megavlm.config.checks.datasets import DatasetFacts, batch_warnings, facts_problems
+from megavlm.config.checks.frozen_vision import frozen_vision_problems
 from megavlm.config.checks.unread import OF_ONE_REPLICA, TOLERATED, preset_of, unread
 from megavlm.config.lora import lora_problems
 from megavlm.config.parameter_groups import name_problems, setting_problems
@@ -97,6 +98,7 @@ def parameter_problems(config: Config) -> list[str]:
     if not of_adapters:  # whose names may be missing
         usual = preset_of(config).optimizer
         found = _with_others(found, name_problems(config.optimizer, trainable, keys, usual))
+        found += frozen_vision_problems(config, keys)
     if not of_frozen:
         found = _with_others(found, unfreezing.name_problems(config.training, keys))
     return found

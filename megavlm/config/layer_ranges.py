@@ -32,7 +32,8 @@ def expand(pattern: str, architecture: Architecture) -> tuple[str, ...]:
     else:
         chosen = [layers[start]] if start is not None and -count <= start < count else []
     if not chosen:
-        raise ValueError(f"{pattern}: no such layers; the model has {part} layers 0 to {count - 1}")
+        there = f"{part} layers 0 to {count - 1}" if count else f"no {part} layers"
+        raise ValueError(f"{pattern}: no such layers; the model has {there}")
     return tuple(f"{_STACKS[part]}.{number}" for number in chosen)
 
 

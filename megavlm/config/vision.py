@@ -88,6 +88,11 @@ class Vision:
         return self.hidden_size if self.exists else 3 * self.patch_size**2
 
     @property
+    def head_size(self) -> int:
+        """Width of a head."""
+        return self.hidden_size // max(self.num_attention_heads, 1)
+
+    @property
     def grid(self) -> int:
         """Patches along one side of a tile."""
         return self.image_size // max(self.patch_size, 1)
@@ -127,7 +132,8 @@ class Vision:
     @property
     def kept_patches(self) -> int:
         """Patches of a tile that the layers see in training, one at least."""
-        return max(1, int(self.grid**2 * (1 - self.patch_drop)))
+        drop = self.patch_drop if 0 <= self.patch_drop < 1 else 0.0  # others are refused
+        return max(1, int(self.grid**2 * (1 - drop)))
 
     @property
     def patch_choice(self) -> tuple[int, int] | None:

@@ -123,7 +123,7 @@ def vision_config(config: Config, layout: Layout, kernels: Kernels) -> Transform
         hidden_size=vision.hidden_size,
         ffn_hidden_size=vision.ffn_hidden_size,
         num_attention_heads=padded_heads(vision.num_attention_heads, parallel.vision_tensor_size),
-        kv_channels=vision.hidden_size // vision.num_attention_heads,
+        kv_channels=vision.head_size,
         normalization=vision.normalization,
         layernorm_epsilon=vision.layernorm_epsilon,
         add_bias_linear=True,

@@ -12,7 +12,7 @@ from megavlm.config.cli import parse
 from megavlm.config.layer_ranges import expand
 from megavlm.config.models import architecture
 from megavlm.config.parameter_groups import multiplier
-from megavlm.config.schema import Config, Optimizer
+from megavlm.config.schema import NO_VISION, Config, Optimizer
 from megavlm.job_checks import parameter_problems, problems
 from megavlm.planner.parameter_table import parameter_table
 from tools import show_parameters
@@ -23,7 +23,9 @@ INNER = 4096
 
 
 def configured(*arguments: str) -> Config:
-    return parse(["--model", "internvl2_5-1b", "--stage", "2", *arguments])
+    # Some of them freeze the vision encoder.
+    common = ["--model", "internvl2_5-1b", "--stage", "2", "--training.drop_path", "0"]
+    return parse([*common, *arguments])
 
 
 def test_layer_decay_is_that_of_internvl() -> None:
@@ -66,7 +68,6 @@ def test_ranges_of_layers_become_names() -> None:
     config = configured(
         "--training.trainable", "vision.layers.-2:,language.layers.0,connector",
         "--optimizer.lr_multipliers", "vision.layers.-1=0.5",
-        "--training.drop_path", "0",
     )  # fmt: skip
     assert config.training.trainable == (
         "vision.encoder.layers.22",
@@ -79,6 +80,8 @@ def test_ranges_of_layers_become_names() -> None:
     for wrong in ("vision.layers.24", "language.layers.30:", "vision.layers.5:2"):
         with pytest.raises(ValueError, match="no such layers; the model has"):
             expand(wrong, ARCH)
+    with pytest.raises(ValueError, match="no such layers; the model has no vision layers"):
+        expand("vision.layers.-1", replace(ARCH, vision=NO_VISION))
 
 
 @pytest.mark.parametrize(
@@ -102,6 +105,18 @@ def test_ranges_of_layers_become_names() -> None:
         (
             "--training.trainable connector --optimizer.no_decay vision",
             "names frozen parameters only",
+        ),
+        (
+            "--training.trainable connector --training.drop_path 0.1",
+            "drop_path 0.1 has no effect: --training.trainable connector leaves the vision encoder",
+        ),
+        (
+            "--architecture.lora.rank 4 --training.trainable *.lora --training.end_drop_path 0.1",
+            "leaves the vision encoder frozen; use 0",
+        ),
+        (
+            "--training.trainable connector,*.final_layernorm --fp8.vision delayed",
+            "scales are never set; use tensorwise",
         ),
     ],
 )

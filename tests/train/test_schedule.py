@@ -16,7 +16,6 @@ from unittest import mock
 import pytest
 import torch
 
-from megavlm.config.checks.drop_path import drop_path_problems
 from megavlm.config.checks.optimizer import optimizer_problems
 from megavlm.config.schema import Optimizer, Training
 from megavlm.model.vision import VisionEncoder
@@ -326,18 +325,3 @@ def test_a_share_of_the_rates_drops_fewer_branches() -> None:
     encoder.drop_path_share = 0.5
     kept = VisionEncoder.kept_paths(encoder, draws)
     assert kept[0].tolist() == pytest.approx([0, 1 / 0.8, 1 / 0.8])
-
-
-@pytest.mark.parametrize(
-    ("settings", "told"),
-    [
-        (dict(drop_path=1.0), "--training.drop_path 1.0: must be 0 or more, and less than 1"),
-        (
-            dict(trainable=("connector",), drop_path_schedule="linear", end_drop_path=0.3),
-            "--training.end_drop_path 0.3 has no effect: --training.trainable connector",
-        ),
-    ],
-)
-def test_drop_path_that_has_no_effect_is_named(settings: dict, told: str) -> None:
-    [problem] = drop_path_problems(Training(**dict(trainable=("vision",)) | settings))
-    assert problem.startswith(told)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from megavlm.config.checks.datasets import fp8_multiple
 from megavlm.config.checks.limits import at_least
-from megavlm.config.freeze_mask import trains
 from megavlm.config.schema import Config, Fp8
 
 
@@ -23,12 +22,6 @@ def fp8_problems(fp8: Fp8, config: Config) -> Iterator[str]:
         yield (
             "--training.kernels local: FP8 needs Transformer Engine's layers; use auto, or no"
             " recipe for --fp8.vision and --fp8.language"
-        )
-    if fp8.vision == "delayed" and not trains("vision", config.training.trainable):
-        yield (
-            f"--fp8.vision delayed: --training.trainable {','.join(config.training.trainable)}"
-            " leaves the vision encoder frozen, and without a backward pass its scales are never"
-            " set; use tensorwise"
         )
     for part, recipe in fp8.recipes.items():
         if recipe == "delayed" and arch.needs.spans_step:
@@ -54,16 +47,13 @@ def fp8_problems(fp8: Fp8, config: Config) -> Iterator[str]:
             1,
         )
         multiple = fp8_multiple(recipe, config.parallel.sequence_parallel and part == "language")
-        widths = {"hidden_size": sizes.hidden_size}
+        heads = -(-sizes.num_attention_heads // tensor)  # of a rank, with those that only pad
+        widths = {"hidden_size": sizes.hidden_size, "num_attention_heads": heads * sizes.head_size}
         if part == "language" and arch.language.num_experts:
             shares = max(config.parallel.expert_tensor_parallel_size, 1)
             widths["expert_ffn_hidden_size"] = arch.language.expert_ffn_hidden_size // shares
         else:
             widths["ffn_hidden_size"] = sizes.ffn_hidden_size // tensor
-        if part == "language":
-            widths["num_attention_heads"] = (
-                arch.language.num_attention_heads * arch.language.head_size // tensor
-            )
         for name, width in widths.items():
             if width % multiple:
                 yield (

@@ -11,7 +11,6 @@ from megavlm.config.checks.architecture import architecture_problems
 from megavlm.config.checks.data import data_problems
 from megavlm.config.checks.datasets import DatasetFacts, facts_problems
 from megavlm.config.checks.device import DeviceCapabilities, device_problems
-from megavlm.config.checks.drop_path import drop_path_problems
 from megavlm.config.checks.evaluation import evaluation_problems
 from megavlm.config.checks.experts import expert_layout_problems, expert_problems
 from megavlm.config.checks.fp8 import fp8_problems
@@ -326,7 +325,9 @@ def _training(training: Training) -> Iterator[str]:
                 f"--training.trainable {pattern}: nothing is called so; parts are"
                 f" {', '.join(PARTS)}"
             )
-    yield from drop_path_problems(training)
+    for name in ("drop_path", "end_drop_path"):
+        if not 0 <= vars(training)[name] < 1:
+            yield f"--training.{name} {vars(training)[name]}: must be 0 or more, and less than 1"
 
 
 def _kernels(training: Training) -> Iterator[str]:
@@ -342,7 +343,7 @@ def _health(health: Health) -> Iterator[str]:
     yield from at_least(1, "health", health, "hang_seconds")
     if not health.slow_factor > 1:
         yield f"--health.slow_factor {health.slow_factor}: must be above 1"
-    if health.hang_factor and health.hang_factor < 1:
+    if health.hang_factor and not health.hang_factor >= 1:
         yield (
             f"--health.hang_factor {health.hang_factor}: must be 1 or more, or 0 to report nothing"
         )

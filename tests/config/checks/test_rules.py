@@ -249,11 +249,6 @@ WRONG = [
         ["--training.trainable visoin.encoder: nothing is called so"],
     ),
     ("--training.drop_path 1", 1, ["drop_path 1.0: must be 0 or more, and less than 1"]),
-    (
-        "--training.trainable connector",
-        1,
-        ["drop_path 0.1 has no effect", "leaves the vision encoder frozen; use 0"],
-    ),
     ("--eval-interval 10", 1, ["eval_interval 10 needs --data.valid"]),
     ("--lr 0", 1, ["optimizer.lr 0.0: must be above 0"]),
     ("--lr .nan", 1, ["optimizer.lr nan: must be above 0"]),
@@ -336,11 +331,6 @@ WRONG = [
         ["--fp8.language tensorwise needs --training.precision bfloat16"],
     ),
     (
-        "--fp8.vision delayed --training.trainable connector --training.drop_path 0",
-        1,
-        ["--fp8.vision delayed", "frozen", "use tensorwise"],
-    ),
-    (
         "--training.kernels transformer_engine --training.precision float32",
         1,
         ["no fused kernel for --training.precision float32"],
@@ -357,6 +347,12 @@ WRONG = [
             "--fp8.language mxfp8: --architecture.language.ffn_hidden_size makes matrices 432 wide,"
             " not a multiple of 32"
         ],
+    ),
+    (
+        "--fp8.vision mxfp8 --architecture.vision.num_attention_heads 2"
+        " --architecture.vision.hidden_size 160 --tensor-model-parallel-size 2",
+        2,
+        ["vision.num_attention_heads makes matrices 80 wide, not a multiple of 32"],
     ),
     ("--log-interval 0", 1, ["logging.interval 0: must be 1 or more"]),
     (
