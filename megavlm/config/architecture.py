@@ -209,7 +209,7 @@ class Language:
     @property
     def head_size(self) -> int:
         """Width of a head."""
-        return self.kv_channels or self.hidden_size // self.num_attention_heads
+        return self.kv_channels or self.hidden_size // max(self.num_attention_heads, 1)
 
 
 # What stands in the place of a part that a model does not have.

@@ -126,4 +126,5 @@ class Optimizer:
         """Return the steps of the warm-up of a run of ``steps`` steps: the given number, else the
         given share of them, rounded up.
         """
-        return self.warmup_steps or math.ceil(self.warmup_ratio * steps)
+        ratio = self.warmup_ratio if 0 <= self.warmup_ratio <= 1 else 0.0  # others are refused
+        return self.warmup_steps or math.ceil(ratio * steps)

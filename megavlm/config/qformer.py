@@ -89,6 +89,8 @@ class QFormerSizes:
         small = [name for name in names if vars(self.settings)[name] < 1]
         for name in small:
             yield f"{flag}.{name} {vars(self.settings)[name]}: must be 1 or more"
+        if not self.settings.layernorm_epsilon >= 0:
+            yield (f"{flag}.layernorm_epsilon {self.settings.layernorm_epsilon}: must be 0 or more")
         asked = self.settings.instruction_tokens
         if asked < 0:
             yield f"{flag}.instruction_tokens {asked}: must be 0 or more"

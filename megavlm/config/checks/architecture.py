@@ -22,7 +22,9 @@ def architecture_problems(arch: Architecture) -> list[str]:
     sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
     found = [
         *at_least(1, "architecture.vision", vision, "image_size", "patch_size", *sizes[1:]),
-        *at_least(0, "architecture.vision", vision, "num_layers", "unused_layers"),
+        *at_least(
+            0, "architecture.vision", vision, "num_layers", "unused_layers", "layernorm_epsilon"
+        ),
         *at_least(0, "architecture.language", language, "num_layers"),
         *at_least(
             1,
@@ -33,14 +35,14 @@ def architecture_problems(arch: Architecture) -> list[str]:
             "vocab_size",
             "max_position_embeddings",
         ),
-        *at_least(0, "architecture.language", language, "kv_channels"),
-        *at_least(1, "architecture.language", language, "rotary_dynamic_factor"),
+        *at_least(0, "architecture.language", language, "kv_channels", "layernorm_epsilon"),
+        *at_least(1, "architecture.language", language, "rotary_base", "rotary_dynamic_factor"),
         *expert_size_problems(language),
     ]
     found += _connector(arch)
     if not found:
         found += [*_vision(arch), *_parts(arch), *model_problems(arch)]
-        found += [*_language(arch), *_added_tokens(arch)] if language.exists else []
+        found += [*_vocabulary(arch), *(_language(arch) if language.exists else ())]
         found += cross_attention.problems(arch)
     return found
 
@@ -61,8 +63,15 @@ def _parts(arch: Architecture) -> Iterator[str]:
         )
 
 
-def _added_tokens(arch: Architecture) -> Iterator[str]:
-    """Yield what keeps rows of the vocabulary from being parameters of their own."""
+def _vocabulary(arch: Architecture) -> Iterator[str]:
+    """Yield what keeps rows of the vocabulary from being parameters of their own, and prefixes
+    from having answers behind them.
+    """
+    if arch.prefix_lm and not arch.needs.has_vocabulary_head:
+        yield (
+            f"--architecture.prefix_lm true: --architecture.objective {arch.objective} has no"
+            " answers; use false"
+        )
     flag = f"--architecture.added_tokens {arch.added_tokens}"
     if not 0 <= arch.added_tokens < arch.language.vocab_size:
         yield (
@@ -207,11 +216,6 @@ def _language(arch: Architecture) -> Iterator[str]:
         yield (
             f"--architecture.image_tokens none: --architecture.objective {arch.objective} has"
             " images among the tokens, and needs some that stand for them"
-        )
-    if arch.prefix_lm and not arch.needs.has_vocabulary_head:
-        yield (
-            f"--architecture.prefix_lm true: --architecture.objective {arch.objective} has no"
-            " answers; use false"
         )
     yield from attention_problems(arch)
     heads = language.num_attention_heads

@@ -58,7 +58,6 @@ def _recomputes(run: Config) -> bool:
 
 _KIND = ": --architecture.connector.kind is {0.architecture.connector.kind}"
 _OBJECTIVE = ": --architecture.objective is {0.architecture.objective}"
-_TASKS = " without --eval.tasks, whose questions are answered"
 _FAMILY = ": --architecture.language.family {0.architecture.language.family} has"
 
 OF_MODEL = (
@@ -171,8 +170,8 @@ OF_RUN = (
     ),
     Row(
         keys=("eval.max_new_tokens", "eval.cache_gib"),
-        is_read=lambda run: bool(run.eval.tasks),
-        why=_TASKS,
+        is_read=lambda run: bool(run.eval.tasks) and _has_vocabulary_head(run),
+        why=" without --eval.tasks, whose questions are answered; a model of pairs answers none",
     ),
     Row(
         keys=("parallel.bucket_size",),

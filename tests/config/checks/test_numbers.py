@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 
 from megavlm.config.checks.numbers import number_problems
 from megavlm.config.checks.rules import problems
+from megavlm.config.cli import parse
+from megavlm.config.options import options
 from megavlm.config.schema import Config, Optimizer, Training
+from tests.config.test_cli import with_value
 
 CONFIG = Config(stage="1", model="tiny")
 
@@ -25,3 +29,34 @@ def test_integers_have_64_bits(seed: int, is_refused: bool) -> None:
 def test_no_rate_is_a_nan() -> None:
     config = dataclasses.replace(CONFIG, optimizer=Optimizer(weight_decay=float("nan")))
     assert any("--optimizer.weight_decay nan" in problem for problem in problems(config, 1))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("architecture.vision.layernorm_epsilon", -1.0),
+        ("architecture.language.layernorm_epsilon", -1.0),
+        ("architecture.connector.qformer.layernorm_epsilon", -1.0),
+        ("architecture.language.rotary_base", 0.0),
+        ("health.hang_factor", math.nan),
+    ],
+)
+def test_values_without_a_meaning_are_refused(key: str, value: float) -> None:
+    config = with_value(parse(["--recipe", "blip2", "--stage", "2"]), key, value)
+    assert any(f"--{key} {value}: must be" in problem for problem in problems(config, 1))
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    ["internvl --stage 2 --model tiny --fp8.language mxfp8", "clip --stage 1", "blip2 --stage 1"],
+)
+def test_no_value_ends_the_checks(recipe: str) -> None:
+    # Each is named by one of them, and others run beside it.
+    usual = parse(["--recipe", *recipe.split(" ")])
+    experts = dict(num_experts=4, experts_per_token=2, expert_ffn_hidden_size=64)
+    for name, value in experts.items() if "tiny" in recipe else ():
+        usual = with_value(usual, f"architecture.language.{name}", value)
+    tried = {int: (0, -1), float: (0.0, -1.0, math.nan, math.inf), str: ("", "nonsense")}
+    for option in options().values():
+        for value in tried.get(option.kind, ()):
+            problems(with_value(usual, option.key, value), 2)

@@ -31,6 +31,7 @@ def read(*arguments: str, train: str = "packs") -> Config:
         ((*TINY, "--training.eval_packs", "8"), "without --data.valid"),
         ((*TINY, "--eval.max_new_tokens", "8"), "without --eval.tasks"),
         ((*TINY, "--eval.cache_gib", "8.0"), "without --eval.tasks"),
+        ((*CLIP, "--eval.tasks", __file__, "--eval.max_new_tokens", "8"), "of pairs answers none"),
         ((*TINY, "--fp8.format", "e4m3"), "without --fp8.vision"),
         ((*LLAVA, "--training.drop_path_schedule", "linear"), "without --training.drop_path"),
         ((*LLAVA, "--optimizer.weight_decay_schedule", "cosine"), "weight_decay 0"),
@@ -61,6 +62,13 @@ def read(*arguments: str, train: str = "packs") -> Config:
 def test_an_option_that_nothing_reads_is_refused(arguments: tuple[str, ...], told: str) -> None:
     [found] = [problem for problem in problems(read(*arguments), 1) if "has no effect" in problem]
     assert found.startswith(" ".join(arguments[-2:])) and told in found
+
+
+@pytest.mark.parametrize("given", ["prefix_lm true", "added_tokens 4"])
+def test_a_model_without_a_vocabulary_has_no_answers_and_no_added_tokens(given: str) -> None:
+    found = problems(read(*BLIP2, "1", *f"--architecture.{given}".split(" ")), 1)
+    told = f"--architecture.{given}: --architecture.objective qformer has no"
+    assert sum(problem.startswith(told) for problem in found) == 1
 
 
 @pytest.mark.parametrize(
