@@ -138,8 +138,8 @@ def read_run(folder: Path, name: str = "") -> Run:
 
 def newest_settings(folder: Path) -> Path | None:
     """Return the settings in the newest checkpoint of a run; none: there are none."""
-    path = next((step / "config.yaml" for step in directory.candidates(folder)), None)
-    return path if path is not None and path.is_file() else None
+    paths = (step / "config.yaml" for step in directory.candidates(folder))
+    return next((path for path in paths if path.is_file()), None)
 
 
 def _saves(folder: Path) -> Iterator[Event]:

@@ -42,6 +42,7 @@ def resumed(tmp_path: Path) -> Path:
         dict(step=2, valid_loss=3.5),
         dict(step=3, loss=99.0, lr=0.1, text="words"),
         dict(step=2) | START,
+        dict(step=2, valid_loss=3.5),
         dict(step=3, loss=2.0, lr=0.05),
         dict(step=4, loss=1.0, lr=None),
         settings="stage: '2'\noptimizer:\n  lr: 0.1\n",
@@ -59,6 +60,19 @@ def test_steps_that_were_done_again_count_once(resumed: Path):
     assert run.figures["lr"] == [(1, 0.1), (2, 0.1), (3, 0.05)]
     assert [(start.step, start.reached) for start in run.starts] == [(0, 0), (2, 3)]
     assert run.settings == {"stage": "2", "optimizer.lr": 0.1}
+
+
+def test_a_run_that_ends_at_once_when_it_is_resumed_has_not_lost_more_steps(tmp_path: Path):
+    run = read_run(
+        write_run(
+            tmp_path / "run",
+            dict(step=0) | START,
+            dict(step=3, loss=1.0),
+            dict(step=2) | START,
+            dict(step=2) | START,
+        )
+    )
+    assert [(start.step, start.reached) for start in run.starts] == [(0, 0), (2, 3), (2, 3)]
 
 
 def test_the_page_holds_curves_settings_events_and_answers(resumed: Path, tmp_path: Path):
@@ -156,6 +170,7 @@ def test_layout_data_skips_and_saves_are_told(tmp_path: Path):
         settings=to_yaml(config),
     )
     shutil.copytree(run / "step_00000004", run / "step_00000002")
+    (run / "latest").write_text("step_00000009\n")  # which is gone
     for file, late in (("2/config.yaml", 1.8e9), ("2/state.json", 1.8e9), ("4/state.json", 1.9e9)):
         os.utime(run / f"step_0000000{file}", (late, late))
     out = tmp_path / "report.html"

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megavlm.checkpoint import directory, step_folder, train_state
+from megavlm.checkpoint import checksums, directory, step_folder, train_state
 from megavlm.checkpoint.lock import FILE_NAME, Lock, held
 from megavlm.checkpoint.train_state import State
 from megavlm.config.schema import Checkpoint
@@ -81,8 +81,9 @@ def test_a_run_that_slept_while_another_saved_does_not_take_its_lock_again(tmp_p
             saver._check_lock()
 
 
+@pytest.mark.parametrize(("module", "name"), [(os, "replace"), (Path, "glob")])
 def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: object, name: str
 ) -> None:
     old = _checkpoint(tmp_path, 1)
     newest = _checkpoint(tmp_path, 2)
@@ -90,7 +91,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(
     def refuse(*paths: Path) -> None:
         raise PermissionError("in use")
 
-    monkeypatch.setattr(os, "replace", refuse)
+    monkeypatch.setattr(module, name, refuse)
     told: list[str] = []
     _saver(tmp_path, told)._drop_old(newest)
     assert old.exists() and len(told) == 1
@@ -114,4 +115,5 @@ def test_a_checkpoint_holds_the_manifest_and_the_tokenizer_that_the_run_began_wi
     saver._publish({})
     made = step_folder.read(run / "step_00000003")
     assert made.config.checkpoint.save == str(run)
+    assert checksums.read(made.folder).keys() == {"config.yaml", "state.json", *OF_PACKS}
     assert [(made.folder / name).read_text() for name in OF_PACKS] == [*OF_PACKS]

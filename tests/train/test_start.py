@@ -118,6 +118,10 @@ def test_packs_that_were_replaced_by_as_many_others_are_told_by_one_rank(
         assert (f"--data.train {config.data.train}: its packs are others" in said) == is_other
     monkeypatch.setenv("RANK", "1")
     inspect(config, 1)
+    monkeypatch.delenv("RANK")
+    path.write_text(json.dumps(state | {"packs": [5], "indexes": [7]}))
+    with pytest.raises(ValueError, match="has 4 packs, and the run began with 5"):
+        inspect(config, 1)
     assert capsys.readouterr().err == ""
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
+import re
 import sys
 import time
 import types
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -32,6 +35,7 @@ class Wandb(types.ModuleType):
         super().__init__("wandb")
         self.calls: list[dict] = []
         self.logged: list[dict] = []
+        self.exit_codes: list[int] = []
         self._is_reachable = is_reachable
         self._can_log = can_log
 
@@ -49,11 +53,16 @@ class Wandb(types.ModuleType):
 
     def log(self, figures: dict) -> None:
         if not self._can_log:
-            raise OSError("no space left on device")
+            raise RuntimeError("no space left on device")
         self.logged.append(figures)
 
+    def Image(self, path: str, caption: str) -> str:
+        if path == "damaged.png":
+            raise ValueError("no picture")
+        return f"{path}: {caption}"
+
     def finish(self, exit_code: int) -> None:
-        pass
+        self.exit_codes.append(exit_code)
 
 
 @pytest.mark.parametrize(
@@ -134,11 +143,33 @@ def test_a_resumed_run_is_the_same_run_of_weights_and_biases(
     fake = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for save in ("run", "run", "other"):
-        with Metrics(config_for(tmp_path / save, wandb_project="p"), is_writer=True):
-            pass
+        with (
+            pytest.raises(SystemExit) if save == "other" else contextlib.nullcontext(),
+            Metrics(config_for(tmp_path / save, wandb_project="p"), is_writer=True),
+        ):
+            if save == "other":
+                raise SystemExit(2)
+    assert fake.exit_codes == [0, 0, 1]
     first, again, other = fake.calls
     assert first["id"] == again["id"] != other["id"] and again["resume"] == "allow"
     assert all(is_own(entry) for entry in (tmp_path / "run").iterdir())
+
+
+def test_the_first_answers_with_pictures_are_shown_and_one_that_is_damaged_ends_no_curve(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    fake = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    row = dict(image=["a.png"], question="Who?", prediction="he", answers=["she", "he", "she"])
+    with Metrics(config_for("", wandb_project="p"), is_writer=True) as metrics:
+        metrics.show(3, {"exam": [row | dict(image=[]), *[row] * 9]})
+        metrics.show(4, {"exam": [row | dict(image=["damaged.png"])], "text": []})
+        metrics.record(5, {"loss": 2.5})
+    assert fake.logged == [
+        {"answers/exam": ["a.png: Who?\nanswer: he\nright: she or he"] * 8, "step": 3},
+        {"loss": 2.5, "step": 5},
+    ]
+    assert "the pictures of exam are not shown (ValueError: no picture)" in capsys.readouterr().out
 
 
 def test_answers_with_pictures_reach_weights_and_biases(
@@ -161,6 +192,78 @@ def test_answers_with_pictures_reach_weights_and_biases(
     while caption not in record.read_bytes() and time.monotonic() < late:
         time.sleep(0.2)
     assert caption in record.read_bytes()
+
+
+class Mlflow:
+    """Stands in for the client of the package: remembers what it is told, and has the limits of a
+    server.
+    """
+
+    def __init__(self, tracking_uri: str = ""):
+        self.params: list = []
+        self.metrics: list = []
+        self.states: list[str] = []
+        self.tags: dict = {}
+
+    def get_experiment_by_name(self, name: str) -> None:
+        return None
+
+    def create_experiment(self, name: str) -> str:
+        return "7"
+
+    def search_runs(self, experiments: list[str], wanted: str) -> list:
+        own = self.tags and wanted == f"tags.megavlm_run_id = '{self.tags['megavlm_run_id']}'"
+        return [self._run()] if own else []
+
+    def create_run(self, experiment: str, tags: dict, run_name: str | None) -> object:
+        self.tags = tags
+        return self._run()
+
+    def log_batch(self, run: str, params: Sequence = (), metrics: Sequence = ()) -> None:
+        assert run == "run" and len(params) <= 100
+        assert all(len(value) <= 500 for _, value in params)
+        assert all(re.fullmatch(r"[\w\-. ]+", name) for name, *_ in metrics)
+        self.params.extend(params)
+        self.metrics.extend((name, value, step) for name, value, _, step in metrics)
+
+    def update_run(self, run: str, status: str) -> None:
+        self.states.append(status)
+
+    set_terminated = update_run
+
+    def _run(self) -> object:
+        return types.SimpleNamespace(info=types.SimpleNamespace(run_id="run"))
+
+
+@pytest.fixture
+def mlflow(monkeypatch: pytest.MonkeyPatch) -> Mlflow:
+    """Put the stand-in in the place of the package."""
+    client = Mlflow()
+    entities = types.SimpleNamespace(Metric=lambda *facts: facts, Param=lambda *facts: facts)
+    tracking = types.SimpleNamespace(MlflowClient=lambda tracking_uri: client)
+    for name, part in (("mlflow.entities", entities), ("mlflow.tracking", tracking)):
+        monkeypatch.setitem(sys.modules, name, part)
+    monkeypatch.setitem(sys.modules, "mlflow", types.ModuleType("mlflow"))
+    return client
+
+
+def test_mlflow_gets_what_its_server_takes_and_is_told_how_a_run_ends(
+    tmp_path: Path, mlflow: Mlflow
+) -> None:
+    folders = ",".join(f"packs/{number}" for number in range(100))
+    config = config_for(tmp_path / "run", mlflow="tests")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, train=folders))
+    with Metrics(config, is_writer=True) as metrics:
+        metrics.record(1, {"loss": 1.0}, {"loss": {"chats*": 2.0}})
+    assert mlflow.states == ["FINISHED"]
+    settings = dict(mlflow.params)
+    assert len(settings) == len(mlflow.params) > 100
+    assert settings["data.train"] == folders[:500]
+    assert mlflow.metrics == [("loss", 1.0, 1), ("loss.chats_", 2.0, 1)]
+    with pytest.raises(SystemExit), Metrics(config, is_writer=True):
+        raise SystemExit(2)
+    assert mlflow.states == ["FINISHED", "RUNNING", "FAILED"]
+    assert len(settings) == len(mlflow.params)
 
 
 def test_a_resumed_run_is_the_same_run_of_mlflow(tmp_path: Path) -> None:

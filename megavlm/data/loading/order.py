@@ -141,9 +141,7 @@ def _table(size: int, seed: int, epoch: int) -> np.ndarray:
     again.
     """
     offsets = np.arange(size, dtype=np.int64)
-    table = _permute(offsets, size, seed, np.full_like(offsets, epoch))
-    table.setflags(write=False)
-    return table
+    return _permute(offsets, size, seed, np.full_like(offsets, epoch))
 
 
 def _permute(offsets: np.ndarray, size: int, seed: int, epochs: np.ndarray) -> np.ndarray:

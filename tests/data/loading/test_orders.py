@@ -5,6 +5,7 @@ curricula), tried on many random cases.
 from __future__ import annotations
 
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -47,6 +48,25 @@ def any_order(draw) -> Order:
     return BlendPlan(
         plans=tuple(plans), weights=tuple(weights), seed=draw(st.integers(-3, 3)), **windows
     )
+
+
+LEVELS = Curriculum(levels=(30, 20), seed=1, group=4)
+BLENDED = {"plans": (Plan(num_packs=64, seed=1), LEVELS), "weights": (3.0, 1.0), "seed": 5}
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        (Plan(num_packs=64, seed=42), 93410429),
+        (Plan(num_packs=1000, seed=42, group=4), 1202918303),
+        (LEVELS, 2866274317),
+        (BlendPlan(**BLENDED), 687573153),
+        (BlendPlan(**BLENDED, block=8, window=8), 177020452),
+    ],
+)
+def test_every_order_is_fixed_for_all_time(order, expected):
+    """A checkpoint stores positions, so these orders must never change."""
+    assert zlib.crc32(order.pack_ids(7, 5000).astype("<i8").tobytes()) == expected
 
 
 @pytest.mark.slow
