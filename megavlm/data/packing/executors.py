@@ -31,6 +31,8 @@ Executor = Literal["processes", "ray"]
 # Enough that no worker waits for the reader, and few enough that results do not pile up in memory
 # when the writer is slower.
 TASKS_PER_WORKER = 4
+# What loading a tokenizer imports, torch among it: several seconds, and 300 MB, of each process.
+OF_TOKENIZERS = ("transformers.models.auto.tokenization_auto", "transformers.utils.type_validators")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +138,7 @@ def _process_map(
     # Forked, so that all share what they import, but from a process without threads: the
     # tokenizer's do not survive a fork.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([function.__module__])
+    context.set_forkserver_preload([function.__module__, *OF_TOKENIZERS])
     # A scheduler sends SIGUSR1 to all processes, and it would end the server and its workers, which
     # keep the mask.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])

@@ -136,7 +136,7 @@ def load_tokenizer(folder: str | Path, flag: str = "--tokenizer") -> PreTrainedT
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{flag} {folder}: there is no such folder")
-    # Only now, since it takes a second: command lines know the tokens without any tokenizer.
+    # Only now, since it takes seconds: command lines know the tokens without any tokenizer.
     from transformers import AutoTokenizer
 
     try:

@@ -376,6 +376,7 @@ def test_ray_packs_the_same(data, tmp_path, monkeypatch):  # noqa: F811
 def _signalled(number: int) -> int:
     os.kill(os.getpid(), signal.SIGUSR1)
     os.kill(os.getppid(), signal.SIGUSR1)  # the server that forks workers
+    assert "transformers.utils.type_validators" in sys.modules  # imported by the server, for all
     return number
 
 
