@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from megavlm.config.lora import Lora
 from megavlm.config.recipes.llava_next import STAGES
 from megavlm.config.schema import Architecture, Config
 from megavlm.config.vision import PIXELS
@@ -20,6 +22,7 @@ from megavlm.convert.hf import convert, preprocessing
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.store.manifest import read_manifest
 from megavlm.planner.flops import pieces, training_cost
+from tests.convert.hf.test_peft import checkpoint_of
 from tests.convert.llava_next_models import (
     KINDS,
     LINEAR,
@@ -217,3 +220,16 @@ def test_an_export_is_verified_with_packs_of_its_tiles(ranks: Pool, tmp_path: Pa
     assert 0 <= found <= 1e-4
     with pytest.raises(Exception, match="makes a grid of tiles of an image; name packs of"):
         ranks.run(difference, 1, start, out, tmp_path / "crop")
+    # Adapters that are merged in float32, and in bfloat16 beside a vision encoder in float32.
+    weights = load_file(source / "model.safetensors")
+    parts = {
+        name: tensor.bfloat16() if name.startswith("language_model") else tensor
+        for name, tensor in weights.items()
+    }
+    save_file(parts, source / "model.safetensors", {"format": "pt"})
+    (tmp_path / "adapted").mkdir()
+    adapted = checkpoint_of(source, tmp_path / "adapted" / "start", Lora(rank=4))
+    for dtype in (torch.float32, None):
+        whole = convert.export(adapted, tmp_path / f"{dtype}", dtype=dtype, tokenizer=words)
+        [found] = ranks.run(difference, 1, adapted, whole, tmp_path / "anyres")
+        assert 0 <= found <= 1e-4

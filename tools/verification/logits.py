@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from megavlm.checkpoint import step_folder
 from megavlm.checkpoint.step_folder import SHARDS, Checkpoint
+from megavlm.config.lora import Lora
 from megavlm.config.schema import Architecture, Fp8, Parallel
 from megavlm.convert.dist_checkpoint import ShardsFolder
 from megavlm.convert.hf import convert
@@ -29,7 +30,7 @@ from megavlm.convert.hf.reference import (
     size_inputs,
     with_videos,
 )
-from megavlm.convert.hf.safetensors_files import SafetensorsFolder
+from megavlm.convert.weights.views import Tensors
 from megavlm.data.images.feature_layout import Tiled, as_tiled
 from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.dataset import PackedDataset
@@ -259,32 +260,42 @@ def _load(
     groups = process_groups.create(alone.parallel, seed=0)
     model = VisionLanguageModel(alone, make_layout(alone), groups).to(device)
     checkpoint.load_weights(found, [model])
+    source = ShardsFolder(found.folder / SHARDS, averages=averages)
     if averages:
-        source = ShardsFolder(found.folder / SHARDS, averages=True)
         weights.fill([model], lambda key, shape: source[key])
     model.eval()
-    exported = {header.dtype for header in SafetensorsFolder(hf_folder).headers.values()}
-    if len(exported) == 1:
-        _round(model, *exported)
+    _round(model, source, _exported_dtypes(hf_folder, found.config.architecture))
     return model
 
 
-def _round(model: VisionLanguageModel, dtype: torch.dtype) -> None:
+def _exported_dtypes(hf_folder: Path, architecture: Architecture) -> dict[str, torch.dtype]:
+    """Return the dtype of each weight of the exported model, by our key."""
+    merged = dataclasses.replace(architecture, lora=Lora())
+    headers = convert.hf_tensors_as_megatron(hf_folder, merged).headers
+    return {key: header.dtype for key, header in headers.items()}
+
+
+def _round(model: VisionLanguageModel, source: Tensors, dtypes: Mapping[str, torch.dtype]) -> None:
     """Round weights as an export rounds them, which has added adapters to them before. In float32
     there is nothing to round, and adapters stay beside their weights.
     """
-    if dtype == torch.float32:
+    adapts = model.architecture.lora.adapts
+    rounded = {
+        key
+        for key, dtype in dtypes.items()
+        if key in source.headers and source.headers[key].dtype != dtype and not adapts(key)
+    }
+    weights.fill([model], lambda key, shape: source[key].to(dtypes[key]), rounded.__contains__)
+    of_adapted = [dtype for key, dtype in dtypes.items() if adapts(key)]
+    if not of_adapted or torch.float32 in of_adapted:
         return
     adapted = [pair for module in model.modules() for pair in _adapters(module)]
     for adapter, weight in adapted:
         changed = weight + adapter(_identity(adapter.a)).T
         if adapter.magnitude is not None:
             changed *= (adapter.magnitude / adapter.norms(weight))[:, None]
-        weight.copy_(changed)
+        weight.copy_(changed.to(of_adapted[0]))
         adapter.b.zero_()
-    for parameter in model.parameters():
-        parameter.copy_(parameter.to(dtype))
-    for adapter, weight in adapted:
         if adapter.magnitude is not None:  # so that it changes nothing any more
             adapter.magnitude.copy_(adapter.norms(weight))
 

@@ -96,8 +96,12 @@ def open_weights(folder: Path) -> Tensors:
     return separate_experts(SafetensorsFolder(folder, rename=form.name_on_disk))
 
 
-def _merged(source: Tensors, architecture: Architecture, dialect: Dialect) -> Tensors:
-    return MergedAdapters(source, architecture, dialect) if architecture.lora.rank else source
+def _merged(
+    source: Tensors, architecture: Architecture, dialect: Dialect, dtype: torch.dtype | None
+) -> Tensors:
+    if not architecture.lora.rank:
+        return source
+    return MergedAdapters(source, architecture, dialect, dtype)
 
 
 def export(
@@ -140,7 +144,7 @@ def export(
     out = Path(out)
     architecture = found.config.architecture
     dialect = dialect or recipe(found.config.recipe).format_for(architecture.objective)
-    source = _merged(ShardsFolder(folder / SHARDS, averages=averages), architecture, dialect)
+    source = _merged(ShardsFolder(folder / SHARDS, averages=averages), architecture, dialect, dtype)
     used = HuggingFaceView(source, architecture, dtype, dialect=dialect)
     unused = (
         unused_weights.of_export(Path(vision), architecture, dialect)

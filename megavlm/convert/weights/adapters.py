@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from megavlm.config.lora import MAGNITUDE, SMALLEST_NORM, is_adapter
@@ -86,15 +87,24 @@ class MergedAdapters(View):
         source: weights and adapters.
         architecture: the model that they are of.
         dialect: that the model is to be written in.
+        dtype: of the sums; None: that of their weights.
     """
 
-    def __init__(self, source: Tensors, architecture: Architecture, dialect: Dialect = "native"):
+    def __init__(
+        self,
+        source: Tensors,
+        architecture: Architecture,
+        dialect: Dialect = "native",
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__(source)
         apart: Dialect = "native" if dialect == "chat" else dialect
         self._scale = architecture.lora.scale
         self._rows = {row.key: row for row in adapted_rows(architecture, apart)}
         self.headers = {
-            key: Header(self._rows[key].shape, header.dtype) if key in self._rows else header
+            key: Header(self._rows[key].shape, dtype or header.dtype)
+            if key in self._rows
+            else header
             for key, header in source.headers.items()
             if not is_adapter(key)
         }
@@ -108,7 +118,7 @@ class MergedAdapters(View):
         parts = [
             self._merge(weight.float(), added[name]) for name, weight in row.split(whole).items()
         ]
-        return row.join(parts).to(whole.dtype)
+        return row.join(parts).to(self.headers[key].dtype)
 
     def _merge(self, weight: Tensor, added: Factors) -> Tensor:
         """Return a weight with its adapter [outputs, inputs]."""
