@@ -287,15 +287,27 @@ def shown_value(value: Any) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """``; did you mean ...?`` where a known name is near, else nothing."""
+    """``; did you mean ...?`` where a known name is near, else nothing: of the same section and
+    with all words of the other, of the same last part, or spelled alike.
+    """
     known = list(known)
-    by_ending = [
-        entry
-        for entry in known
-        if entry.rsplit(".")[-1].lstrip("-") == name.rsplit(".")[-1].lstrip("-")
-    ]
-    near = by_ending[:3] or difflib.get_close_matches(name, known, n=2, cutoff=0.7)
+    section, words = _section_and_words(name)
+    in_section: list[str] = []
+    by_ending: list[str] = []
+    for entry in known:
+        of_entry, entry_words = _section_and_words(entry)
+        if entry_words == words:
+            by_ending.append(entry)
+        elif section and of_entry == section and (words < entry_words or entry_words < words):
+            in_section.append(entry)
+    near = [*in_section, *by_ending][:3] or difflib.get_close_matches(name, known, 2, 0.7)
     return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _section_and_words(name: str) -> tuple[str, set[str]]:
+    """Return what stands before the last dot of an option's name, and the words behind it."""
+    section, _, ending = name.strip("-").replace("-", "_").rpartition(".")
+    return section, set(ending.split("_"))
 
 
 def explain(message: str) -> str:

@@ -188,6 +188,11 @@ def test_a_switch_needs_no_value():
         (["--stage", "1", "--model", "big"], ["--model big: no such model", "internvl2_5-4b"]),
         ([*NAMES, "--trainig.steps", "3"], ["--trainig.steps; did you mean --training.steps?"]),
         ([*NAMES, "--steps", "3"], ["--steps; did you mean --training.steps?"]),
+        (
+            [*NAMES, "--checkpoint.interval", "3"],
+            ["did you mean --checkpoint.save_interval or --logging.interval?"],
+        ),
+        ([*NAMES, "--training.train_iters", "3"], ["did you mean --train-iters?"]),
         ([*NAMES, "--optimizer-cpu-offload"], ["could not be resumed at another", "LoRA"]),
         ([*NAMES, "--micro-batch-size", "1"], ["a microbatch is one pack", "global_batch_size"]),
         ([*NAMES, "--seq-length", "4096"], ["tools/pack_dataset.py --capacity"]),

@@ -74,6 +74,6 @@ def _too_many(
     others = f", and a filter left {filtered} out" if filtered else ""
     return ValueError(
         f"{rejected} of {of} records ({rejected / scan.records:.2%}) were rejected{others};"
-        f" --max_rejects allows {job.max_rejects:.2%}, and one must be left. {remedy} The"
-        f" first:{lines}"
+        f" --max_rejects {job.max_rejects:g} allows {job.max_rejects:.2%}, and one must be left."
+        f" {remedy} The first:{lines}"
     )

@@ -22,6 +22,13 @@ _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)
 # What lies between two elements of a list.
 _GAP = re.compile(rb"[,\]]|[^\s,\]]+")
 _BEGINNING = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[")
+# The beginning of COCO's or VQAv2's object, to the first key that tells of joined lists.
+_JOINED = re.compile(
+    rb'(?:\xef\xbb\xbf)?\s*+\{(?:\s*+"\w++"\s*+:\s*+'
+    rb'(?:"[^"]*+"|\{[^{}]*+\}|\[[^][]*+\]|[\w.+-]++)\s*+,)*?'
+    rb'\s*+"(?:images|annotations|questions)"\s*+:\s*+\[\s*+\{[^{}]*'
+    rb'"(?:file_name|image_id|question_id|question_type)"\s*+:'
+)
 _OLD_LINE_END = re.compile(rb"\}[ \t]*\r[ \t\r]*\{")
 _LITERAL = rb"true|false|null|-?(?:Infinity|[0-9.eE+-]+)|NaN"
 _SCALAR = re.compile(_LITERAL)
@@ -81,6 +88,11 @@ def _refuse_spread_object(path: str, head: bytes) -> None:
     )
     records = first.items() if isinstance(first, dict) and not is_record else ()
     lists = [key for key, value in records if _is_record_list(value)]
+    if not is_record and _JOINED.match(head):
+        raise ValueError(
+            f"{path}: an object whose lists name each other by ids, as COCO's and VQAv2's do; make"
+            ' records of them by the commands of docs/formats.md, "COCO\'s captions and VQAv2"'
+        )
     if len(lists) == 1:
         raise ValueError(
             f"{path}: an object with a list of records under {lists[0]!r}; write the records as"

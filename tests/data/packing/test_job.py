@@ -216,7 +216,7 @@ def test_too_many_rejects_stop_the_job(data, tmp_path):
     with pytest.raises(ValueError, match="5 of 10 records") as caught:
         pack_dataset(_job(data, tmp_path / "out", "bad"))
     assert f"{data / 'bad.jsonl'}:1: malformed_json: " in str(caught.value)
-    assert "--max_rejects allows 1.00%" in str(caught.value) and str(
+    assert "--max_rejects 0.01 allows 1.00%" in str(caught.value) and str(
         tmp_path / "out.rejects.jsonl"
     ) in str(caught.value)
     assert len((tmp_path / "out.rejects.jsonl").read_text().splitlines()) == 5

@@ -28,6 +28,19 @@ from tests.data.records.test_readers import energon, tar
 
 DAMAGES = int(os.environ.get("MEGAVLM_DAMAGES", "120"))
 RECORDS = 40
+INFO = b'"info": {"year": 2014, "url": "http://x"}, "licenses": [{"id": 1}], '
+COCO = (
+    b"{" + INFO + b'"images": [{"license": 5, "file_name": "a.jpg", "id": 9}],'
+    b' "annotations": [{"image_id": 9, "id": 1, "caption": "one"}]}'
+)
+VQA = (
+    b'{"info": {}, "task_type": "Open-Ended", "questions":'
+    b' [{"image_id": 9, "question": "is it?", "question_id": 90}]}'
+)
+VQA_ANSWERS = (
+    b"{" + INFO + b'"annotations": [{"question_type": "is", "multiple_choice_answer": "yes",'
+    b' "answers": [{"answer": "yes", "answer_id": 1}], "image_id": 9, "question_id": 90}]}'
+)
 
 
 def read_all(path: Path) -> tuple[list[RawRecord], int]:
@@ -281,6 +294,14 @@ def test_files_that_are_something_else_are_named(tmp_path: Path):
     cases = [
         ("a.jsonl", b"\x1f\x8b\x08rest", "gzip data"),
         ("b.json", b'{"data": [{"text": "a"}]}', "jq -c '.data[]'"),
+        ("coco.json", COCO, "docs/formats.md"),
+        ("vqa.json", VQA, "docs/formats.md"),
+        ("vqa_answers.json", VQA_ANSWERS, "docs/formats.md"),
+        (
+            "cut.json",
+            COCO.replace(b'"annotations"', b" " * 2**20 + b'"annotations"'),
+            "docs/formats",
+        ),
         ("c.jsonl", b'{\n "text": "a"\n}\n', "objects that span several lines"),
         ("d.jsonl", '{"text": "a"}'.encode("utf-16"), "UTF-16"),
         ("e.csv", b"a,b\n", "no format has this ending; the endings are .jsonl"),
