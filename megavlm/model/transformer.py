@@ -137,9 +137,7 @@ def vision_config(config: Config, layout: Layout, kernels: Kernels) -> Transform
 def connector_config(config: Config, kernels: Kernels) -> TransformerConfig:
     """Configure the connector: LayerNorm, linear, GELU, linear, without a pipeline of its own."""
     arch = config.architecture
-    width = arch.language.hidden_size
-    if not arch.language.exists:
-        width = arch.needs.connector_output(arch) or arch.vision.hidden_size
+    width = arch.needs.connector_output(arch) or arch.vision.hidden_size
     common = _common(config, (1,), kernels, config.parallel.vision_tensor_size) | {
         "pipeline_model_parallel_size": 1
     }

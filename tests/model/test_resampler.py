@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from megavlm.config.checks.architecture import architecture_problems
 from megavlm.config.connectors import Connector, Ends, connector_sizes
 from megavlm.config.cross_attention import CrossAttention
 from megavlm.config.resampler import Resampler
 from megavlm.config.schema import Config
 from megavlm.convert.weights import resampler as weights
+from megavlm.model.connector.linear import LinearConnector
 from megavlm.model.connector.resampler import ResamplerConnector
 from megavlm.model.kernels import local_kernels
 from tests.ranks.runs import TINY, config_for
@@ -85,6 +87,21 @@ def test_its_sizes_are_those_of_the_module() -> None:
         }
         assert {piece.key: piece.elements for piece in sizes.pieces() if piece.key} == held
         assert sizes.kept(1) > 0
+
+
+def test_features_of_a_linear_connector_are_as_wide_as_what_cross_attention_reads() -> None:
+    config = run_of(Resampler())
+    vision = dataclasses.replace(config.architecture.vision, image_size=4, patch_size=4)
+    linear = dict(vision=vision, connector=Connector(kind="linear"))
+    architecture = dataclasses.replace(config.architecture, **linear)
+    assert not architecture_problems(architecture)
+    module = LinearConnector(
+        dataclasses.replace(config, architecture=architecture), local_kernels(), None
+    )
+    features = module(torch.randn(vision.tokens, TILES, VISION))
+    assert features.shape == (TILES, 1, architecture.memory_size)
+    [weight, _] = architecture.connector_sizes.pieces()
+    assert weight.elements == module.linear.weight.numel()
 
 
 def test_sizes_that_cannot_be_are_named() -> None:

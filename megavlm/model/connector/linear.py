@@ -29,7 +29,7 @@ class LinearConnector(MegatronModule):
         self.class_tokens = int(vision.has_class_token)
         self.linear = nn.Linear(
             vision.output_size,
-            config.architecture.language.hidden_size,
+            self.config.hidden_size,
             bias=config.architecture.connector.bias,
             dtype=self.config.params_dtype,
         )
@@ -44,7 +44,7 @@ class LinearConnector(MegatronModule):
                 without one pixels of patches [patches of a tile, I, 3 P^2].
 
         Returns:
-            [I * F, 1, D of language], tile by tile.
+            [I * F, 1, D of language or of what cross-attention reads], tile by tile.
         """
         patches = hidden[self.class_tokens :].transpose(0, 1)
         return self.linear(patches.flatten(0, 1))[:, None]
