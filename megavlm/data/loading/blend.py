@@ -128,10 +128,9 @@ class BlendPlan:
                 )
             _, owner, turn = heapq.heappop(waiting)
             pattern[position] = owner
-            if turn + 1 < self.counts[owner]:
-                heapq.heappush(
-                    opening, ((turn + 1) * self.block // int(self.counts[owner]), owner, turn + 1)
-                )
+            heapq.heappush(
+                opening, ((turn + 1) * self.block // int(self.counts[owner]), owner, turn + 1)
+            )
         return pattern
 
     @cached_property

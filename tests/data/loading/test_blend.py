@@ -70,7 +70,14 @@ def test_any_part_is_a_part_of_the_whole():
 
 @pytest.mark.parametrize(
     "weights",
-    [(1.0, 1.0), (1.0, 0.0, 1.0), (1.0, -1.0, 1.0), (1.0, 1e-9, 1.0), (1.0, float("nan"), 1.0)],
+    [
+        (1.0, 1.0),
+        (1.0, 0.0, 1.0),
+        (1.0, -1.0, 1.0),
+        (1.0, 1e-9, 1.0),
+        (1.0, float("nan"), 1.0),
+        (1.0, float("inf"), 1.0),
+    ],
 )
 def test_bad_weights(weights):
     with pytest.raises(ValueError, match="--data.weights"):
@@ -104,9 +111,33 @@ def test_a_blend_answers_as_its_datasets_do(folders):
         and torch.equal(batch.tokens, other.tokens)
         and torch.equal(batch.drop_path_draws, other.drop_path_draws)
     )
+    assert torch.equal(batch.sources, other.sources + len(first.source_names))
     assert blend.origins(13) == second.origins(8)
     assert blend.file_of(13) == second.file_of(8)
     assert len(blend.some_records()) == 14
+
+
+def test_the_loss_of_each_dataset_is_a_mean_of_its_own_with_its_weight(folders):
+    blend = BlendedDataset([PackedDataset(name) for name in folders])
+    ids = np.array([0, 7, 4, 13])
+    records = blend[ids]
+    records["weight_sample"] = [3, 5, 4, 1]
+    divisors = blend.pack_weights(ids, records, "sample", (1.0, 2.0))
+    assert divisors == {0: 7.0, 4: 7.0, 7: 3.0, 13: 3.0}
+    records["weight_sample"] = [3, 0, 4, 0]  # without a label
+    divisors = blend.pack_weights(ids, records, "sample", (1.0, 2.0))
+    assert divisors == {0: 7.0, 4: 7.0, 7: 0.5, 13: 0.5}
+
+
+def test_sources_are_told_apart_by_as_much_of_their_folders_as_is_needed(tmp_path: Path):
+    for name in ("a", "b"):
+        make_dataset(tmp_path / name / "packs", packs=1)
+    a, b = (PackedDataset(tmp_path / name / "packs") for name in ("a", "b"))
+    assert BlendedDataset([a]).source_names == ("packs/random",)
+    whole = tuple(f"{tmp_path}/{name}/packs/random" for name in ("a", "b"))
+    assert BlendedDataset([a, b]).source_names == whole
+    twice = tuple(f"{tmp_path}/a/packs:{index}/random" for index in (0, 1))
+    assert BlendedDataset([a, a]).source_names == twice
 
 
 def test_a_blend_is_described_by_its_first_packs_with_images(folders, tmp_path: Path):
