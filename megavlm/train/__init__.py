@@ -8,6 +8,8 @@ import warnings
 # nothing to train, and its newer line of ways to call it that its older one does not have: nothing
 # that a user could act on.
 warnings.filterwarnings("ignore", module=r"megatron\.|torch\.(distributed|jit)\.")
+# It comes several times from each rank, and at each evaluation; ``summary`` tells of it once.
+warnings.filterwarnings("ignore", message="This DataLoader will create", module=r"torch\.utils\.")
 for _name in (
     "dist_checkpointing.strategies.torch",
     "dist_checkpointing.validation",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 from megavlm import job_checks
@@ -52,6 +53,8 @@ def log_run_summary(
         if groups.is_writer:  # it reads the manifests again
             for warning in job_checks.warnings(config, groups.size):
                 metrics.log(f"warning: {warning}")
+            for warning in _worker_warnings(config.data.workers):
+                metrics.log(f"warning: {warning}")
     if not config.eval.only:
         _log_training(config, trained, start, state, metrics)
 
@@ -63,6 +66,20 @@ def _notes(config: Config, start: Start) -> list[str]:
     if isinstance(start, Init):
         return from_parts.notes(start, config.architecture) + dropout.notes_on_parts(start)
     return dropout.notes_on_model(start) if isinstance(start, Path) else []
+
+
+def _worker_warnings(workers: int) -> Iterator[str]:
+    """Warn of more loader workers than this machine has cores; torchrun says how many ranks it has
+    started here.
+    """
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = os.cpu_count() or 1
+    if ranks * workers > cores:
+        most = cores // ranks
+        yield (
+            f"--data.workers {workers}: ranks x workers on this machine are {ranks} x {workers},"
+            f" more than its {cores} cores; give at most --data.workers {most}"
+        )
 
 
 def _log_training(

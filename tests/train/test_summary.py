@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import warnings
 from types import SimpleNamespace
 
 import pytest
+from torch.utils.data import DataLoader
 
+import megavlm.train
 from megavlm.config.cli import parse
 from megavlm.config.freeze_mask import PARTS
 from megavlm.train.summary import log_run_summary
@@ -24,6 +28,8 @@ def test_an_evaluation_says_nothing_of_training(
     only: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("megavlm.train.summary.raised_on_all", contextlib.nullcontext)
+    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     options = ["--save", "run", "--eval.only", str(only).lower(), "--training.steps", "7"]
     config = parse(["--stage", "2", "--model", "tiny", *options])
     said: list[str] = []
@@ -44,3 +50,12 @@ def test_an_evaluation_says_nothing_of_training(
     assert len(recorded) == (not only)
     warning = "warning: --training.steps 7 has no effect with --eval.only true"
     assert any(line.startswith(warning) for line in said) == only, said
+    assert any("2 x 4, more than its 6 cores; give at most --data.workers 3" in t for t in said)
+
+
+def test_torch_says_nothing_of_many_workers() -> None:
+    """Each loader of each rank would, at each evaluation."""
+    with warnings.catch_warnings(record=True) as told:
+        importlib.reload(megavlm.train)
+        DataLoader(range(2), num_workers=10_000)
+    assert not told
