@@ -17,6 +17,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from torch.nn import Module
 
+from megavlm.config.padding import padded_vocabulary
 from megavlm.config.schema import Config, Language, Loss
 from megavlm.data.loading.batch import Batch
 from megavlm.model.added_tokens import AddedEmbedding, AddedHead
@@ -27,7 +28,6 @@ from megavlm.model.specs import language_spec
 from megavlm.model.vocabulary_loss import LossTerms, vocabulary_loss
 from megavlm.model.yarn import frequencies
 from megavlm.planner.layout import Chunk
-from megavlm.planner.padding import padded_vocabulary
 
 # Lengths of the longest sample whose angles are kept; as many as megatron-core keeps.
 _ANGLES_KEPT = 32

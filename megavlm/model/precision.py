@@ -7,13 +7,12 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from megavlm.config.checks.datasets import FP8_ROWS
 from megavlm.config.checks.device import DeviceCapabilities
+from megavlm.config.fp8 import FP8_ROWS
 from megavlm.config.schema import Config
 
 _FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -22,25 +21,11 @@ _FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _TILES = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class Precision:
-    """The dtype of a run; gradients are summed and main weights kept in float32 either way.
-
-    Args:
-        dtype: format of weights and activations.
+def dtype_of(config: Config) -> torch.dtype:
+    """Return the dtype of weights and activations; gradients are summed and master weights kept in
+    float32 either way.
     """
-
-    dtype: torch.dtype
-
-    @property
-    def is_half(self) -> bool:
-        """Whether float32 main weights are kept beside the model's."""
-        return self.dtype == torch.bfloat16
-
-
-def precision(config: Config) -> Precision:
-    """Return the dtype that the configuration asks for."""
-    return Precision(dtype=_FORMATS[config.training.precision])
+    return _FORMATS[config.training.precision]
 
 
 @functools.cache
@@ -65,7 +50,7 @@ def uses_transformer_engine(config: Config) -> bool:
     asked = config.training.kernels
     return asked == "transformer_engine" or (
         asked == "auto"
-        and precision(config).is_half
+        and config.training.precision == "bfloat16"
         and device_capabilities().runs_transformer_engine
     )
 

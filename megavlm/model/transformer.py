@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn.functional import gelu
 
 from megavlm.config.freeze_mask import trains
+from megavlm.config.padding import padded_heads
 from megavlm.config.schema import Config, Language
 from megavlm.model.kernels import Kernels
-from megavlm.model.precision import fp8_settings, precision
+from megavlm.model.precision import dtype_of, fp8_settings
 from megavlm.model.yarn import product_scale
 from megavlm.planner.layout import Layout
-from megavlm.planner.padding import padded_heads
 
 
 def _quick_gelu(hidden: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def _common(
         tensor_size: ranks that share each layer of this part.
         recompute: what is computed again of its layers.
     """
-    number = precision(config)
+    dtype = dtype_of(config)
     stages = [["decoder"] * count for count in counts]
     layout = (
         [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
@@ -83,9 +83,9 @@ def _common(
         tensor_model_parallel_size=tensor_size,
         pipeline_model_parallel_size=config.parallel.pipeline_model_parallel_size,
         pipeline_model_parallel_layout=layout,
-        params_dtype=number.dtype,
-        pipeline_dtype=number.dtype,
-        bf16=number.is_half,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         gradient_accumulation_fusion=False,  # the kernels that can do it do

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from megavlm.config.padding import padded_heads
 from megavlm.config.schema import Architecture, Config, Parallel
 from megavlm.planner.activations import RankLoad
 from megavlm.planner.communication import (
@@ -25,7 +26,6 @@ from megavlm.planner.communication import (
 from megavlm.planner.flops import pieces
 from megavlm.planner.layout import Layout, make_layout
 from megavlm.planner.memory import Memory, memory
-from megavlm.planner.padding import padded_heads
 from megavlm.planner.partition import PackSize, layer_costs, run_costs
 from megavlm.planner.schedule import bubble
 

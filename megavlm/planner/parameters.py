@@ -14,11 +14,11 @@ from functools import lru_cache
 from megavlm.config.freeze_mask import matches
 from megavlm.config.lora import MAGNITUDE, is_adapter
 from megavlm.config.optimizer import Kind
+from megavlm.config.padding import padded_heads, padded_vocabulary
 from megavlm.config.parameter_groups import is_orthogonalised
 from megavlm.config.schema import Architecture, Config
 from megavlm.planner.flops import Piece, pieces
 from megavlm.planner.layout import Chunk
-from megavlm.planner.padding import padded_heads, padded_vocabulary
 from megavlm.planner.partition import layer_of
 
 _SHARDED = (

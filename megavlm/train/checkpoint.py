@@ -30,7 +30,7 @@ from megavlm.config.lora import is_adapter
 from megavlm.config.schema import Config, Fp8, Vision
 from megavlm.model import nf4_layers
 from megavlm.model.positions import POSITIONS_KEY, resize_positions
-from megavlm.model.precision import precision
+from megavlm.model.precision import dtype_of
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.train import averages, master_weights, router_state
 from megavlm.train.architecture_differences import architecture_differences
@@ -328,7 +328,7 @@ def refuse_mismatch(
         MismatchError: they differ on some rank; the message tells how to start from the weights.
     """
     described = read_description(checkpoint.folder / SHARDS / ".metadata").state_dict_metadata
-    usual = precision(checkpoint.config).dtype
+    usual = dtype_of(checkpoint.config)
 
     def written(key: str) -> torch.dtype:
         entry = described.get(key)

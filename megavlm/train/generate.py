@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megavlm.config.checks.datasets import fp8_multiple
+from megavlm.config.fp8 import fp8_multiple
 from megavlm.config.schema import Config
 from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.dataset import sample_positions
@@ -26,7 +26,7 @@ from megavlm.evaluate.packs import TaskPacks
 from megavlm.model.cross_attention import GatedLayer
 from megavlm.model.greedy import likeliest_tokens
 from megavlm.model.key_value_cache import Decode, KeyValueCache, Prefill, slots_for
-from megavlm.model.precision import precision
+from megavlm.model.precision import dtype_of
 from megavlm.train.evaluate import blank_packs, own_positions, run_forward, task_batches
 from megavlm.train.job import Job
 from megavlm.train.pipeline import run_pipeline
@@ -94,7 +94,7 @@ def _packs_at_once(job: Job, task: TaskPacks, max_new_tokens: int) -> int:
         )
         for pack in task.order
     )
-    pair_bytes = 2 * language.head_size * precision(job.config).dtype.itemsize
+    pair_bytes = 2 * language.head_size * dtype_of(job.config).itemsize
     return max(int(job.config.eval.cache_gib * 2**30) // (largest_pack * pair_bytes), 1)
 
 

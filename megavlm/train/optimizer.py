@@ -27,7 +27,7 @@ from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor, nn
 
 from megavlm.config.schema import Config
-from megavlm.model.precision import precision
+from megavlm.model.precision import dtype_of
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.train import parameter_groups
 from megavlm.train.muon import Muon
@@ -147,7 +147,7 @@ def build_optimizer(
             parameter; none: all are fresh.
     """
     optimizer = config.optimizer
-    number = precision(config)
+    dtype = dtype_of(config)
     settings = OptimizerConfig(
         # Of sgd and muon it keeps the state; their steps take the place of Adam's.
         optimizer="adam",
@@ -158,8 +158,8 @@ def build_optimizer(
         adam_beta2=optimizer.adam_beta2,
         adam_eps=optimizer.adam_eps,
         clip_grad=optimizer.clip_grad,
-        bf16=number.is_half,
-        params_dtype=number.dtype,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
         use_distributed_optimizer=True,
         overlap_param_gather=config.parallel.overlap_param_gather,
         **_MOMENTS[optimizer.moments],

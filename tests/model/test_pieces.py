@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megavlm.config.freeze_mask import matches
+from megavlm.config.padding import padded_vocabulary
 from megavlm.config.schema import Fp8
 from megavlm.data.loading.batch import Batch
 from megavlm.model.attention import PackedAttention, PackedSamples, TileAttention
@@ -17,7 +18,6 @@ from megavlm.model.fusion import place_features
 from megavlm.model.positions import resize_positions
 from megavlm.model.precision import tile_multiple
 from megavlm.model.vision_layer import drop_path_rate
-from megavlm.planner.padding import padded_vocabulary
 from tests.data.loading.test_batch import make_batch
 from tests.ranks.runs import config_for
 

@@ -8,26 +8,12 @@ from dataclasses import dataclass
 from megavlm.config.checks.rank_slices import rows_of_a_rank, sharing_problems
 from megavlm.config.connectors import CONNECTORS
 from megavlm.config.differences import is_same
+from megavlm.config.fp8 import fp8_multiple
 from megavlm.config.freeze_mask import parts_named
 from megavlm.config.objectives import OBJECTIVES
 from megavlm.config.sampling import shares_of
 from megavlm.config.schema import ANY, Architecture, Config
 from megavlm.config.tiling import WITH_GRIDS
-
-# Matrices come in multiples of so many rows and columns (Transformer Engine 2.11).
-FP8_ROWS = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
-
-
-def fp8_multiple(recipe: str, is_gathered: bool) -> int:
-    """Return the number that an FP8 recipe needs the rows and columns of matrices to be a multiple
-    of; 1 without a recipe.
-
-    Args:
-        recipe: one of ``Fp8``'s.
-        is_gathered: whether ranks gather them in 8 bits (sequence parallelism): blocks of 128 may
-            then not be cut short.
-    """
-    return 128 if recipe == "blockwise" and is_gathered else FP8_ROWS.get(recipe, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

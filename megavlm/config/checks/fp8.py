@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megavlm.config.checks.datasets import fp8_multiple
 from megavlm.config.checks.limits import at_least
+from megavlm.config.fp8 import fp8_multiple
+from megavlm.config.padding import padded_heads
 from megavlm.config.schema import Config, Fp8
 
 
@@ -47,7 +48,7 @@ def fp8_problems(fp8: Fp8, config: Config) -> Iterator[str]:
             1,
         )
         multiple = fp8_multiple(recipe, config.parallel.sequence_parallel and part == "language")
-        heads = -(-sizes.num_attention_heads // tensor)  # of a rank, with those that only pad
+        heads = padded_heads(sizes.num_attention_heads, tensor) // tensor
         widths = {"hidden_size": sizes.hidden_size, "num_attention_heads": heads * sizes.head_size}
         if part == "language" and arch.language.num_experts:
             shares = max(config.parallel.expert_tensor_parallel_size, 1)
