@@ -130,10 +130,23 @@ _PLAIN: dict[str, tuple[object, ...]] = {
     "prefix_lm": (False,),
     "vision.final_norm": (False,),
 }
+# What CLIPVisionModel and SiglipVisionModel are.
+_PLAIN_VISION = {
+    "vision.normalization": ("LayerNorm",),
+    "vision.qkv_bias": (True,),
+    "vision.qk_norm": (False,),
+}
+# What their text encoders are.
+_PLAIN_TEXT = {
+    "language.qkv_bias": (True,),
+    "language.qk_norm": (False,),
+    "language.scaled_embedding": (False,),
+}
 _ANSWERS = {"objective": ("next_token",)} | _PLAIN
 _PAIRS = {"objective": ("contrastive",)} | _PLAIN
 _INTERNVL = _ANSWERS | {
     "vision.family": ("internvit",),
+    "vision.activation": ("gelu",),
     "connector.kind": ("mlp",),
     "connector.norm": (True,),
     "connector.bias": (True,),
@@ -146,6 +159,7 @@ _LLAVA = _ANSWERS | {
     "connector.kind": ("mlp", "linear"),
     "image_tokens": ("llava",),
     **_NO_HEAD,
+    **_PLAIN_VISION,
 }
 _BLIP2 = {
     "vision.family": ("eva",),
@@ -195,6 +209,7 @@ HOLDS: dict[str, Holds] = {
             "connector.kind": ("linear",),
             "connector.bias": (True,),
             "language.family": PALIGEMMA_FAMILIES,
+            **_PLAIN_VISION,
         },
     ),
     "fuyu": Holds(
@@ -216,6 +231,8 @@ HOLDS: dict[str, Holds] = {
         | {
             "vision.family": ("clip",),
             "language.family": ("clip_text",),
+            **_PLAIN_VISION,
+            **_PLAIN_TEXT,
             "connector.kind": ("class_token",),
             "contrastive.loss": ("softmax",),
             "contrastive.text_bias": (False,),
@@ -227,6 +244,8 @@ HOLDS: dict[str, Holds] = {
         | {
             "vision.family": ("siglip",),
             "language.family": ("siglip_text",),
+            **_PLAIN_VISION,
+            **_PLAIN_TEXT,
             "connector.kind": ("attention",),
             "contrastive.loss": ("sigmoid",),
             "contrastive.text_bias": (True,),
@@ -237,6 +256,7 @@ HOLDS: dict[str, Holds] = {
         fields=_PAIRS
         | {
             "vision.family": ("internvit",),
+            "vision.activation": ("gelu",),
             "connector.kind": ("mean_query",),
             "contrastive.loss": ("softmax",),
             "contrastive.text_bias": (False,),
@@ -269,6 +289,7 @@ HOLDS: dict[str, Holds] = {
             "image_tokens": ("idefics", "openflamingo"),
             "language.family": ("llama",),
             "language.tied_head": (False,),
+            **_PLAIN_VISION,
         },
         beyond=_of_idefics,
     ),

@@ -17,6 +17,7 @@ _USUAL_FACTS = {
     "zero_centered_norm": False,
     "scaled_embedding": False,
     "rotary_percent": 1.0,
+    "rotary_yarn_factor": 1.0,
     "linear_bias": False,
     "attention_sinks": False,
     "window_attn_skip_freq": 0,

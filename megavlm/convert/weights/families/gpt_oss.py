@@ -65,4 +65,5 @@ FAMILY = Family(
     },
     settings={"attention_bias": True, "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
     has_experts=True,
+    stated={"rotary_yarn_factor": "rope_scaling.factor"},
 )

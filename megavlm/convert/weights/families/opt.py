@@ -61,4 +61,5 @@ FAMILY = Family(
         "layer_norm_elementwise_affine": True,
     },
     has_head_dim=False,
+    has_groups=False,
 )
