@@ -100,7 +100,7 @@ def clip_similarity(found: Embedded) -> tuple[Score, list[int]]:
     """
     cosines = (found.images[found.owners] * found.texts).sum(dim=1).double()
     sums = torch.zeros(len(found.images), dtype=torch.float64).index_add(0, found.owners, cosines)
-    each = (sums / found.owners.bincount(minlength=len(sums))).tolist()
+    each = (sums / found.owners.bincount()).tolist()
     figures = {"similarity": sum(each) / len(each)}
     return Score(figures=figures, each=tuple(each)), _nearest(found.images, found.texts)
 

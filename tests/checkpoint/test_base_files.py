@@ -71,7 +71,19 @@ def test_files_of_weights_are_noted_by_their_content_or_size(
     assert base_files.damage(base, [folders[0]] * 2, by_size_only=True) == [
         f"{part / 'shards/0.distcp'}: missing"
     ]
-    assert base_files.moved(base, folders[::-1], tmp_path).beside == ("step", "part")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "link").symlink_to(tmp_path, target_is_directory=True)
+    for save in (tmp_path, tmp_path / "runs" / "link"):
+        assert base_files.moved(base, folders[::-1], save).beside == ("step", "part")
+
+
+def test_all_ranks_list_files_in_one_order(
+    tmp_path: Path, folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = list(folders[0].iterdir())
+    for seen in (found, found[::-1]):
+        monkeypatch.setattr(Path, "rglob", lambda self, pattern, seen=seen: iter(seen))
+        assert base_files.weight_files(folders[0]) == ["a.safetensors", "b.bin"]
 
 
 def test_what_differs_is_told(tmp_path: Path, folders: list[Path], alone: None) -> None:
@@ -87,6 +99,8 @@ def test_what_differs_is_told(tmp_path: Path, folders: list[Path], alone: None) 
         folders=base.folders, files=tuple((name, size, -1) for name, size, _ in base.files)
     )
     assert base_files.difference(by_size, [part, other]) == ""
+    (other / checksums.FILE_NAME).write_text("{")  # damaged
+    assert base_files.difference(base, [part, other]) == ""
     (part / "b.bin").write_text("B.BIN")
     assert base_files.difference(base, folders) == ""  # nothing is read
     wrong = base_files.damage(base, folders, by_size_only=False)

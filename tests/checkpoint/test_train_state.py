@@ -50,10 +50,10 @@ def test_what_was_measured_after_a_step_is_not_of_the_next() -> None:
 def test_states_of_earlier_versions_are_read_and_of_later_ones_refused(tmp_path: Path) -> None:
     old = {"step": 3, "consumed": 6, "stage": "1", "tokenizer": None, "format": 1}
     path = tmp_path / train_state.FILE_NAME
-    path.write_text(json.dumps(old | {"history": [[2, ["projector"]]], "base": "/b 4f"}))
+    path.write_text(json.dumps(old | {"history": [[2, ["projector"]]], "base": "/my runs/b 4f"}))
     read = train_state.read(tmp_path)
     assert read.history == ((2, ("connector",)),)
-    assert read.base == Base(folders=("/b",))
+    assert read.base == Base(folders=("/my runs/b",))
     train_state.write(read, tmp_path)  # as the newest
     assert json.loads(path.read_text())["format"] == train_state.FORMAT_VERSION
     path.write_text(json.dumps(old | {"format": 3}))

@@ -132,6 +132,7 @@ def test_normal_form():
         ("A3", "3", 0),
         ("none", "0", 0),
         ("2 or 3", "3", 0),
+        ("none", "many", 0),
     ],
 )
 def test_counts(prediction: str, truth: str, expected: float):
@@ -154,6 +155,10 @@ def test_boxes(prediction: str, expected: float):
     assert of_one("box", prediction, "[[100, 100, 300, 300]]") == expected
 
 
+def test_a_box_whose_numbers_sum_up_to_four_is_in_thousandths():
+    assert of_one("box", "[0, 0, 2, 2]", "[[0, 0, 2, 2.5]]") == 1
+
+
 def test_contained_answers():
     assert of_one("contains", "It says STOP\nHERE.", "stop here") == 1
     assert of_one("contains", "stop", "stop here") == 0
@@ -162,3 +167,5 @@ def test_contained_answers():
 def test_a_letter_wins_over_the_text_of_another_choice():
     assert chosen_letter("B. red", ("red", "blue")) == "B"
     assert chosen_letter("it is blue", ("red", "blue")) == "B"
+    assert chosen_letter("(B) it is", ("red", "blue")) == "B"
+    assert chosen_letter("(Both", ("red", "blue")) == "(Both"

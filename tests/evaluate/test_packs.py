@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megavlm.data.images.tiling import Tiling
 from megavlm.data.images.video import frame_times
 from megavlm.data.loading.dataset import sample_positions
 from megavlm.data.loading.prefixes import find_prefixes
@@ -162,6 +163,42 @@ def test_frames_of_a_video_are_those_in_the_middles_of_its_parts(
     write_video(tmp_path / "a.mp4", 3)
     with pytest.raises(ReadError, match="a.mp4: it has changed since the run began: 3 frames, of"):
         task.packs.batch(0, 0)
+
+
+def test_images_and_frames_come_in_the_order_of_the_text_each_with_its_content(
+    tmp_path: Path,
+) -> None:
+    Image.new("RGB", (64, 16), "white").save(tmp_path / "white.png")
+    Image.new("RGB", (16, 48)).save(tmp_path / "black.png")
+    write_video(tmp_path / "a.mp4", 40)
+    tiling = Tiling(tile_size=16, max_tiles=6)
+
+    def asked(text: str, start: float, **fields: object) -> media.Media:
+        row = dict(question=text, image=["white.png", "black.png"], answer="x", **fields)
+        if "video" in fields:
+            row["clip"] = [start, start + 1]
+        (tmp_path / "exam.jsonl").write_text(json.dumps(row) + "\n")
+        (question,) = read_task(tmp_path / "exam.jsonl").questions
+        return media.media_of(question, tiling, "exam.jsonl:1")
+
+    video = dict(video="a.mp4", frames=2)
+    for text, fields, frames in (
+        ("<image><video><image>", video, [("a.mp4", 64, 48)] * 2),  # behind much of the video
+        ("<image><image>", {}, []),
+    ):
+        found = asked(text, 3, **fields)
+        # Several images share the tiles, as when they are packed.
+        assert [image.tiles for image in found.images] == [4, *(1 for _ in frames), 4]
+        loaded = list(media.loaded(found.images, found.clips if fields else (), tiling))
+        assert [(Path(one.name).name, one.width, one.height) for one in loaded] == [
+            ("white.png", 64, 16),
+            *frames,
+            ("black.png", 16, 48),
+        ]
+        assert loaded[0].encoded == (tmp_path / "white.png").read_bytes()
+        assert loaded[-1].encoded == (tmp_path / "black.png").read_bytes()
+    with pytest.raises(ValueError, match=r"exam.jsonl:1: \S*/a.mp4: no frame between 30 and 31 s"):
+        asked("<image><video><image>", 30, **video)
 
 
 def test_an_answer_ends_at_a_special_token(tmp_path: Path) -> None:

@@ -304,6 +304,7 @@ def encode(
     *,
     images=Images.LOAD,
     seed: int = 0,
+    line: int = 4,
     capacity: int = 4000,
     tile_cap: int | None = None,
     **fields,
@@ -314,7 +315,7 @@ def encode(
     )
     chat = [{"from": "human", "value": "<video>\nwhat"}, {"from": "gpt", "value": "a film"}]
     entry = RawRecord(
-        offset=0, number=4, content={"video": str(path), "conversations": chat, **fields}
+        offset=0, number=line, content={"video": str(path), "conversations": chat, **fields}
     )
     found = encoder.encode_raw(
         entry, Annotations(name="a", path="a.jsonl"), source=1, images=images
@@ -336,6 +337,7 @@ def test_a_sample_with_a_video(videos, kind):
         assert np.array_equal(measured.tokens, sample.tokens) and measured.images[0].encoded == b""
     assert encode(videos[kind]).images == sample.images
     assert any(encode(videos[kind], seed=seed).images != sample.images for seed in (1, 2))
+    assert any(encode(videos[kind], line=line).images != sample.images for line in (5, 6))
 
 
 def test_videos_that_cannot_be_samples(videos, tmp_path):

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from megavlm.data.images.tiling import Tiling
-from megavlm.data.packing.encode import Encoder, Images
+from megavlm.data.packing.encode import ALL, Encoder, Images, Size
+from megavlm.data.records.filters import Filter
 from megavlm.data.records.meta_file import Annotations
 from megavlm.data.records.raw_record import RawRecord
 from megavlm.data.records.reject import Reject
@@ -42,8 +43,10 @@ def _encode(
     tile_cap=None,
     max_tiles=None,
     truncate=0,
+    keep=ALL,
+    measures=False,
     **fields,
-) -> Sample | Reject:
+) -> Sample | Size | Reject:
     template = ChatTemplate(load_tokenizer(GOLDEN / "tokenizer"), features_per_tile=4)
     tiling = Tiling(tile_size=16, max_tiles=6)
     encoder = Encoder(template, tiling, capacity, tile_cap, truncate=truncate)
@@ -52,8 +55,11 @@ def _encode(
         {"from": "gpt", "value": "the answer"},
     ]
     text = json.dumps({"conversations": chat, **fields}).encode()
-    annotations = Annotations(name="a", path="a.jsonl", root=str(root), max_tiles=max_tiles)
-    found = encoder.encode_raw(
+    annotations = Annotations(
+        name="a", path="a.jsonl", root=str(root), max_tiles=max_tiles, keep=keep
+    )
+    encode = encoder.measure_raw if measures else encoder.encode_raw
+    found = encode(
         RawRecord(offset=0, number=9, content=text), annotations, source=2, images=images
     )
     return found if isinstance(found, Reject) else found[0]
@@ -96,6 +102,11 @@ def test_a_sample_is_as_long_without_its_bytes(root, images):
 BAD = [
     ({"image": "nowhere.png"}, "missing_image", ["nowhere.png", "No such file"]),
     ({"image": ""}, None, []),
+    (
+        {"video": "a.mp4", "question": "<video>", "clip": [0, 10**400]},
+        "conversation",
+        ["a number that is too large"],
+    ),
     ({"image": "."}, "missing_image", ["directory"]),
     ({"image": "text.png"}, "unreadable_image", ["text.png", "no known image format"]),
     ({"image": "bare.png"}, "unreadable_image", ["bare.png", "the file is empty"]),
@@ -143,6 +154,24 @@ def test_a_sample_that_fills_a_pack_exactly(root):
     length = _encode(root, image="wide.png").length
     assert isinstance(_encode(root, image="wide.png", capacity=length), Sample)
     assert _encode(root, image="wide.png", capacity=length - 1).reason == "too_long"
+    assert isinstance(_encode(root, image="wide.png", tile_cap=3), Sample)
+    assert _encode(root, image="wide.png", tile_cap=2).reason == "too_many_tiles"
+
+
+@pytest.mark.parametrize("measures", [True, False])
+def test_what_filters_leave_out_is_no_sample(root, measures):
+    length = _encode(root, image="wide.png", measures=measures).length
+    for truncate in (0, length):  # which is measured in another way
+        for bounds, reason in (
+            (dict(max_tokens=length - 1), "filtered_length"),
+            (dict(min_tokens=length + 1), "filtered_length"),
+            (dict(max_side=63), "filtered_size"),
+            (dict(min_tokens=length, max_tokens=length, max_side=64), None),
+        ):
+            keep = Filter(**bounds)
+            options = dict(keep=keep, measures=measures, truncate=truncate)
+            found = _encode(root, image="wide.png", **options)
+            assert (found.reason if isinstance(found, Reject) else None) == reason
 
 
 def test_truncate_cuts_the_end_off_and_keeps_images_whole(root):
@@ -151,6 +180,7 @@ def test_truncate_cuts_the_end_off_and_keeps_images_whole(root):
     cut = _encode(root, image="wide.png", truncate=begin + 2)
     assert cut.tokens.tolist() == whole.tokens[: begin + 2].tolist()
     assert cut.supervised.sum() == 2 and cut.images == whole.images
+    assert _encode(root, image="wide.png", truncate=begin + 2, measures=True).length == begin + 2
     assert _encode(root, image="wide.png", truncate=whole.length).tokens.size == whole.length
     lost = _encode(root, image="wide.png", truncate=begin)
     assert lost.reason == "empty_answer" and f"--truncate {begin} of" in lost.detail

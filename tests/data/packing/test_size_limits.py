@@ -24,9 +24,11 @@ GOLDEN = Path(__file__).parents[2] / "golden"
         ("dynamic", 1, 14, 10, " or lower --max_frames"),
         ("dynamic", 10, 20, 10, " or lower --max_tiles and --max_frames"),
         ("dynamic", 6, 6, 10, " or lower --max_tiles or --max_frames"),
+        ("dynamic", 1, 14, 302, " or lower --max_frames"),  # with the lines of the frames
         ("dynamic", 3, 1, 900, ""),  # the text is too long
         ("pad", 1, 2, 900, ""),  # an image is one tile, however large
         ("anyres_max_9", 9, 2, 10, " or lower --grids"),
+        ("anyres_max_9", 2, 1, 480, ""),  # the least that a grid makes
     ],
 )
 def test_the_advice_is_what_helps(
