@@ -314,12 +314,10 @@ def encode(
         template, Tiling(tile_size=16), capacity, tile_cap, frames=FrameChoice(), seed=seed
     )
     chat = [{"from": "human", "value": "<video>\nwhat"}, {"from": "gpt", "value": "a film"}]
-    entry = RawRecord(
-        offset=0, number=line, content={"video": str(path), "conversations": chat, **fields}
-    )
-    found = encoder.encode_raw(
-        entry, Annotations(name="a", path="a.jsonl"), source=1, images=images
-    )
+    content = {"video": str(path), "conversations": chat, **fields}
+    entry = RawRecord(offset=0, number=line, content=content)
+    annotations = Annotations(name="a", path="a.jsonl")
+    found = encoder.encode_raw(entry, annotations, source=1, images=images)
     return found if isinstance(found, Reject) else found[0]
 
 

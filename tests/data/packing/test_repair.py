@@ -175,12 +175,16 @@ def test_images_of_more_than_eight_bits(folder: Path, capfd):
     assert report.sources[0].deep_images == 1
     assert "1 images have more than 8 bits" in capfd.readouterr().err
     pack_dataset(job(folder, "scaled", deep_images="scale"))
+    assert "more than 8 bits" not in capfd.readouterr().err
     (folder / "scaled.png").write_bytes(Reader(folder / "scaled").read(0).image(0))
     assert np.array_equal(
         np.asarray(Image.open(folder / "scaled.png")), np.rint(values / 257).astype(np.uint8)
     )
     with pytest.raises(ValueError, match="more than 8 bits a channel"):
         pack_dataset(job(folder, "refused", deep_images="reject", max_rejects=1.0))
+    save(folder / "0.png")
+    pack_dataset(job(folder, "taken", deep_images="reject"))
+    assert "more than 8 bits" not in capfd.readouterr().err
 
 
 def test_a_dry_run_can_decode_images(folder: Path):
