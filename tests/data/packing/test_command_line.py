@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megavlm.config.models import MODELS
-from megavlm.data.packing.asked_job import make_job
+from megavlm.data.packing.asked_job import make_job, tiling_warnings
 from megavlm.data.packing.command_line import parse
 
 
@@ -81,3 +81,20 @@ def test_an_option_that_is_gone_says_what_to_do(
     with pytest.raises(SystemExit):
         parse([*arguments, "--pixel_shuffle", "2"])
     assert "--tokens_per_tile" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--template", "llava_plain"], "give --tiling crop or stretch, or --data.tiling dynamic"),
+        (["--template", "paligemma", "--tiling", "pad"], "give --tiling stretch, or --data.tiling"),
+        (["--template", "paligemma", "--tiling", "stretch"], ""),
+        (["--template", "clip", "--tiling", "crop"], ""),  # its stages take any
+        ([], ""),
+    ],
+)
+def test_tiles_that_no_stage_takes_are_warned_of(
+    arguments: list[str], given: list[str], told: str
+) -> None:
+    found = list(tiling_warnings(parse([*arguments, *given])))
+    assert len(found) == bool(told) and all(told in text for text in found)
