@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     options, others = parse(arguments)
     # Only now: help and mistakes on the command line should not wait for torch.
     from megavlm.evaluate.page import table_lines, write_page
-    from megavlm.evaluate.run import AnswerOptions, answer_with, is_hub_folder
+    from megavlm.evaluate.run import AnswerOptions, answer_with_all, is_hub_folder
 
     asked = AnswerOptions(
         packs=options.packs,
@@ -77,9 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.transformers and not any(map(is_hub_folder, options.models)):
             raise ValueError("--transformers: no model is a Hugging Face folder; leave it out")
-        answered = [
-            answer_with(model, options.tasks, options.out, asked) for model in options.models
-        ]
+        answered = answer_with_all(options.models, options.tasks, options.out, asked)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -77,6 +77,17 @@ class AnswerOptions:
     by_transformers: bool = False
 
 
+def answer_with_all(
+    models: Sequence[str], tasks: Sequence[Path], out: Path, options: AnswerOptions
+) -> list[Answered]:
+    """Answer tasks with one model after the other, as ``answer_with``; one that cannot answer is
+    refused before the first has answered.
+    """
+    for model in models:
+        _checkpoint(named(model)[1], options.packs)
+    return [answer_with(model, tasks, out, options) for model in models]
+
+
 def answer_with(model: str, tasks: Sequence[Path], out: Path, options: AnswerOptions) -> Answered:
     """Answer tasks with a model, unless the folder holds its answers already.
 

@@ -14,7 +14,7 @@ from megavlm.config.cli import parse
 from megavlm.config.schema import Config, Data, Ema, Eval, Init
 from megavlm.evaluate import run
 from megavlm.evaluate.page import Answered
-from megavlm.evaluate.run import AnswerOptions, _arguments, answer_with
+from megavlm.evaluate.run import AnswerOptions, _arguments, answer_with, answer_with_all
 from tools import evaluate
 
 EXPERTS = (
@@ -59,6 +59,13 @@ def test_an_imported_checkpoint_needs_no_stage_but_packs(
     task = write_question(tmp_path / "exam.jsonl", "a cat")
     with pytest.raises(ValueError, match="not trained does not say how questions are packed"):
         answer_with(str(tmp_path), [task], tmp_path / "out", WITH_ITS_OWN_PACKS)
+    # Before a model in front of it is asked.
+    trained = parse(["--stage", "2", "--model", "tiny", "--data.train", str(tmp_path)])
+    kinds = {"first": SimpleNamespace(config=trained, folder=tmp_path), "second": saved}
+    monkeypatch.setattr(run.step_folder, "find", lambda model: kinds[model.name])
+    monkeypatch.setattr(run, "answer_with", lambda *arguments: pytest.fail("one was asked"))
+    with pytest.raises(ValueError, match="second: a checkpoint that was not trained does not say"):
+        answer_with_all(["first", "second"], [task], tmp_path / "out", WITH_ITS_OWN_PACKS)
 
 
 def test_packs_that_are_not_there_any_more_are_asked_for(
