@@ -69,7 +69,11 @@ def parse_stages(
             raise SystemExit(2)
         is_last = number == len(command.stages) - 1
         runs.append(_placed(run, runs[-1] if runs else None, exports=is_last, command=command))
-    found = list(_problems(runs, command, find_problems))
+    try:
+        found = list(_problems(runs, command, find_problems))
+    except ValueError as error:
+        verdict.print_error(str(error))
+        raise SystemExit(2) from None
     if any(run.eval.only for run in runs):
         found.append("--eval.only true measures the weights of one stage; --stage names several")
     if "--print_config" in command.asked:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megavlm.config.checks import rules
 from megavlm.config.cli import from_yaml
 from megavlm.config.schema import Init
 from megavlm.config.stages import parse_stages
@@ -83,6 +84,14 @@ def test_problems_of_all_stages_come_together(capsys: pytest.CaptureFixture) -> 
     said = capsys.readouterr().err
     assert ended.value.code == 2 and said.count(missing) == 1  # only of the first
     assert all(f"stage {name}: --lr 0: must be above 0" in said for name in ("1", "2"))
+
+
+def test_what_ends_the_checks_is_told_alone(capsys: pytest.CaptureFixture) -> None:
+    words = [*COMMON, "--stage", "1,2", "--architecture.objective", "mine"]
+    with pytest.raises(SystemExit) as ended:
+        parse_stages(words, None, rules.problems)
+    assert ended.value.code == 2
+    assert "error: --architecture.objective mine: no such obj" in capsys.readouterr().err
 
 
 def test_configurations_are_printed_one_below_the_other(capsys: pytest.CaptureFixture) -> None:

@@ -162,7 +162,6 @@ def test_a_stage_names_its_objective(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert parse([*arguments, "2"]).architecture == MODELS["tiny"]
     wrong = parse([*arguments, "1", "--architecture.objective", "none"])
-    assert any(
-        "--architecture.objective none: no such objective; known are next_token" in line
-        for line in problems(wrong, 1)
-    )
+    told = "--architecture.objective none: no such objective; known are next_token"
+    with pytest.raises(ValueError, match=told):
+        problems(wrong, 1)

@@ -10,7 +10,6 @@ from megavlm.config.connectors import CONNECTORS
 from megavlm.config.differences import is_same
 from megavlm.config.fp8 import fp8_multiple
 from megavlm.config.freeze_mask import parts_named
-from megavlm.config.objectives import OBJECTIVES
 from megavlm.config.sampling import shares_of
 from megavlm.config.schema import ANY, Architecture, Config
 from megavlm.config.tiling import WITH_GRIDS
@@ -101,10 +100,9 @@ def _dataset(config: Config, facts: DatasetFacts) -> Iterator[str]:
             f" is {arch.vision.resample}; pack with --resample {arch.vision.resample}, or for this"
             " model by --model"
         )
-    if arch.objective in OBJECTIVES:
-        option, rows = arch.needs.vocabulary(arch)
-        if facts.vocab_size > rows:
-            yield f"{where}: its tokenizer has {facts.vocab_size} tokens, but {option} is {rows}"
+    option, rows = arch.needs.vocabulary(arch)
+    if facts.vocab_size > rows:
+        yield f"{where}: its tokenizer has {facts.vocab_size} tokens, but {option} is {rows}"
     yield from _form(config, facts, where)
     yield from _instructions(arch, facts, where)
     yield from sharing_problems(config.parallel, where, facts.capacity, facts.alignment)
@@ -210,7 +208,7 @@ def _placeholders(arch: Architecture) -> int | None:
     """Return the placeholder tokens of a tile; none if the sizes of the model cannot be, which is
     reported by itself.
     """
-    if arch.connector.kind not in CONNECTORS or arch.objective not in OBJECTIVES:
+    if arch.connector.kind not in CONNECTORS:
         return None
     if arch.needs.is_of_pairs:
         return 0

@@ -8,7 +8,6 @@ from megavlm.config.checks.limits import at_least
 from megavlm.config.differences import changed
 from megavlm.config.freeze_mask import matches
 from megavlm.config.lora import linear_names
-from megavlm.config.objectives import OBJECTIVES
 from megavlm.config.schema import Architecture, Config, Language, Parallel
 
 _FLAG = "--architecture.language"
@@ -157,7 +156,7 @@ def expert_problems(config: Config) -> Iterator[str]:
             f" ({_FLAG}.shared_expert_ffn_hidden_size); leave it out"
         )
     arch = config.architecture
-    if arch.objective in OBJECTIVES and arch.needs.spans_step:
+    if arch.needs.spans_step:
         yield (
             f"{_FLAG}.num_experts {language.num_experts}: --architecture.objective"
             f" {arch.objective} runs microbatches twice, and the routers' losses would count twice;"

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megavlm.config.objectives import OBJECTIVES
 from megavlm.config.schema import Architecture, Config, Parallel
 
 
 def objective_problems(config: Config) -> Iterator[str]:
     """Yield what does not go with the run's objective; its layouts are checked apart."""
     arch = config.architecture
-    if arch.objective not in OBJECTIVES:
-        return
     wanted = f"--architecture.objective {arch.objective}"
     share = config.data.next_image
     if not 0 <= share <= 1:
@@ -78,8 +75,6 @@ def _pairs(config: Config, wanted: str) -> Iterator[str]:
 
 def objective_layout_problems(parallel: Parallel, arch: Architecture) -> Iterator[str]:
     """Yield kinds of parallelism that the run's objective does not support."""
-    if arch.objective not in OBJECTIVES:
-        return
     wanted = f"--architecture.objective {arch.objective}"
     if not arch.needs.is_of_pairs and arch.needs.has_language:
         return

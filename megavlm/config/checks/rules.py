@@ -28,7 +28,6 @@ from megavlm.config.freeze_mask import PARTS, parts_named
 from megavlm.config.layout_text import parse_layout
 from megavlm.config.lora import dropout_problems
 from megavlm.config.loss import loss_problems
-from megavlm.config.objectives import OBJECTIVES
 from megavlm.config.schema import (
     LAYER_PARTS,
     Architecture,
@@ -74,6 +73,9 @@ def check(
 def problems(config: Config, world_size: int) -> list[str]:
     """Everything in a configuration that cannot run on ``world_size`` ranks, each naming the flag
     to change.
+
+    Raises:
+        ValueError: there is no such objective.
     """
     return [
         *layout_problems(config, world_size),
@@ -122,9 +124,8 @@ def model_problems(config: Config) -> list[str]:
 
 def _loss(config: Config) -> Iterator[str]:
     arch = config.architecture
-    if arch.objective in OBJECTIVES:
-        has_vocabulary = arch.needs.has_vocabulary_head
-        yield from loss_problems(config.loss, arch.objective, has_vocabulary=has_vocabulary)
+    has_vocabulary = arch.needs.has_vocabulary_head
+    yield from loss_problems(config.loss, arch.objective, has_vocabulary=has_vocabulary)
     if config.loss.is_by_block and arch.added_tokens:
         yield (
             f"--loss.{next(iter(changed(config.loss)))}: computes the head by block, and the rows"

@@ -11,7 +11,6 @@ from typing import Any
 
 from megavlm.config.differences import values
 from megavlm.config.freeze_mask import trains
-from megavlm.config.objectives import OBJECTIVES
 from megavlm.config.options import shown_value
 from megavlm.config.recipes import RECIPES
 from megavlm.config.schema import Config
@@ -37,8 +36,7 @@ def _connector(*kinds: str) -> Callable[[Config], bool]:
 
 
 def _has_vocabulary_head(run: Config) -> bool:
-    needs = OBJECTIVES.get(run.architecture.objective)
-    return needs is None or needs.has_vocabulary_head  # none is reported by itself
+    return run.architecture.needs.has_vocabulary_head
 
 
 def _rotates(run: Config) -> bool:
