@@ -32,6 +32,9 @@ def root(tmp_path_factory):
     (folder / "cut.png").write_bytes((folder / "tall.png").read_bytes()[:3000])
     (folder / "text.png").write_text("no image")
     (folder / "bare.png").touch()
+    (folder / "film").mkdir()
+    (folder / "film" / "0.png").write_bytes((folder / "wide.png").read_bytes())
+    (folder / "film" / "1.png").write_bytes((folder / "cut.png").read_bytes())
     return folder
 
 
@@ -148,6 +151,12 @@ def test_truncated_images_are_found_by_decoding_only(root):
     outcome = _encode(root, image="cut.png", images=Images.DECODE)
     assert (outcome.reason, "truncated" in outcome.detail) == ("unreadable_image", True)
     assert isinstance(_encode(root, image="cut.png", images=Images.HEADER), Sample)
+    film = dict(video="film", question="<video>")
+    outcome = _encode(root, **film, images=Images.DECODE)
+    assert (outcome.reason, "truncated" in outcome.detail) == ("unreadable_video", True)
+    assert isinstance(_encode(root, **film, images=Images.HEADER), Sample)
+    outcome = _encode(root, **film, clip=[100, 200])
+    assert f"{root / 'film'}: no frame between" in outcome.detail
 
 
 def test_a_sample_that_fills_a_pack_exactly(root):

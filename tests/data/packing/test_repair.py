@@ -104,6 +104,21 @@ def test_media_that_change_between_the_passes_are_read_again(folder: Path, monke
     assert bytes_of(folder / "out") == bytes_of(folder / "fresh")
 
 
+def test_shards_that_were_written_before_a_repair_are_written_again(folder: Path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(packing, "complete", stop)
+        pack_dataset(job(folder, max_rejects=0.5))
+    for index in (1, 2):
+        save(folder / f"{index}.png")
+    report = pack_dataset(job(folder, max_rejects=0.5))
+    assert (report.packed_records, report.rejected) == (4, 0)
+    pack_dataset(job(folder, "fresh"))
+    assert bytes_of(folder / "out") == bytes_of(folder / "fresh")
+
+
 def test_a_changed_annotation_file_is_named(folder: Path):
     with pytest.raises(ValueError, match="2 of 4 records"):
         pack_dataset(job(folder))
