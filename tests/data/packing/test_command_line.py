@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from megavlm.config.models import MODELS
+from megavlm.config.vision import PIXELS
+from megavlm.data.images.frame_sampling import FrameChoice
 from megavlm.data.packing.asked_job import make_job, tiling_warnings
 from megavlm.data.packing.command_line import parse
 
@@ -39,6 +41,26 @@ def test_the_model_and_its_sizes_say_how_many_tokens_a_tile_has(
 ) -> None:
     job = make_job(parse([*arguments, *given]), MODELS["internvl2_5-1b"])
     assert job.features_per_tile == tokens
+
+
+def test_options_reach_the_job(arguments: list[str]) -> None:
+    usual = make_job(parse(arguments), MODELS["internvl2_5-1b"])
+    assert usual.decode_images and not usual.scan_pixels and usual.tiling.thumbnail
+    given = "--headers_only --scan_pixels --no_thumbnail --resample bilinear --pixels clip"
+    given += " --min_frames 3 --max_frames 5 --frame_sampling middle --tile_cap 7 --system none"
+    job = make_job(parse([*arguments, *given.split()]), MODELS["internvl2_5-1b"])
+    assert not job.decode_images and job.scan_pixels and not job.tiling.thumbnail
+    assert job.tiling.resample == "bilinear" != usual.tiling.resample
+    assert (job.tiling.pixel_mean, job.pixel_std) == PIXELS["clip"]
+    assert usual.tiling.pixel_mean == PIXELS["imagenet"][0]
+    assert job.frames == FrameChoice(min_frames=3, max_frames=5, sampling="middle") != usual.frames
+    assert (job.tile_cap, usual.tile_cap) == (7, None)
+    assert (job.system_message, usual.system_message) == ("", None)
+    # A template with one token for an image fits any size.
+    make_job(
+        parse([*arguments, "--template", "flamingo", "--image_size", "462"]),
+        MODELS["internvl2_5-1b"],
+    )
 
 
 @pytest.mark.parametrize(
