@@ -45,6 +45,23 @@ def test_packs_under_way_are_those_of_megatron_core(
         ).max(), "later ones repeat"
 
 
+@pytest.mark.parametrize(
+    ("virtual", "packs", "expected"),
+    [
+        (1, 8, [3, 2, 1, 0]),
+        (1, 2, [2, 2, 1, 0]),
+        (2, 8, [10, 8, 6, 4]),
+        (2, 4, [8, 8, 6, 4]),  # all of them
+        (3, 12, [14, 12, 10, 8]),
+    ],
+)
+def test_the_warm_up_is_as_long_as_that_of_megatron_core(
+    virtual: int, packs: int, expected: list[int]
+) -> None:
+    """As ``get_pp_rank_microbatches`` counts it, for groups of as many packs as ranks."""
+    assert [warm_up(4, rank, virtual, packs) for rank in range(4)] == expected
+
+
 def test_without_turns_the_first_rank_keeps_as_many_packs_as_there_are_ranks() -> None:
     assert [in_flight(4, rank, 1, 32).max() for rank in range(4)] == [4, 3, 2, 1]
     assert in_flight(4, 0, 1, 2).max() == 2, "there are no more"

@@ -212,7 +212,11 @@ def test_rejects_are_listed_with_file_and_line(data, tmp_path):
     assert "unreadable_image" not in headers.rejects
 
 
-def test_too_many_rejects_stop_the_job(data, tmp_path):
+def _stop(*_, **__) -> None:
+    raise KeyboardInterrupt
+
+
+def test_too_many_rejects_stop_the_job(data, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="5 of 10 records") as caught:
         pack_dataset(_job(data, tmp_path / "out", "bad"))
     assert f"{data / 'bad.jsonl'}:1: malformed_json: " in str(caught.value)
@@ -220,9 +224,11 @@ def test_too_many_rejects_stop_the_job(data, tmp_path):
         tmp_path / "out.rejects.jsonl"
     ) in str(caught.value)
     assert len((tmp_path / "out.rejects.jsonl").read_text().splitlines()) == 5
-    for _ in range(2):  # and nothing is left to write when it is tried again
-        with pytest.raises(ValueError, match="6 of 10 records"):
-            pack_dataset(_job(data, tmp_path / "out", "bad", max_rejects=0.5))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("megavlm.data.packing.job.complete", _stop)
+        pack_dataset(_job(data, tmp_path / "out", "bad", max_rejects=0.6))
+    with pytest.raises(ValueError, match="6 of 10 records"):  # though all shards are written
+        pack_dataset(_job(data, tmp_path / "out", "bad", max_rejects=0.5))
     assert len((tmp_path / "out.rejects.jsonl").read_text().splitlines()) == 6
     assert not (tmp_path / "out").exists()
     assert pack_dataset(_job(data, tmp_path / "out", "bad", max_rejects=0.6)).packed_records == 4
