@@ -5,6 +5,7 @@ and nothing is written.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -269,6 +270,10 @@ def test_the_folder_of_each_stage_is_looked_at(
         status, said = checked([*backwards, *options], capsys)
         assert status == 0, said
         assert f"stage 2 comes first: it would resume both/stage_2 after step 1 of {end}" in said
+    # Both have begun.
+    shutil.copytree("both/stage_2", "both/stage_1")
+    status, said = checked(backwards, capsys)
+    assert "stage 2 comes first" in said and "stage 1 is at step 1 of 10 and stays so" in said
 
 
 def test_annotations_are_not_packed_to_look_at_a_checkpoint(

@@ -76,7 +76,7 @@ def test_any_part_is_a_part_of_the_whole():
         (1.0, -1.0, 1.0),
         (1.0, 1e-9, 1.0),
         (1.0, float("nan"), 1.0),
-        (1.0, float("inf"), 1.0),
+        (float("inf"), float("inf"), float("inf")),
     ],
 )
 def test_bad_weights(weights):
