@@ -286,6 +286,12 @@ class Architecture:
     contrastive: Contrastive = field(default_factory=Contrastive)
     image_text: ImageText = field(default_factory=ImageText)
 
+    def __hash__(self) -> int:
+        """Hash only what tells most models apart: the planner looks tables up by model, millions
+        of times.
+        """
+        return hash((self.vision.hidden_size, self.language.hidden_size, self.language.num_layers))
+
     @property
     def needs(self) -> ObjectiveNeeds:
         """What the objective needs. Raises ValueError if there is no such objective."""

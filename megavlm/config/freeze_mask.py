@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 PARTS = ("vision", "connector", "language", "objective")
 
@@ -13,9 +14,10 @@ def matches(key: str, pattern: str) -> bool:
     return fnmatchcase(key, pattern) or fnmatchcase(key, f"{pattern}.*")
 
 
-def parts_named(pattern: str) -> list[str]:
+@lru_cache(maxsize=1024)
+def parts_named(pattern: str) -> tuple[str, ...]:
     """Parts that a name, or a pattern of names, can mean."""
-    return [part for part in PARTS if fnmatchcase(part, pattern.split(".")[0])]
+    return tuple(part for part in PARTS if fnmatchcase(part, pattern.split(".")[0]))
 
 
 def trains(part: str, trainable: Sequence[str]) -> bool:

@@ -137,17 +137,14 @@ def activation_memory(config: Config, chunk: Chunk, load: RankLoad) -> Activatio
     for layer in chunk.layer_numbers(arch.vision.num_layers):
         part = "vision" if layer < arch.vision.num_layers else "language"
         recompute = parallel.recompute_of(part) if backward[layer] else "nothing"
-        kept, transient = _kept(layers[part], width[part], recompute)
         draws = adapter_draws(arch, parallel, layer)
-        masks = _kept(draws.masks, 0, recompute)
-        copies = _kept((draws.copies, 0.0), 0, recompute)
-        outputs = _kept(dora_outputs(arch, parallel, layer), 0, recompute)
-        (kept, transient) = (
-            size * (layer_bytes + copied + output) + _MASK_BYTES * mask
-            for layer_bytes, copied, output, mask in zip(
-                (kept, transient), copies, outputs, masks, strict=True
-            )
+        outputs = dora_outputs(arch, parallel, layer)
+        (whole, inside) = (
+            size * (elements + output) + _MASK_BYTES * mask
+            for elements, output, mask in zip(layers[part], outputs, draws.masks, strict=True)
         )
+        whole += size * draws.copies
+        kept, transient = _kept((whole, inside), size * width[part], recompute)
         per_microbatch += kept * rows[part]
         once = max(once, (transient + draws.largest * _DRAW_BYTES) * rows[part])
     of_blocks = _blocks(config, chunk, load, is_trained["language"])
@@ -289,19 +286,25 @@ def _around_layers(config: Config, chunk: Chunk, load: RankLoad) -> float:
     return found + load.tiles * arch.vision.layer_tokens * arch.vision.hidden_size
 
 
-def _kept(layer: tuple[float, float], width: int, recompute: str) -> tuple[float, float]:
-    """Return the elements that a layer keeps per token, and those that it needs while it runs.
+def _kept(layer: tuple[float, float], entering: int, recompute: str) -> tuple[float, float]:
+    """Return the bytes that a layer keeps per token, and those that it needs while it runs.
 
     A recomputed layer keeps its input. One layer at a time, recomputed or without a backward pass,
     has all its activations.
+
+    Args:
+        layer: bytes of all its activations, and of those inside its MLP.
+        entering: bytes of its input.
+        recompute: what is computed again, or ``nothing`` without a backward pass.
     """
     whole, inside = layer
-    return {
-        "nothing": (0.0, whole),
-        "full": (width, whole),
-        "selective": (whole - inside, inside),
-        "none": (whole, 0.0),
-    }[recompute]
+    if recompute == "nothing":
+        return 0.0, whole
+    if recompute == "full":
+        return entering, whole
+    if recompute == "selective":
+        return whole - inside, inside
+    return whole, 0.0
 
 
 def _vision_layer(vision: Vision, parallel: Parallel, is_trained: bool) -> tuple[float, float]:

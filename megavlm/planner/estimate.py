@@ -58,6 +58,10 @@ class Hardware:
     gpus_per_node: int = 8
     efficiency: float = 0.5
 
+    def holds(self, memory: Memory) -> bool:
+        """Whether nine tenths of a GPU's memory are enough for a rank."""
+        return memory.total <= USABLE * self.memory_gib * _GIB
+
 
 @dataclass(frozen=True, kw_only=True)
 class Packs:
@@ -111,7 +115,12 @@ class Estimate:
 
     def fits(self, hardware: Hardware) -> bool:
         """Whether it needs nine tenths of the memory at most."""
-        return self.memory_gib <= USABLE * hardware.memory_gib
+        return hardware.holds(self.memory)
+
+
+def estimate_memory(config: Config, gpus: int, packs: Packs) -> Memory:
+    """Estimate the memory of the rank that needs most; arguments as for ``estimate``."""
+    return _memory(config, make_layout(config, packs.size), gpus, packs)
 
 
 def estimate(config: Config, gpus: int, packs: Packs, hardware: Hardware) -> Estimate:
@@ -163,7 +172,7 @@ def estimate(config: Config, gpus: int, packs: Packs, hardware: Hardware) -> Est
         parallel=dataclasses.replace(parallel, layout=str(layout)),
         data_ranks=data_ranks,
         packs=microbatches,
-        memory=memory(config, layout, data_ranks, capacity=packs.capacity, **_fullest(size)),
+        memory=_memory(config, layout, gpus, packs),
         chunk_ms=tuple(time * 1e3 for time in times),
         bubble=idle,
         communication=_busiest(sent),
@@ -181,10 +190,17 @@ def _round_seconds(times: Sequence[float], ranks: int) -> float:
     return sum(max(times[start : start + ranks]) for start in rounds)
 
 
-def _fullest(size: PackSize) -> dict[str, float | None]:
-    """Expect this of the pack that needs most memory."""
-    supervised = None if size.supervised is None else _MOST_SUPERVISED * size.supervised
-    return {"tiles": _MOST_TILES * size.tiles, "supervised": supervised}
+def _memory(config: Config, layout: Layout, gpus: int, packs: Packs) -> Memory:
+    """Estimate the memory of the rank that needs most, for the fullest pack that is expected."""
+    size = packs.size
+    return memory(
+        config,
+        layout,
+        gpus // config.parallel.model_parallel_size,
+        capacity=packs.capacity,
+        tiles=_MOST_TILES * size.tiles,
+        supervised=None if size.supervised is None else _MOST_SUPERVISED * size.supervised,
+    )
 
 
 def _rates(parallel: Parallel, gpus: int, hardware: Hardware) -> CommunicationVolume:

@@ -12,7 +12,14 @@ from megavlm.config.checks.rank_slices import capacity_problems
 from megavlm.config.checks.rules import layout_problems
 from megavlm.config.options import shown_value
 from megavlm.config.schema import LAYER_PARTS, Config, Loss, Optimizer, Parallel
-from megavlm.planner.estimate import USABLE, Estimate, Hardware, Packs, estimate
+from megavlm.planner.estimate import (
+    USABLE,
+    Estimate,
+    Hardware,
+    Packs,
+    estimate,
+    estimate_memory,
+)
 
 _MOST_TENSOR = 8
 _MOST_CONTEXT = 8
@@ -33,20 +40,22 @@ def find_layouts(config: Config, gpus: int, packs: Packs, hardware: Hardware) ->
         ValueError: none can run, or none fits; says which flags to change, and how little memory
             would be enough.
     """
-    estimates = [
-        estimate(candidate, gpus, packs, hardware)
+    candidates = [
+        (candidate, estimate_memory(candidate, gpus, packs))
         for candidate in _candidates(config, gpus, packs.capacity)
     ]
-    if not estimates:
+    if not candidates:
         plain = layout_problems(dataclasses.replace(config, parallel=Parallel()), gpus)
         raise ValueError(
             f"no layout can run on --gpus {gpus}: "
             + "; ".join(plain or ["none of the sizes divides them"])
         )
-    fitting = [each for each in estimates if each.fits(hardware)]
+    fitting = [candidate for candidate, needed in candidates if hardware.holds(needed)]
     if not fitting:
-        raise ValueError(_why_nothing_fits(estimates, hardware))
-    return sorted(fitting, key=_by_speed)
+        least, _ = min(candidates, key=lambda each: each[1].total)
+        raise ValueError(_why_nothing_fits(estimate(least, gpus, packs, hardware), hardware))
+    estimates = (estimate(candidate, gpus, packs, hardware) for candidate in fitting)
+    return sorted(estimates, key=_by_speed)
 
 
 def _by_speed(layout: Estimate) -> tuple[float, ...]:
@@ -74,9 +83,8 @@ def without_recompute_variants(estimates: Sequence[Estimate]) -> list[Estimate]:
     return list(first.values())
 
 
-def _why_nothing_fits(estimates: Sequence[Estimate], hardware: Hardware) -> str:
-    """Explain why no layout fits, and what would."""
-    least = min(estimates, key=lambda each: each.memory.total)
+def _why_nothing_fits(least: Estimate, hardware: Hardware) -> str:
+    """Explain why no layout fits, and what would, by the layout that needs least."""
     enough = math.ceil(least.memory_gib / USABLE)
     return (
         f"no layout fits into nine tenths of --memory_gib {hardware.memory_gib:g}: the least,"
