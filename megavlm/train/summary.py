@@ -19,6 +19,7 @@ from megavlm.model.freeze import Trained
 from megavlm.parallel import process_groups
 from megavlm.planner.parameter_table import parameter_table, table_lines
 from megavlm.train import resume, start_point
+from megavlm.train.disk_room import room_warnings
 from megavlm.train.metrics import Metrics
 from megavlm.train.start_point import Start
 
@@ -51,9 +52,11 @@ def log_run_summary(
         metrics.log(f"note: {note}")
     with raised_on_all():
         if groups.is_writer:  # it reads the manifests again
-            for warning in job_checks.warnings(config, groups.size):
-                metrics.log(f"warning: {warning}")
-            for warning in _worker_warnings(config.data.workers):
+            found = job_checks.warnings(config, groups.size)
+            found += _worker_warnings(config.data.workers)
+            if not config.eval.only:
+                found += room_warnings(config, state.step)
+            for warning in found:
                 metrics.log(f"warning: {warning}")
     if not config.eval.only:
         _log_training(config, trained, start, state, metrics)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megavlm.checkpoint import step_folder
+from megavlm.config.cli import from_yaml
 from megavlm.config.schema import Config
 from tests.ranks.layouts import asks_for_all
 from tests.ranks.pool import Pool
@@ -63,6 +64,15 @@ def different(tensors: dict[str, torch.Tensor]) -> list[str]:
     ]
 
 
+def share_of_estimate(save: Path) -> float:
+    """Return the bytes of a run's last checkpoint over those that a run expects when it starts."""
+    from megavlm.train.disk_room import checkpoint_bytes
+
+    folder = save / f"step_{STEPS:08d}"
+    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return written / checkpoint_bytes(from_yaml(folder / "config.yaml"))
+
+
 SIX_RANKS = {
     "DP6": dict(global_batch_size=6),
     "TP2 DP3": dict(tensor_model_parallel_size=2, vision="data"),
@@ -99,6 +109,7 @@ def test_a_run_with_several_buckets_resumes_bit_for_bit(
     [whole] = ranks.run(saved_tensors, 1, tmp_path / "whole" / f"step_{STEPS:08d}")
     [killed] = ranks.run(saved_tensors, 1, tmp_path / "killed" / f"step_{STEPS:08d}")
     assert different(whole) == []
+    assert share_of_estimate(tmp_path / "whole") == pytest.approx(1, abs=0.1)
     assert whole.keys() == killed.keys() and all(
         torch.equal(whole[key], killed[key]) for key in whole
     )
@@ -108,6 +119,7 @@ def test_a_checkpoint_of_three_data_parallel_ranks_goes_on_at_other_layouts(
     ranks: Pool, dataset: Path, tmp_path: Path
 ) -> None:
     ranks.run(run_job, 3, wide_job(dataset, tmp_path / "whole"))
+    assert share_of_estimate(tmp_path / "whole") == pytest.approx(1, abs=0.1)
     others = [(1, dict()), (6, SIX_RANKS["TP2 DP3"])]
     others += [(2, dict(context_parallel_size=2))] if asks_for_all() else []
     for number, (world, settings) in enumerate(others):

@@ -17,7 +17,7 @@ from megavlm.config.checks.fp8 import fp8_problems
 from megavlm.config.checks.limits import at_least
 from megavlm.config.checks.long_runs import bad_steps_problems, profile_problems
 from megavlm.config.checks.no_vision import run_problems
-from megavlm.config.checks.numbers import number_problems
+from megavlm.config.checks.numbers import finite_problems, number_problems
 from megavlm.config.checks.objective import objective_layout_problems, objective_problems
 from megavlm.config.checks.observers import observer_problems
 from megavlm.config.checks.optimizer import optimizer_problems
@@ -77,6 +77,8 @@ def problems(config: Config, world_size: int) -> list[str]:
     Raises:
         ValueError: there is no such objective.
     """
+    if not_finite := list(finite_problems(config)):
+        return not_finite  # which other checks would compute with
     return [
         *layout_problems(config, world_size),
         *data_problems(config.data),

@@ -251,7 +251,7 @@ WRONG = [
     ("--training.drop_path 1", 1, ["drop_path 1.0: must be 0 or more, and less than 1"]),
     ("--eval-interval 10", 1, ["eval_interval 10 needs --data.valid"]),
     ("--lr 0", 1, ["optimizer.lr 0.0: must be above 0"]),
-    ("--lr .nan", 1, ["optimizer.lr nan: must be above 0"]),
+    ("--lr .nan", 1, ["optimizer.lr nan: must be a finite number"]),
     ("--lr 1e-5 --min-lr 2e-5", 1, ["min_lr 2e-05 is above --optimizer.lr 1e-05"]),
     ("--weight-decay -1", 1, ["weight_decay -1.0: must be 0 or more"]),
     (
