@@ -34,9 +34,11 @@ def checkpoint_bytes(config: Config, *, trained_only: bool = False) -> float:
     held = found.trained if trained_only else found.weights
     stored = replace(found, weights=held, in_fp8=0, in_nf4=0)  # 4 bits are written as 16
     counted = weight_bytes(whole, stored, data_ranks=1)
-    # Float32 weights are their own master weights in memory, and are written twice.
-    again = found.trained * NUMBER_BYTES["float32"] * (config.training.precision == "float32")
-    return counted["weights"] + counted["optimizer"] + again
+    written = counted["weights"] + counted["optimizer"]
+    if config.training.precision == "float32":
+        # Weights are their own master weights in memory, and are written twice.
+        written += NUMBER_BYTES["float32"] * found.trained
+    return written
 
 
 def room_warnings(config: Config, step: int) -> Iterator[str]:
