@@ -17,6 +17,9 @@ from megavlm.planner.layout import make_layout
 from megavlm.planner.memory import weight_bytes
 from megavlm.planner.parameters import parameters_on_rank
 
+# Kept free while the shards are written, for the small files that come after them: a disk that is
+# full by then would leave one rank with an error and the others waiting for it.
+SPARE_BYTES = 64 << 20
 _MIB = 2**20
 
 
@@ -59,12 +62,13 @@ def room_warnings(config: Config, step: int) -> Iterator[str]:
     added = _added(config, step, there)
     last = checkpoint_bytes(config)
     each = checkpoint_bytes(config, trained_only=True) if files.trained_only else last
-    if free < (added - 1) * each + last:
+    if free < (added - 1) * each + last + SPARE_BYTES:
         count = "a checkpoint" if added == 1 else f"{added} checkpoints"
         fewer = " or keep fewer with --checkpoint.keep," if added > 1 else ""
         yield (
             f"--checkpoint.save {files.save}: {count} of about {last / _MIB:,.0f} MiB will come"
-            f" there, and {free / _MIB:,.0f} MiB are free; make room,{fewer} or name another folder"
+            f" there, and {SPARE_BYTES / _MIB:.0f} MiB for a moment, but {free / _MIB:,.0f} MiB are"
+            f" free; make room,{fewer} or name another folder"
         )
 
 

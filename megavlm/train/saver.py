@@ -31,14 +31,12 @@ from megavlm.convert.hf import preprocessing, unused_weights
 from megavlm.data.store.manifest import FILE_NAME as MANIFEST_NAME
 from megavlm.io.storage import open_folder
 from megavlm.train import checkpoint
+from megavlm.train.disk_room import SPARE_BYTES
 from megavlm.train.job import Job
 from megavlm.train.master_weights import MismatchError
 from megavlm.train.metrics import Metrics
 from megavlm.train.optimizer import whole_weights
 
-# Kept free while the shards are written, for the small files that come after them: a disk that is
-# full by then would leave one rank with an error and the others waiting for it.
-_SPARE_BYTES = 64 << 20
 _SPARE = ".spare"
 # Free beside it when writing begins, for the small file that comes before the shards.
 _FIRST_BYTES = 1 << 18
@@ -175,7 +173,10 @@ class Saver:
             free = shutil.disk_usage(self._root).free
         except OSError:  # the folder is gone, or its file system is
             return ""
-        return f"; {free / 2**20:,.0f} MiB are free there"
+        return (
+            f"; {free / 2**20:,.0f} MiB are free there, of which {SPARE_BYTES / 2**20:.0f} MiB stay"
+            " free beside the shards"
+        )
 
     def _give_up(self, error: str) -> None:
         """Tell that the checkpoint could not be saved, and clear it away."""
@@ -210,8 +211,8 @@ class Saver:
         self._check_lock()
         (self._growing / SHARDS).mkdir(parents=True)
         with (self._growing / _SPARE).open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, _SPARE_BYTES + _FIRST_BYTES)
-            file.truncate(_SPARE_BYTES)
+            os.posix_fallocate(file.fileno(), 0, SPARE_BYTES + _FIRST_BYTES)
+            file.truncate(SPARE_BYTES)
 
     def _publish(self, sums: dict[str, checksums.Sum]) -> None:
         """Add the small files to the shards, then give the checkpoint its name."""
