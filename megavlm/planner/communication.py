@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megavlm.config.cross_attention import memory_rows
+from megavlm.config.freeze_mask import trains
 from megavlm.config.schema import LAYER_PARTS, Config
 from megavlm.planner.activations import NUMBER_BYTES, RankLoad, has_backward
 from megavlm.planner.layout import Chunk, Layout
@@ -130,7 +131,10 @@ def _tensor(config: Config, chunk: Chunk, load: RankLoad) -> float:
     tensor = parallel.tensor_model_parallel_size
     ring = 2 * (tensor - 1) / tensor
     backward = has_backward(config)
-    is_trained = parameters_on_rank(config, chunk).trained > 0
+    # Frozen linear layers have no use for their inputs.
+    is_trained = parameters_on_rank(config, chunk).trained > 0 and (
+        arch.lora.rank > 0 or trains("language", config.training.trainable)
+    )
     again = {
         part: {"none": 0, "selective": 1, "full": 2}[parallel.recompute_of(part)]
         for part in LAYER_PARTS
@@ -153,19 +157,34 @@ def _tensor(config: Config, chunk: Chunk, load: RankLoad) -> float:
             found += (2 if blocks else 1) * sums * load.tokens * arch.language.hidden_size
         elif parallel.vision == "tensor":
             found += sums * load.tiles * arch.vision.layer_tokens * arch.vision.hidden_size
-    if not arch.language.exists:
-        sums = arch.connector_sizes.all_reduced_elements if chunk.has_connector else 0
-        return ring * (found + 2 * load.tiles * sums)
     if chunk.has_connector:
-        found += load.tokens * arch.language.hidden_size  # the sum of embeddings
-        if parallel.vision == "tensor":
-            found += 2 * load.tiles * arch.connector_sizes.all_reduced_elements
-        else:  # each rank gathers the features of all
-            features = load.tiles * arch.features_per_tile * arch.needs.connector_output(arch)
-            found += features * tensor / 2
-    if chunk.has_head:
+        found += _at_connector(config, load)
+    if chunk.has_head and arch.language.exists:
         found += load.tokens * arch.language.hidden_size
     return ring * found
+
+
+def _at_connector(config: Config, load: RankLoad) -> float:
+    """Count the elements that the connector and the embedding all-reduce per microbatch."""
+    arch = config.architecture
+    parallel = config.parallel
+    sizes = arch.connector_sizes
+    found = 0.0
+    if parallel.vision == "tensor":
+        found = load.tiles * sizes.all_reduced_elements
+        # The gradient of what its first matrix reads is made as soon as that matrix is trained.
+        if found and any(
+            trains(part, config.training.trainable) for part in ("vision", "connector")
+        ):
+            found += load.tiles * sizes.features * sizes.feature_size
+    elif arch.language.exists:  # each rank gathers the features of all
+        features = load.tiles * arch.features_per_tile * arch.needs.connector_output(arch)
+        found = features * parallel.tensor_model_parallel_size / 2
+    if not arch.language.exists:
+        return found
+    # Embeddings are summed. Gradients are gathered with sequence parallelism: half as much.
+    gathers = parallel.sequence_parallel and has_backward(config)[arch.vision.num_layers]
+    return found + load.tokens * arch.language.hidden_size * (1.5 if gathers else 1)
 
 
 def _context(config: Config, chunk: Chunk, capacity: int, load: RankLoad) -> float:
@@ -205,15 +224,18 @@ def _expert(config: Config, chunk: Chunk, load: RankLoad) -> float:
         # each token brings all.
         copies = float(ranks * shared - 1)
         token = (size + _ROUTER) * language.hidden_size + _ROUTER * language.num_experts
+        mask = language.num_experts  # a byte that says whether it goes to an expert
     else:
         copies = language.experts_per_token * ((ranks - 1) / ranks + shared - 1)
         token = 2 * size * language.hidden_size + _ROUTER
-    backward = has_backward(config)
+        mask = 0
     again = parallel.recompute_of("language") != "none"
-    return sum(
-        own * copies * token * (1 + (1 + again) * backward[arch.vision.num_layers + layer])
-        for layer in chunk.language_layers
-    )
+    backwards = has_backward(config)
+    found = 0.0
+    for layer in chunk.language_layers:
+        backward = backwards[arch.vision.num_layers + layer]
+        found += token * (1 + (1 + again) * backward) + mask * (1 + again * backward)
+    return own * copies * found
 
 
 def _pipeline(config: Config, layout: Layout, number: int, load: RankLoad) -> float:
