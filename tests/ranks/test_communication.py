@@ -137,5 +137,6 @@ def test_communication_is_what_ranks_send(
         replicas = communication_per_step(config, layout, rank, data_ranks).tensor
         assert found["replicas"] == pytest.approx(replicas)
     if dispatcher == "alltoall":  # no two ranks' tokens go to as many experts elsewhere
-        inside, told = [sum(inside)], [sum(told)]
+        inside = [sum(inside)]
+        told = [sum(told)]
     assert inside == pytest.approx(told)
