@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache
 
@@ -12,6 +12,11 @@ PARTS = ("vision", "connector", "language", "objective")
 def matches(key: str, pattern: str) -> bool:
     """Whether ``pattern``, a part or a pattern of names, means the weight ``key``."""
     return fnmatchcase(key, pattern) or fnmatchcase(key, f"{pattern}.*")
+
+
+def matches_any(key: str, patterns: Iterable[str]) -> bool:
+    """Whether any of ``patterns``, such as those of a freeze mask, means the weight ``key``."""
+    return any(matches(key, pattern) for pattern in patterns)
 
 
 @lru_cache(maxsize=1024)

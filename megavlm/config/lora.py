@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megavlm.config.differences import changed
-from megavlm.config.freeze_mask import matches
+from megavlm.config.freeze_mask import matches, matches_any
 
 LINEARS = (
     "self_attention.linear_qkv",
@@ -81,14 +81,12 @@ class Lora:
         return (
             self.rank > 0
             and _ADAPTABLE.fullmatch(key) is not None
-            and any(matches(key, pattern) for pattern in self.targets)
+            and matches_any(key, self.targets)
         )
 
     def quantises(self, key: str) -> bool:
         """Return whether the weight ``key`` of a linear layer is kept in 4 bits."""
-        return _ADAPTABLE.fullmatch(key) is not None and any(
-            matches(key, pattern) for pattern in self.nf4
-        )
+        return _ADAPTABLE.fullmatch(key) is not None and matches_any(key, self.nf4)
 
 
 def linear_names(experts: int) -> tuple[str, ...]:
@@ -185,7 +183,7 @@ def lora_problems(lora: Lora, trainable: Sequence[str], keys: Collection[str]) -
                 f" language model; those are called {_CALLED}"
             )
         for key in keys:
-            if one.quantises(key) and any(matches(key, mask) for mask in trainable):
+            if one.quantises(key) and matches_any(key, trainable):
                 yield (
                     f"--architecture.lora.nf4 {pattern}: {key} is trained, and 4 bits are for"
                     " frozen weights; leave it out of --training.trainable"

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 
 from megavlm.config.differences import changed
-from megavlm.config.freeze_mask import matches
+from megavlm.config.freeze_mask import matches, matches_any
 from megavlm.config.optimizer import Kind
 from megavlm.config.options import shown_value
 from megavlm.config.schema import Architecture, Optimizer
@@ -79,7 +79,7 @@ def decays(key: str, optimizer: Optimizer, *, is_matrix: bool) -> bool:
     """
     is_listed = optimizer.decay == "model" and key.endswith(NOT_DECAYED)
     is_chosen = optimizer.decay == "all" or (is_matrix and not is_listed)
-    return is_chosen and not any(matches(key, pattern) for pattern in optimizer.no_decay)
+    return is_chosen and not matches_any(key, optimizer.no_decay)
 
 
 def is_orthogonalised(key: str, kind: Kind) -> bool:
@@ -140,7 +140,7 @@ def name_problems(
         usual: settings that the stage of the recipe has, none: the defaults. They may be of frozen
             parameters: who narrows the freeze mask gave no such flag.
     """
-    trained = {key for key in keys if any(matches(key, pattern) for pattern in trainable)}
+    trained = {key for key in keys if matches_any(key, trainable)}
     usual = usual or Optimizer()
     yield from _without_effect(optimizer, trained, usual)
     asked = [("training.trainable", pattern, pattern) for pattern in trainable]

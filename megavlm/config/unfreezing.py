@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from megavlm.config.freeze_mask import matches
+from megavlm.config.freeze_mask import matches, matches_any
 from megavlm.config.schema import Config, Training
 
 
@@ -52,7 +52,7 @@ def name_problems(training: Training, keys: Collection[str]) -> Iterator[str]:
     """
     if not training.frozen_until:
         return
-    trained = {key for key in keys if any(matches(key, pattern) for pattern in training.trainable)}
+    trained = {key for key in keys if matches_any(key, training.trainable)}
     for entry in training.frozen_until:
         pattern = entry.partition("=")[0].strip()
         if not any(matches(key, pattern) for key in trained):

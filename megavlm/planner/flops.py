@@ -36,7 +36,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megavlm.config import cross_attention
-from megavlm.config.freeze_mask import matches
+from megavlm.config.freeze_mask import matches_any
 from megavlm.config.lora import MAGNITUDE, stacked
 from megavlm.config.objectives import EMBEDDING
 from megavlm.config.pieces import Piece, Unit, linear, norm, table, vector
@@ -115,7 +115,7 @@ def with_gradients(
             trained_before_experts = trained_before if expert is None else trained_before_experts
             trained_before = trained_before_experts
         expert = piece.expert
-        is_trained = any(matches(piece.key, pattern) for pattern in trainable)
+        is_trained = matches_any(piece.key, trainable)
         # Both factors of attention's products are activations, so each product has two gradients or
         # none.
         gradients = is_trained + trained_before if piece.key else 2 * trained_before

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megavlm.config.freeze_mask import matches
+from megavlm.config.freeze_mask import matches_any
 from megavlm.config.lora import MAGNITUDE, is_adapter
 from megavlm.config.optimizer import Kind
 from megavlm.config.padding import padded_heads, padded_vocabulary
@@ -104,7 +104,7 @@ def replicated_head(config: Config, chunks: tuple[Chunk, ...]) -> int:
 
 def is_trained(piece: Piece, trainable: tuple[str, ...]) -> bool:
     """Whether a freeze mask trains a weight."""
-    return any(matches(piece.key, pattern) for pattern in trainable)
+    return matches_any(piece.key, trainable)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from megavlm.checkpoint.metadata import read_description
 from megavlm.checkpoint.shared_loading import Replicas, SharedLoading
 from megavlm.checkpoint.step_folder import SHARDS, Checkpoint
 from megavlm.checkpoint.train_state import State
-from megavlm.config.freeze_mask import matches
+from megavlm.config.freeze_mask import matches_any
 from megavlm.config.lora import is_adapter
 from megavlm.config.schema import Config, Fp8, Vision
 from megavlm.model import nf4_layers
@@ -222,7 +222,7 @@ def held(state: State, config: Config, weights: ShardedStateDict) -> ShardedStat
     return {
         name: entry
         for name, entry in weights.items()
-        if any(matches(_masked_as(entry.key), pattern) for pattern in trainable)
+        if matches_any(_masked_as(entry.key), trainable)
     }
 
 

@@ -95,7 +95,7 @@ class _Alone:
     def __init__(self, settings, layout: Layout, groups, device_backend, number: int, batch):
         import torch
 
-        from megavlm.config.freeze_mask import matches, trains
+        from megavlm.config.freeze_mask import matches_any, trains
         from megavlm.model.vlm import VisionLanguageModel
         from megavlm.model.weights import fill, named_weights
         from tools.benchmark.trainer import random_weights
@@ -104,7 +104,7 @@ class _Alone:
         self._model = VisionLanguageModel(settings, layout, groups, number)
         fill([self._model], random_weights(device_backend.device))
         for key, parameter in named_weights(self._model).items():
-            parameter.requires_grad_(any(matches(key, pattern) for pattern in trainable))
+            parameter.requires_grad_(matches_any(key, trainable))
         self._model.trains_vision = trains("vision", trainable)
         trained = [_trains(settings, layout, chunk) for chunk in range(len(layout.chunks))]
         self._model.first_trained = trained.index(True)

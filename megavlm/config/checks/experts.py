@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from megavlm.config.checks.limits import at_least
 from megavlm.config.differences import changed
-from megavlm.config.freeze_mask import matches
+from megavlm.config.freeze_mask import matches, matches_any
 from megavlm.config.lora import linear_names
 from megavlm.config.schema import Architecture, Config, Language, Parallel
 
@@ -270,7 +270,7 @@ def grouped_expert_problems(config: Config) -> Iterator[str]:
         for name in ("linear_fc1", "linear_fc2"):
             stem = f"language.decoder.layers.{layer}.mlp.experts"
             keys = [f"{stem}.{expert}.{name}.weight" for expert in range(language.num_experts)]
-            trained = [any(matches(key, pattern) for pattern in trainable) for key in keys]
+            trained = [matches_any(key, trainable) for key in keys]
             if len(set(trained)) > 1:
                 one, other = (keys[trained.index(is_trained)] for is_trained in (True, False))
                 yield (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from megavlm.config.freeze_mask import matches
+from megavlm.config.freeze_mask import matches_any
 from megavlm.config.schema import Config
 
 
@@ -17,7 +17,7 @@ def frozen_vision_problems(config: Config, keys: Collection[str]) -> Iterator[st
             vision encoder or none.
     """
     training = config.training
-    trained = {key for key in keys if any(matches(key, pattern) for pattern in training.trainable)}
+    trained = {key for key in keys if matches_any(key, training.trainable)}
     if not trained or any(key.startswith("vision.") for key in trained):
         return
     frozen = f"--training.trainable {','.join(training.trainable)} leaves the vision encoder frozen"
