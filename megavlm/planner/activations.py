@@ -117,6 +117,14 @@ def _has_backward(arch: Architecture, trainable: tuple[str, ...]) -> tuple[bool,
     return tuple(cost > once for cost, once in zip(whole, forward, strict=True))
 
 
+def keeps_inputs(config: Config, chunk: Chunk, part: str) -> bool:
+    """Return whether linear layers of a part need their inputs in the backward pass: not if they
+    are frozen, though the gradient passes through them.
+    """
+    may_be_trained = config.architecture.lora.rank > 0 or trains(part, config.training.trainable)
+    return may_be_trained and parameters_on_rank(config, chunk).trained > 0
+
+
 def activation_memory(config: Config, chunk: Chunk, load: RankLoad) -> ActivationMemory:
     """Estimate the activation memory of a chunk on one rank."""
     arch = config.architecture
@@ -124,12 +132,7 @@ def activation_memory(config: Config, chunk: Chunk, load: RankLoad) -> Activatio
     size = NUMBER_BYTES[config.training.precision]
     backward = has_backward(config)
     rows = {"vision": load.tiles * arch.vision.layer_tokens, "language": load.tokens}
-    held = parameters_on_rank(config, chunk)
-    # A frozen linear layer keeps no input, though the gradient passes through it.
-    is_trained = {
-        part: held.trained > 0 and (arch.lora.rank > 0 or trains(part, config.training.trainable))
-        for part in rows
-    }
+    is_trained = {part: keeps_inputs(config, chunk, part) for part in rows}
     layers = _layers(config, is_trained)
     width = {"vision": arch.vision.hidden_size, "language": arch.language.hidden_size}
     per_microbatch = 0.0
@@ -151,7 +154,8 @@ def activation_memory(config: Config, chunk: Chunk, load: RankLoad) -> Activatio
     per_microbatch += of_blocks.per_microbatch + size * _around_layers(config, chunk, load)
     once = max(once, of_blocks.once)
     # One weight of 4 bits at a time is whole, and so are the float32 numbers that it is made of.
-    once += held.largest_in_nf4 * (size + _DEQUANTISED_BYTES)
+    largest_in_nf4 = parameters_on_rank(config, chunk).largest_in_nf4
+    once += largest_in_nf4 * (size + _DEQUANTISED_BYTES)
     if chunk.has_head and arch.needs.has_vocabulary_head:
         words = arch.language.vocab_size / parallel.tensor_model_parallel_size
         block = config.loss.vocabulary_block

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from megavlm.config.cross_attention import memory_rows
 from megavlm.config.freeze_mask import trains
 from megavlm.config.schema import LAYER_PARTS, Config
-from megavlm.planner.activations import NUMBER_BYTES, RankLoad, has_backward
+from megavlm.planner.activations import NUMBER_BYTES, RankLoad, has_backward, keeps_inputs
 from megavlm.planner.layout import Chunk, Layout
 from megavlm.planner.memory import sharing_ranks
 from megavlm.planner.parameters import ParameterCounts, parameters_on_rank, replicated_head
@@ -131,10 +131,7 @@ def _tensor(config: Config, chunk: Chunk, load: RankLoad) -> float:
     tensor = parallel.tensor_model_parallel_size
     ring = 2 * (tensor - 1) / tensor
     backward = has_backward(config)
-    # Frozen linear layers have no use for their inputs.
-    is_trained = parameters_on_rank(config, chunk).trained > 0 and (
-        arch.lora.rank > 0 or trains("language", config.training.trainable)
-    )
+    gathers_again = parallel.sequence_parallel and keeps_inputs(config, chunk, "language")
     again = {
         part: {"none": 0, "selective": 1, "full": 2}[parallel.recompute_of(part)]
         for part in LAYER_PARTS
@@ -150,7 +147,7 @@ def _tensor(config: Config, chunk: Chunk, load: RankLoad) -> float:
         sums = 2
         if backward[layer]:
             sums += 2 + again["vision" if in_vision else "language"]
-            sums += parallel.sequence_parallel and is_trained and not in_vision
+            sums += gathers_again and not in_vision
         if not in_vision:
             sums = sums / 2 if sums_once else sums
             blocks = arch.cross_attention.stands_before(layer - arch.vision.num_layers)
