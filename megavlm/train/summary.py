@@ -72,11 +72,11 @@ def _notes(config: Config, start: Start) -> list[str]:
 
 
 def _worker_warnings(workers: int) -> Iterator[str]:
-    """Warn of more loader workers than this machine has cores; torchrun says how many ranks it has
-    started here.
+    """Warn of more loader workers than cores of this machine that this process may use; torchrun
+    says how many ranks it has started here.
     """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
     if ranks * workers > cores:
         most = cores // ranks
         yield (

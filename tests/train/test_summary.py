@@ -28,7 +28,8 @@ def test_an_evaluation_says_nothing_of_training(
     only: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("megavlm.train.summary.raised_on_all", contextlib.nullcontext)
-    monkeypatch.setattr("os.cpu_count", lambda: 6)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)  # of which a scheduler gave it six
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(6)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     options = ["--save", "run", "--eval.only", str(only).lower(), "--training.steps", "7"]
     config = parse(["--stage", "2", "--model", "tiny", *options])
