@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from megavlm.data.packing.settings import Job
 
 # What a run decides, or what is for the tool alone.
-OWN_OPTIONS = ("model", "meta", "jsonl", "out", "dry_run", "json", "picture")
+OWN_OPTIONS = ("recipe", "stage", "model", "meta", "jsonl", "out", "dry_run", "json", "picture")
 READ_BYTES = 2**20
 # Who waits looks this often at first, then less and less: a thousand processes may wait, and one
 # file system answers them all.

@@ -7,7 +7,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from megavlm.data.packing.asked_job import make_job, tiling_warnings
+from megavlm.data.packing.asked_job import make_job
+from megavlm.data.packing.asked_stage import form_warnings, taken_settings
 from megavlm.data.packing.command_line import parse
 from megavlm.io.early_end import allow_early_end
 from megavlm.io.full_disk import in_words
@@ -20,7 +21,9 @@ def main() -> int:
     try:
         model = image_model(options.model)
         job = make_job(options, model, image_grids(options.model))
-        for warning in tiling_warnings(options):
+        if settings := taken_settings(options):
+            print(f"pack_dataset: packs as the stage has them: {settings}", file=sys.stderr)
+        for warning in form_warnings(options):
             print(f"pack_dataset: warning: {warning}", file=sys.stderr)
         # Only now: help and mistakes on the command line should not wait for transformers.
         from megavlm.data.packing.job import pack_dataset, plan_dataset

@@ -41,7 +41,7 @@ train() {
 case "$stage" in
     pack1)
         if [[ ! -f "$PACKS/stage1/manifest.json" ]]; then
-            python "$root/tools/pack_dataset.py" --template blip2_pairs --image_size 224 --patch_size 14 --pixels clip --tiling stretch --data_augment \
+            python "$root/tools/pack_dataset.py" --recipe blip2 --stage 1 --data_augment \
                 --jsonl "${DATA:?name the folder of the captions}/captions.jsonl" --root "$DATA/images" --tokenizer "${BERT:?name the folder of a BERT}" \
                 --capacity 1344 --tile_cap 42 --out "$PACKS/stage1" "${options[@]}"
         fi
@@ -51,7 +51,7 @@ case "$stage" in
         ;;
     pack)
         if [[ ! -f "$PACKS/stage2/manifest.json" ]]; then
-            python "$root/tools/pack_dataset.py" --template blip2 --image_size 224 --patch_size 14 --tokens_per_tile 32 --pixels clip --tiling stretch \
+            python "$root/tools/pack_dataset.py" --recipe blip2 --stage 2 \
                 --jsonl "${DATA:?name the folder of the captions}/captions.jsonl" --root "$DATA/images" --tokenizer "${LANGUAGE:?name the language model}" \
                 --truncate 64 --capacity 2304 --tile_cap 48 --out "$PACKS/stage2" "${options[@]}"
         fi

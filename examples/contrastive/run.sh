@@ -29,25 +29,25 @@ usage() {
     exit 2
 }
 
-# form STAGE: how images become squares, pixels of a side, tokens of a text at most, pairs of a pack.
+# form STAGE: how images become squares, tokens of a text at most, pairs of a pack.
 form() {
     case "$RECIPE.$1" in
-        clip.1) echo crop 224 77 256 ;;
-        siglip.1) echo stretch 224 64 256 ;;
-        internvl_c.1) echo stretch 196 80 256 ;;
-        internvl_c.2) echo stretch 224 80 256 ;;
-        internvl_c.3) echo stretch 364 80 32 ;;
+        clip.1) echo crop 77 256 ;;
+        siglip.1) echo stretch 64 256 ;;
+        internvl_c.1) echo stretch 80 256 ;;
+        internvl_c.2) echo stretch 80 256 ;;
+        internvl_c.3) echo stretch 80 32 ;;
         *) return 1 ;;
     esac
 }
 
 # pack STAGE OPTION...: full packs have as many pairs as a stage's batch is counted in.
 pack() {
-    local stage="$1" tiling side words pairs
-    read -r tiling side words pairs < <(form "$stage")
+    local stage="$1" tiling words pairs
+    read -r tiling words pairs < <(form "$stage")
     shift
     if [[ ! -f "$PACKS/stage$stage/manifest.json" ]]; then
-        python "$root/tools/pack_dataset.py" --model "$RECIPE" --image_size "$side" --template "$RECIPE" --tiling "$tiling" \
+        python "$root/tools/pack_dataset.py" --recipe "$RECIPE" --stage "$stage" --tiling "$tiling" \
             --tokenizer "${TOKENIZER:?name the folder of the tokenizer}" --jsonl "${JSONL:?name the records}" \
             --root "${ROOT:?name the folder of the images}" --capacity "$((words * pairs))" --tile_cap "$pairs" --out "$PACKS/stage$stage" "$@"
     fi

@@ -33,7 +33,7 @@ pack() {
     local name="$1"
     shift
     if [[ ! -f "$PACKS/$name/manifest.json" ]]; then
-        python "$root/tools/pack_dataset.py" --template flamingo_plain --image_size 224 --patch_size 14 --pixels clip --tiling stretch \
+        python "$root/tools/pack_dataset.py" --recipe flamingo \
             --jsonl "$DATA/$name.jsonl" --root "$DATA/images" --tokenizer "${LANGUAGE:?name the language model}" \
             --capacity 2048 --tile_cap 64 --out "$PACKS/$name" "$@" "${options[@]}"
     fi

@@ -27,8 +27,8 @@ shift || true
 case "$stage" in
     pack)
         # An image has up to 2,340 tokens.
-        python "$root/tools/pack_dataset.py" --model "${MODEL:?name the folder of Fuyu}" --tokenizer "$MODEL" \
-            --jsonl "${JSONL:?name the records}" --root "${ROOT:?name the folder of the images}" --template fuyu --tiling patches \
+        python "$root/tools/pack_dataset.py" --recipe fuyu --model "${MODEL:?name the folder of Fuyu}" --tokenizer "$MODEL" \
+            --jsonl "${JSONL:?name the records}" --root "${ROOT:?name the folder of the images}" \
             --capacity 8192 --out "$PACKS/stage1" "$@"
         ;;
     1)

@@ -25,7 +25,7 @@ shift || true
 
 case "$stage" in
     pack)
-        python "$root/tools/pack_dataset.py" --template instructblip --model instructblip --tiling stretch --truncate 416 --capacity 1024 --tile_cap 8 \
+        python "$root/tools/pack_dataset.py" --recipe instructblip --truncate 416 --capacity 1024 --tile_cap 8 \
             --jsonl "${DATA:?name the folder of the questions}/questions.jsonl" --root "$DATA/images" --tokenizer "${LANGUAGE:?name the language model}" \
             --qformer_tokenizer "${BERT:?name the folder of a BERT}" --out "$PACKS/stage1" "$@"
         ;;

@@ -32,12 +32,12 @@ stage="${1:-}"
 shift || true
 options=("$@")
 
-# pack NAME OPTION...
+# pack STAGE OPTION...
 pack() {
-    local name="$1"
+    local stage="$1" name="stage$1"
     shift
     if [[ ! -f "$PACKS/$name/manifest.json" ]]; then
-        python "$root/tools/pack_dataset.py" --model "${VISION:?name the folder of CLIP}" --tokenizer "${LANGUAGE:?name the language model}" \
+        python "$root/tools/pack_dataset.py" --recipe "$RECIPE" --stage "$stage" --model "${VISION:?name the folder of CLIP}" --tokenizer "${LANGUAGE:?name the language model}" \
             --out "$PACKS/$name" "$@" "${options[@]}"
     fi
 }
@@ -55,22 +55,22 @@ train() {
 case "$stage" in
     pack)
         : "${DATA:?name the folder of the annotation files}"
-        captions=(--jsonl "$DATA/blip_laion_cc_sbu_558k.json" --root "$DATA/images" --template llava_plain)
+        captions=(--jsonl "$DATA/blip_laion_cc_sbu_558k.json" --root "$DATA/images" --truncate 2048)
+        template=(${TEMPLATE:+--template "$TEMPLATE"})
         case "$RECIPE" in
-            llava) second=(llava_v1_5_mix665k.json --tiling pad --capacity 4096 --truncate 2048) ;;
-            llava_next) second=(llava_1_6.json --tiling anyres --capacity 8192 --truncate 4096) ;;
+            llava) second=(llava_v1_5_mix665k.json --capacity 4096 --truncate 2048) ;;
+            llava_next) second=(llava_1_6.json --capacity 8192 --truncate 4096) ;;
             llava_onevision)
-                pack stage1 "${captions[@]}" --tiling stretch --capacity 6144 --truncate 2048
-                for name in stage1.5 stage2 stage3; do
-                    pack "$name" --meta "$DATA/$name.json" --template "${TEMPLATE:-llava_chatml}" --tiling anyres_max_9 --capacity 32768 --truncate 16384 \
-                        --frame_sampling fps1 --max_frames 32
+                pack 1 "${captions[@]}" --capacity 6144
+                for stage in 1.5 2 3; do
+                    pack "$stage" --meta "$DATA/stage$stage.json" "${template[@]}" --capacity 32768 --truncate 16384 --frame_sampling fps1 --max_frames 32
                 done
                 exit
                 ;;
             *) echo "RECIPE=$RECIPE: must be llava, llava_next or llava_onevision" >&2 && exit 2 ;;
         esac
-        pack stage1 "${captions[@]}" --tiling crop --capacity 4864 --truncate 2048
-        pack stage2 --jsonl "$DATA/${second[0]}" --root "$DATA" --template "${TEMPLATE:-llava_v1}" "${second[@]:1}"
+        pack 1 "${captions[@]}" --capacity 4864
+        pack 2 --jsonl "$DATA/${second[0]}" --root "$DATA" "${template[@]}" "${second[@]:1}"
         ;;
     1) train stage1 --stage 1 --init.vision "${VISION:?name the folder of CLIP}" --init.language "${LANGUAGE:?name the language model}" ;;
     1.5 | 2 | 3)

@@ -40,9 +40,9 @@ pack() {
     local stage="$1"
     shift
     if [[ ! -f "$PACKS/stage$stage/manifest.json" ]]; then
-        python "$root/tools/pack_dataset.py" --model "${VISION:-${MODEL:?name the folder of SigLIP as VISION, or MODEL}}" --image_size "$(pixels "$stage")" \
+        python "$root/tools/pack_dataset.py" --recipe paligemma --stage "$stage" --model "${VISION:-${MODEL:?name the folder of SigLIP as VISION, or MODEL}}" --image_size "$(pixels "$stage")" \
             --tokenizer "${LANGUAGE:-${MODEL:?name the folder of Gemma as LANGUAGE, or MODEL}}" --jsonl "${JSONL:?name the records}" \
-            --root "${ROOT:?name the folder of the images}" --template paligemma --tiling stretch --capacity 4608 --out "$PACKS/stage$stage" "$@"
+            --root "${ROOT:?name the folder of the images}" --capacity 4608 --out "$PACKS/stage$stage" "$@"
     fi
 }
 

@@ -16,8 +16,8 @@ from torch.distributed.run import get_args_parser
 
 from megavlm.config.checks.rules import ConfigError, check
 from megavlm.config.cli import parse
-from megavlm.config.recipes import RECIPES
-from megavlm.config.schema import Architecture, Config, Init
+from megavlm.config.schema import Config, Init
+from megavlm.model_source import image_model
 from tools import pack_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -220,7 +220,8 @@ def test_blip2s_scripts_name_options_that_exist(shell: dict[str, str], tmp_path:
     packs = {"PACKS": str(tmp_path / "packs")}
     subprocess.run([*command, "pack"], env=shell | parts | packs, check=True)
     args = asked_packing(shell)
-    assert (args.template, args.tokens_per_tile, args.truncate) == ("blip2", 32, 64)
+    assert (args.template, args.model, args.truncate) == ("blip2", "blip2", 64)
+    assert image_model(args.model).placeholders_per_tile == 32
 
 
 @pytest.mark.parametrize(
@@ -246,7 +247,7 @@ def test_the_script_for_pairs_names_options_that_exist(
     subprocess.run([*command, stage, "--training.seed", "9"], env=environment, check=True)
     run = get_args_parser().parse_args(asked(shell))
     config = parse(
-        run.training_script_args, lambda folder, init, default: default or recipes(recipe)
+        run.training_script_args, lambda folder, init, default: default or image_model(recipe)
     )
     assert (config.recipe, config.stage, config.training.seed) == (recipe, stage, 9)
     assert config.architecture.vision.image_size == side
@@ -258,7 +259,8 @@ def test_the_script_for_pairs_names_options_that_exist(
     assert fits(config, ranks=8)
     subprocess.run([*command, "pack", stage], env=environment, check=True)
     args = asked_packing(shell)
-    assert (args.template, args.image_size, args.tile_cap) == (recipe, side, str(pairs))
+    assert (args.template, args.model, args.tile_cap) == (recipe, recipe, str(pairs))
+    assert (args.image_size or image_model(args.model).vision.image_size) == side
     assert args.capacity == pairs * {"clip": 77, "siglip": 64, "internvl_c": 80}[recipe]
 
 
@@ -268,11 +270,6 @@ def test_the_script_for_pairs_tells_its_stages(shell: dict[str, str], recipe: st
     done = subprocess.run(command, env=shell | {"RECIPE": recipe}, capture_output=True, text=True)
     assert done.returncode == 2 and "RECIPE=clip|siglip|internvl_c" in done.stderr
     assert not Path(shell["LOG"]).exists()
-
-
-def recipes(name: str) -> Architecture:
-    """Return the model that a recipe is known for."""
-    return RECIPES[name].architecture
 
 
 def test_blip2s_first_stage_names_options_that_exist(shell: dict[str, str], tmp_path: Path):

@@ -174,6 +174,7 @@ def test_a_meta_file_is_packed(folder: Path):
     ("packing", "words"),
     [
         ("--model tiny", "--model is not for a training run"),
+        ("--stage 1", "--stage is not for a training run"),
         ("--out there", "--out is not for a training run"),
         ("--capacity many", "argument --capacity: invalid int value"),
         ("--tokenizer nowhere", "nowhere"),

@@ -5,11 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-from collections.abc import Iterator
 
 from megavlm.config.architecture import Architecture
-from megavlm.config.recipes import RECIPES
-from megavlm.config.schema import ANY
 from megavlm.config.vision import PIXELS
 from megavlm.data.images.anyres import LLAVA_GRIDS, USUAL_GRIDS, Grid, read_grids
 from megavlm.data.images.frame_sampling import FrameChoice
@@ -92,20 +89,6 @@ def make_job(args: argparse.Namespace, model: Architecture, grids: tuple[Grid, .
         scan_pixels=args.scan_pixels,
         **{name: given[name] for name in PASSED_ON},
     )
-
-
-def tiling_warnings(args: argparse.Namespace) -> Iterator[str]:
-    """Warn of tiles that no stage takes whose packs have the template: that is noticed when
-    training starts, and packing may have taken a day.
-    """
-    data = [row.data(stage) for row in RECIPES.values() for stage in row.stages]
-    known = {one.tiling: None for one in data if args.template in one.template}
-    if known and not known.keys() & {args.tiling, ANY}:
-        yield (
-            f"--tiling {args.tiling}: no stage is trained on such tiles with --template"
-            f" {args.template}; give --tiling {' or '.join(known)}, or --data.tiling"
-            f" {args.tiling} to the training"
-        )
 
 
 def _limit(text: str, tiling: str) -> tuple[int, int]:

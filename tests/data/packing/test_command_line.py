@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 
 from megavlm.config.models import MODELS
+from megavlm.config.recipes import RECIPES
+from megavlm.config.schema import ANY
 from megavlm.config.vision import PIXELS
 from megavlm.data.images.frame_sampling import FrameChoice
-from megavlm.data.packing.asked_job import make_job, tiling_warnings
+from megavlm.data.packing.asked_job import make_job
+from megavlm.data.packing.asked_stage import form_warnings, taken_settings
 from megavlm.data.packing.command_line import parse
+from megavlm.model_source import image_model
 
 
 @pytest.fixture
@@ -118,5 +122,90 @@ def test_an_option_that_is_gone_says_what_to_do(
 def test_tiles_that_no_stage_takes_are_warned_of(
     arguments: list[str], given: list[str], told: str
 ) -> None:
-    found = list(tiling_warnings(parse([*arguments, *given])))
+    found = list(form_warnings(parse([*arguments, *given])))
     assert len(found) == bool(told) and all(told in text for text in found)
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ("--recipe llava --stage 1", "--template llava_plain --tiling crop --model llava"),
+        ("--recipe llava --stage 2", "--template llava_v1 --tiling pad --model llava"),
+        ("--recipe llava --stage 2 --tiling pad", "--template llava_v1 --tiling pad --model llava"),
+        (
+            "--recipe paligemma --stage 2 --model fuyu",
+            "--template paligemma --tiling stretch --image_size 448",
+        ),
+        ("--recipe clip --template siglip", "--model clip"),
+        # All stages of this one read the same packs.
+        (
+            "--recipe flamingo",
+            "--template flamingo_plain --tiling stretch --model flamingo",
+        ),
+        ("--recipe internvl --stage 0", ""),
+        ("--stage 1.5", "--template internvl2_5"),
+        ("", ""),
+    ],
+)
+def test_a_stage_says_what_its_packs_are_like(arguments: list[str], given: str, taken: str) -> None:
+    options = parse([*arguments, *given.split()])
+    assert taken_settings(options) == taken
+    settings = taken.split()
+    for flag, value in zip(settings[::2], settings[1::2], strict=True):
+        assert str(vars(options)[flag.removeprefix("--")]) == value
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_packs_as_a_stage_has_them_are_what_it_is_trained_on(
+    arguments: list[str], name: str
+) -> None:
+    for stage in RECIPES[name].stages:
+        options = parse([*arguments, "--recipe", name, "--stage", stage])
+        data = RECIPES[name].data(stage)
+        assert options.template in data.template or data.template == (ANY,)
+        assert options.tiling == data.tiling or data.tiling == ANY
+        assert list(form_warnings(options)) == []
+        size = RECIPES[name].stage(stage).image_size
+        assert make_job(options, image_model(options.model)).tiling.tile_size == (
+            size or image_model(options.model).vision.image_size
+        )
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("--stage 2 --tiling crop", ["--tiling crop: the stage is not trained on such tiles"]),
+        (
+            "--stage 1 --template llava_v1",
+            ["--template llava_v1: the stage is not trained on such packs; give --template"],
+        ),
+        (
+            "--stage 1 --template paligemma --tiling stretch",
+            ["give --template llava_plain,", "give --tiling crop,"],
+        ),
+        ("--stage 2 --template llava_chatml", []),
+    ],
+)
+def test_packs_that_the_stage_is_not_trained_on_are_warned_of(
+    arguments: list[str], given: str, told: list[str]
+) -> None:
+    found = list(form_warnings(parse([*arguments, "--recipe", "llava", *given.split()])))
+    assert len(found) == len(told)
+    assert all(part in text for part, text in zip(told, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("--recipe lava --stage 2", "--recipe lava: no such recipe; known are internvl, llava"),
+        ("--recipe llava --stage 3", "--stage 3: no such stage of recipe llava; known are 1, 2"),
+        ("--recipe llava", "stages read different packs; name one: --stage 1 or 2"),
+        ("--stage 4", "--stage 4: no such stage of recipe internvl"),
+    ],
+)
+def test_a_stage_that_is_not_there_is_refused(
+    arguments: list[str], given: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse([*arguments, *given.split()])
+    assert told in capsys.readouterr().err
