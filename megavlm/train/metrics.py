@@ -27,7 +27,8 @@ _BLOCK_BYTES = 1 << 16
 
 
 class Metrics:
-    """Writes records of the run; on ranks that do not write, every method does nothing.
+    """Writes records of the run; on ranks that do not write, every method but ``log_own`` does
+    nothing.
 
     Args:
         config: the run.
@@ -64,9 +65,15 @@ class Metrics:
             self.log(f"ERROR: {folder / FILE_NAME}: records are on the console only ({error})")
 
     def log(self, text: str) -> None:
-        """Print a line on the console."""
+        """Print a line that every rank has, or the writing one; the writing one prints it."""
         if self._writes:
             self._console.log(text)
+
+    def log_own(self, text: str) -> None:
+        """Print a line that this rank has and the writing one may lack, such as what rank 0 finds
+        in the save folder: with pipeline parallelism the writing rank is another.
+        """
+        self._console.log(text)
 
     def record(
         self,

@@ -64,11 +64,15 @@ class ProfiledSteps:
             path.parent.mkdir(parents=True, exist_ok=True)
             running.export_chrome_trace(str(path))
         except OSError as error:
-            self._metrics.log(f"ERROR: --profile.folder {settings.folder}: no trace ({error})")
+            self._metrics.log_own(
+                f"ERROR: --profile.folder {settings.folder}: no trace of rank {self._rank}"
+                f" ({error})"
+            )
             return
-        self._metrics.log(
-            f"profile: traces of steps {settings.first_step} to {last} are in {path.parent}"
-        )
+        if self._rank == min(settings.ranks, default=0):
+            self._metrics.log_own(
+                f"profile: traces of steps {settings.first_step} to {last} are in {path.parent}"
+            )
 
     def __enter__(self) -> ProfiledSteps:
         return self

@@ -201,7 +201,7 @@ class Saver:
         found = directory.candidates(self._root)
         if lock.is_gone and (not found or directory.step_of(found[0]) == self.step):
             lock.take_again()
-            self._metrics.log(
+            self._metrics.log_own(
                 f"WARNING: --checkpoint.save {self._root}: somebody removed {LOCK_NAME}, or the"
                 " folder; it is made again"
             )
@@ -243,7 +243,7 @@ class Saver:
         except OSError as error:  # the folder cannot be listed
             problems = [f"{type(error).__name__}: {error}"]
         if problems:
-            self._metrics.log(
+            self._metrics.log_own(
                 f"WARNING: --checkpoint.keep {files.keep}: older checkpoints of {self._root} could"
                 f" not be removed, and take up room ({'; '.join(problems)})"
             )

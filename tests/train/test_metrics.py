@@ -110,14 +110,18 @@ def test_a_file_that_somebody_removed_is_made_again(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2]
 
 
-def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_other_ranks_write_nothing_but_what_they_alone_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     with Metrics(
         _config(tmp_path, tensorboard=True, wandb_project="p", wandb_mode="offline"),
         is_writer=False,
     ) as metrics:
         metrics.record(1, {"loss": 1.0})
         metrics.log("hello")
-    assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
+        metrics.log_own("of this rank alone")
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr().out == "of this rank alone\n"
 
 
 def test_tensorboard_gets_every_figure(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def _saver(folder: Path, told: list[str], lock: Lock | None = None, step: int = 
         unused_weights={},
         usage=None,
     )
-    return Saver(job, SimpleNamespace(log=told.append), step)
+    return Saver(job, SimpleNamespace(log=told.append, log_own=told.append), step)
 
 
 def _checkpoint(folder: Path, step: int) -> Path:
