@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from megavlm.data.packing.write_shards import (
     write_shard,
 )
 from megavlm.data.records.reject import Reject, count_unwanted
-from megavlm.data.store.manifest import Manifest, Source, Totals
+from megavlm.data.store.manifest import Level, Manifest, Source, Totals
 from megavlm.data.store.pack_format import PackRules, complete
 from megavlm.data.text.templates import chat_format
 from megavlm.data.text.tokenizer import (
@@ -323,11 +323,22 @@ def _report(
         capacity=job.capacity,
         seed=job.seed,
         tile_multiple=job.tile_multiple,
+        levels=_levels(plan, shards or ()),
         totals=totals,
         seconds=time.monotonic() - start,
     )
     with Progress("reporting", "samples", len(samples.rows)):
         return make_report(samples, plan, facts)
+
+
+def _levels(plan: PackPlan, shards: Sequence[WrittenShard]) -> tuple[Level, ...]:
+    """Return the levels of difficulty, without the packs that could not be written."""
+    lost_packs = [
+        number * plan.packs_per_shard + pack
+        for number, written in enumerate(shards)
+        for pack in written.lost_packs
+    ]
+    return plan.levels_without(lost_packs)
 
 
 def _manifest(
@@ -342,11 +353,6 @@ def _manifest(
     taken: Counter[int] = Counter()
     for written in shards:
         taken.update({index: packed.samples for index, packed in written.sources.items()})
-    lost_packs = [
-        number * plan.packs_per_shard + pack
-        for number, written in enumerate(shards)
-        for pack in written.lost_packs
-    ]
     reasons = Counter(scan.rejects) + Counter(reject.reason for reject in late)
     default = chat_format(job.template).system_message
     return Manifest(
@@ -380,6 +386,6 @@ def _manifest(
             )
             for index, (source, counts) in enumerate(zip(job.sources, scan.sources, strict=True))
         ),
-        levels=plan.levels_without(lost_packs),
+        levels=_levels(plan, shards),
         rejects=dict(sorted(reasons.items())),
     )

@@ -159,6 +159,7 @@ class PackingFacts:
         capacity: tokens of a pack.
         seed: of the packer.
         tile_multiple: what a chosen tile cap is a multiple of.
+        levels: of difficulty, with the packs of each that were written, or are planned.
         totals: of what was written; None: a dry run.
         seconds: time that it took.
     """
@@ -171,6 +172,7 @@ class PackingFacts:
     capacity: int
     seed: int
     tile_multiple: int = 1
+    levels: tuple[Level, ...] = ()
     totals: Totals | None = None
     seconds: float
 
@@ -206,7 +208,7 @@ def make_report(samples: Samples, plan: PackPlan, facts: PackingFacts) -> Report
         tiles_per_pack_mean=float(per_pack.mean(dtype=np.float64)),
         tiles_per_pack_max=int(per_pack.max()),
         tile_cap=plan.tile_cap,
-        levels=plan.levels,
+        levels=facts.levels,
         imbalance_512=expected_peak(per_pack) - 1.0,
         bytes=totals.bytes if totals else None,
         seconds=facts.seconds,

@@ -4,6 +4,7 @@ each begins.
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image as Picture
 
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.packing.difficulty import find_levels
@@ -147,6 +149,23 @@ def test_a_packed_dataset_has_its_levels_in_order(tmp_path):
         122,
         123,
     ] and "hard is 'very', not a number" in rejects[1]["detail"]
+
+
+def test_a_pack_that_is_not_written_is_missing_from_its_own_level(tmp_path, monkeypatch):
+    """A shard counts its packs from its first one."""
+    monkeypatch.setattr("megavlm.data.packing.plan.LEAST_PACKS_PER_SHARD", 2)
+    whole = io.BytesIO()
+    Picture.effect_noise((16, 16), 90).save(whole, "PNG")
+    (tmp_path / "cut.png").write_bytes(whole.getvalue()[:-100])  # seen when it is packed
+    lines = [_record(hard=score) for score in (1, 1, 1, 1, 2, 2)]
+    lines.append(_record(hard=2, image="cut.png"))
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    sources = single_source(tmp_path / "a.jsonl", tmp_path, difficulty="hard")
+    report = pack_dataset(_job(tmp_path / "packs", sources, max_rejects=0.2))
+    assert report.rejects == {"unreadable_image": 1}
+    levels = read_manifest(tmp_path / "packs").levels
+    assert [(level.packs, level.easiest) for level in levels] == [(4, 1), (2, 2)]
+    assert report.levels == levels
 
 
 def test_a_difficulty_may_be_a_whole_source_s(tmp_path):
