@@ -74,6 +74,20 @@ def test_to_moves_every_tensor():
     assert (moved.longest_sample, moved.weight_sum, moved.pack_id) == (4, 4.0, 7)
 
 
+def test_batches_that_differ_in_anything_are_not_equal():
+    batch = make_batch()
+    assert batch == make_batch()
+    for name, value in {
+        "tokens": batch.tokens + 1,
+        "tiles": batch.tiles[:0],
+        "prefixes": dataclasses.replace(batch.prefixes, longest=2),
+        "weight_sum": 5.0,
+        "instructions": batch.prefixes,
+    }.items():
+        assert dataclasses.replace(batch, **{name: value}) != batch, name
+    assert batch != batch.prefixes
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs CUDA")
 def test_pin_memory():
     pinned = make_batch().pin_memory()

@@ -25,6 +25,7 @@ BLEND = BlendPlan(plans=PLANS, weights=(0.6, 0.3, 0.1), seed=1)
 
 
 def test_every_dataset_comes_in_its_own_order():
+    assert BLEND.num_packs == 1017
     ids = BLEND.pack_ids(0, 3000)
     first = 0
     for plan in PLANS:
@@ -40,6 +41,10 @@ def test_shares_are_kept_in_every_batch_and_over_blocks():
         assert np.abs(shares - [0.6, 0.3, 0.1]).max() < 0.01
     datasets, _ = BLEND.split(np.arange(BLOCK))
     assert np.abs(np.bincount(datasets) - np.array([0.6, 0.3, 0.1]) * BLOCK).max() < 1
+
+
+def test_shares_are_told_with_the_names_of_the_datasets():
+    assert BLEND.describe(("a", "b", "c")) == "39,322 from a, 19,661 from b, 6,553 from c"
 
 
 def test_a_rank_s_share_has_all_datasets():
@@ -152,6 +157,7 @@ def test_a_blend_is_described_by_its_first_packs_with_images(folders, tmp_path: 
         blend = BlendedDataset([PackedDataset(name) for name in names])
         assert str(blend.folder) == manifest.first_with_images(names) == expected
         assert blend.manifest == manifest.read_manifest(expected)
+        assert blend.has_images == (expected != texts)
 
 
 def test_a_blend_is_loaded_and_gone_on_with(folders):
@@ -169,6 +175,19 @@ def test_a_blend_is_loaded_and_gone_on_with(folders):
     assert order.weights == (5.0, 9.0) and len(even) == 14
     alone, plan = open_blend(folders[:1], (), seed=5, shuffle=True, group=1)
     assert isinstance(alone, PackedDataset) and isinstance(plan, Plan)
+
+
+def test_what_a_blend_is_asked_for_reaches_its_plans_and_its_datasets_in_every_process(folders):
+    order = dict(seed=5, shuffle=False, group=3)
+    options = order | dict(augment=("flip",), next_image=0.25)
+    dataset, plan = open_blend(folders, (1.0, 3.0), **options)
+    plans = (Plan(num_packs=5, **order), Plan(num_packs=9, **order))
+    assert plan == BlendPlan(plans=plans, weights=(1.0, 3.0), seed=5, shuffle=False)
+    for blend in (dataset, pickle.loads(pickle.dumps(dataset))):
+        assert [one.augment for one in blend.datasets] == [("flip",)] * 2
+        assert [one.next_image for one in blend.datasets] == [0.25] * 2
+        # All of them together may have as many files open as the process.
+        assert len({id(one.reader.files.opened) for one in blend.datasets}) == 1
 
 
 def test_a_blend_is_opened_without_a_look_at_shards_and_parses_each_manifest_once(

@@ -14,9 +14,11 @@ from megavlm.data.images.decode import decode_tiles
 from megavlm.data.loading.dataset import PackedDataset, label
 from megavlm.data.loading.draws import drop_path_draws
 from megavlm.data.sample import Image, Sample
+from megavlm.data.store import reader
 from megavlm.data.store.manifest import Manifest, Source
 from megavlm.data.store.reader import Reader
-from tests.data.samples import make_dataset, store_packs
+from megavlm.io.storage import ReadError
+from tests.data.samples import make_dataset, make_sample, store_packs, write_packs
 
 CAPACITY = 256
 
@@ -113,6 +115,20 @@ def test_tiles_are_filled_up_with_blank_ones(dataset):
         assert torch.equal(filled.feature_positions, plain.feature_positions)
 
 
+def test_what_belongs_to_no_sample_is_the_padding_token_of_the_tokenizer(tmp_path):
+    write_broken_image(tmp_path / "facts")
+    manifest = dataclasses.replace(Reader(tmp_path / "facts").manifest, pad_token_id=9, alignment=4)
+    facts = dict(supervised=np.ones(5, bool), images=(), source=0)
+    samples = [
+        Sample(tokens=np.arange(10, 15, dtype=np.int32), line=line, **facts) for line in (1, 2)
+    ]
+    store_packs(tmp_path / "padded", [samples], manifest)
+    batch = PackedDataset(tmp_path / "padded").batch(0, 0)
+    aligned = [*range(10, 15), 9, 9, 9]
+    assert batch.tokens.tolist() == [*aligned, *aligned, *[9] * 48]
+    assert torch.equal(batch.is_padding, batch.tokens == 9)
+
+
 def test_patches_are_kept_by_seed_and_place(dataset):
     options = dict(patches=(49, 24), tile_multiple=4)
     seen = []
@@ -140,6 +156,7 @@ def test_without_tiles_all_else_is_equal(dataset):
             for wanted in (True, False)
         )
         assert without.tiles.shape == (0, 3, 32, 32)
+        assert without.num_tiles == with_tiles.num_tiles == len(with_tiles.tiles) > 0
         assert dataclasses.replace(with_tiles, tiles=without.tiles) == without != with_tiles
 
 
@@ -178,24 +195,81 @@ def test_draws_depend_on_seed_and_position_alone():
     assert drop_path_draws(3, 10**15, 0, 4).shape == (0, 4)
 
 
-def test_pickle(dataset):
+def test_pickle(dataset, monkeypatch):
+    def fail(folders):
+        raise AssertionError("a worker has no need to look at all shards again")
+
+    monkeypatch.setattr(reader, "check_shards", fail)
     copy = pickle.loads(pickle.dumps(dataset))
     assert torch.equal(copy.batch(3, 0).tokens, dataset.batch(3, 0).tokens)
     assert copy.has_images and copy.folder == dataset.folder
 
 
-def test_context_tokens_that_do_not_match(tmp_path):
+def test_some_records_are_spread_over_all_packs(dataset):
+    assert np.array_equal(dataset.some_records(4), dataset.index[[0, 3, 6, 9]])
+    assert np.array_equal(dataset.some_records(), dataset.index[np.arange(10)])
+
+
+def test_images_that_are_not_decoded_are_not_read(tmp_path):
+    make_dataset(tmp_path, packs=1, image_share=1.0)
+    path = tmp_path / "packs-00000.bin"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")  # in the last image
+    dataset = PackedDataset(tmp_path)
+    with pytest.raises(ReadError, match="CRC32 of its images"):
+        dataset.batch(0, 0)
+    assert dataset.batch(0, 0, with_tiles=False).num_features > 0
+
+
+@pytest.mark.parametrize("source", [1, -1])
+def test_a_source_that_the_manifest_does_not_list_is_told(tmp_path, source):
+    sample = Sample(
+        tokens=np.arange(5, dtype=np.int32),
+        supervised=np.ones(5, bool),
+        images=(),
+        source=source,
+        line=1,
+    )
+    facts = dict(vocab_size=512, context_token_id=500, tile_size=32, features_per_tile=4)
+    write_packs(tmp_path, [[sample]], capacity=64, **facts)
+    with pytest.raises(ReadError, match=f"of source {source}, but manifest.json lists 1 sources"):
+        PackedDataset(tmp_path).batch(0, 0)
+
+
+@pytest.mark.parametrize("images", [(0, 1), (1, 0), (2, 0), (1, 1)])
+def test_packs_for_pairs_have_one_tile_a_sample(tmp_path, images):
+    """As many tiles as samples are not enough: each text would meet the image of another."""
+    facts = dict(vocab_size=512, context_token_id=-1, tile_size=32, features_per_tile=0)
+    rng = np.random.default_rng(0)
+    pairs = [
+        make_sample(rng, images=count, text_tokens=5, line=1, grids=((1, 1),), **facts)
+        for count in images
+    ]
+    write_packs(tmp_path, [pairs], capacity=64, **facts)
+    dataset = PackedDataset(tmp_path)
+    if images == (1, 1):
+        assert len(dataset.batch(0, 0).tiles) == 2
+        seen, blind = (
+            dataset.batch(0, 0, with_pair_ids=True, with_tiles=wanted) for wanted in (True, False)
+        )
+        assert torch.equal(blind.pair_ids, seen.pair_ids) and len(seen.pair_ids[:, 0].unique()) == 2
+        return
+    with pytest.raises(ReadError, match=rf"2 samples have {sum(images)} tiles, not one each"):
+        dataset.batch(0, 0)
+
+
+@pytest.mark.parametrize("features", [9, 25])
+def test_context_tokens_that_do_not_match(tmp_path, features):
     make_dataset(tmp_path, packs=3, image_share=1.0)
     path = tmp_path / "manifest.json"
     facts = json.loads(path.read_text())
-    path.write_text(json.dumps(facts | {"features_per_tile": 9}))
+    path.write_text(json.dumps(facts | {"features_per_tile": features}))
     dataset = PackedDataset(tmp_path)
     tiles = int(dataset.index[1]["tiles"])
     with pytest.raises(
         ValueError,
         match=(
-            rf"pack 1 has {tiles * 16} context tokens .* {tiles} tiles of 9 features need"
-            rf" {tiles * 9}"
+            rf"pack 1 has {tiles * 16} context tokens .* {tiles} tiles of {features} features need"
+            rf" {tiles * features}"
         ),
     ) as caught:
         dataset.batch(1, 0)

@@ -5,6 +5,7 @@ segments.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.idefics import processing_idefics
 
-from megavlm.data.loading.dataset import sample_positions
+from megavlm.data.loading.dataset import PackedDataset, sample_positions
 from megavlm.data.loading.draws import next_image_draws
 from megavlm.data.loading.media import images_read, sort_by_image
 from megavlm.data.loading.rank_slice import RankSlice
+from megavlm.data.sample import Sample
 from megavlm.model.attention import PackedAttention, PackedSamples
+from tests.data.samples import make_image, write_packs
 
 IMAGE = 7
 END = 2
@@ -80,6 +83,21 @@ def test_which_samples_read_the_next_image_depends_on_seed_and_position_alone() 
     assert 0.45 < (draws < 0.5).mean() < 0.55 and np.array_equal(
         draws[:7], next_image_draws(3, 5, 7)
     )
+
+
+def test_the_samples_below_the_share_read_the_next_image(tmp_path: Path) -> None:
+    facts = dict(supervised=np.ones(4, bool), source=0, line=1)
+    image = make_image(np.random.default_rng(0), 16, 1, 1)
+    tokens = np.array([1, 3, IMAGE, 4], np.int32)
+    samples = [Sample(tokens=tokens, images=(image,), **facts) for _ in range(12)]
+    sizes = dict(vocab_size=9, context_token_id=IMAGE, tile_size=16, features_per_tile=1)
+    write_packs(tmp_path, [samples], capacity=48, **sizes)
+    dataset = PackedDataset(tmp_path, next_image=0.3)
+    media = dataset.batch(0, 5, seed=3, with_tiles=False).media
+    reads_next = next_image_draws(3, 5, 12) < 0.3
+    assert 0 < reads_next.sum() < 6
+    # With the next image, the tokens in front of it read it, too.
+    assert media.ends.diff().tolist() == [4 if is_next else 2 for is_next in reads_next]
 
 
 def test_segments_attend_as_a_dense_mask_says_on_any_number_of_ranks() -> None:

@@ -131,6 +131,11 @@ def test_a_level_is_shuffled_by_the_seed_and_its_groups_are_the_steps():
     assert sum(row[-1] - row[0] >= 8 * 16 for row in far) <= 2
 
 
+def test_without_a_shuffle_levels_come_as_they_are_stored():
+    ids = Curriculum(levels=(3, 2), shuffle=False).pack_ids(0, 12)
+    assert ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
+
+
 def test_a_curriculum_of_billions_of_packs_takes_no_memory():
     curriculum = Curriculum(levels=(10**9, 2 * 10**9, 10**9), seed=1, group=512)
     start = time.perf_counter()

@@ -250,6 +250,23 @@ def test_slices_of_ranks_hold_every_feature_and_newline_once(data: Path) -> None
         assert (one.tokens[one.newline_positions] == packs.manifest.context_token_id).all()
 
 
+def test_each_rank_has_the_mixed_features_of_its_own_tokens(videos: Path) -> None:
+    packs = pack(videos, *ONEVISION)
+    whole = packs.batch(0, 0)
+    mixed = whole.mixed
+    found = []
+    for rank in range(2):
+        own = RankSlice(context_rank=rank, context_ranks=2)
+        part = packs.batch(0, 0, rank_slice=own).mixed
+        positions = torch.from_numpy(own.tokens(whole.sample_ends.numpy()))[part.positions]
+        is_own = torch.isin(mixed.positions, positions)
+        assert torch.equal(positions, mixed.positions[is_own]) and len(positions) > 0
+        assert torch.equal(part.numbers, mixed.numbers[is_own])
+        assert torch.equal(part.weights, mixed.weights[is_own])
+        found += positions.tolist()
+    assert sorted(found) == mixed.positions.tolist()
+
+
 def test_the_tiles_of_an_augmented_image_are_those_of_its_own_size(data: Path) -> None:
     plain = pack(data, "--data_augment")
     changed = PackedDataset(data / "packs", augment=("crop", "flip", "colour", "jpeg"))
