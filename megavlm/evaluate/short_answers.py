@@ -33,7 +33,7 @@ def vqa_accuracy(answer: Answer) -> float:
     if count != 10:
         return min(1.0, matches / min(3, count))
     with_it = matches * min(1.0, (matches - 1) / 3)
-    return (with_it + (count - matches) * min(1.0, matches / 3)) / count if matches else 0.0
+    return (with_it + (count - matches) * min(1.0, matches / 3)) / count
 
 
 def exact_match(answer: Answer) -> float:

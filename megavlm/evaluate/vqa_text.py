@@ -55,7 +55,7 @@ def normalised(answer: str) -> str:
     """Return the normal form of an answer: lower case, digits for numbers up to ten, no articles,
     no punctuation, contractions with their apostrophes.
     """
-    text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's")
     text = text.replace("\n", " ").replace("\t", " ").strip()
     return " ".join(
         _CONTRACTED.get(word, word)
