@@ -25,7 +25,7 @@ from megavlm.data.records.meta_file import Annotations, single_source
 from megavlm.data.records.readers import open_reader
 from megavlm.data.store.reader import Reader
 from megavlm.data.text.chat_tokens import ChatTemplate
-from megavlm.data.text.tokenizer import fingerprint, load_tokenizer
+from megavlm.data.text.tokenizer import load_tokenizer
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 TILING = Tiling(tile_size=16, max_tiles=4)
@@ -147,49 +147,6 @@ def test_packs_hold_every_record(data, tmp_path):
         "report.txt",
         "tokenizer",
     ]
-
-
-def test_the_manifest_says_what_was_done(data, tmp_path):
-    pack_dataset(
-        _job(data, tmp_path / "out", "bad", max_rejects=0.7, alignment=8, tile_cap=20, seed=5)
-    )
-    manifest = Reader(tmp_path / "out").manifest
-    tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer")
-    assert (
-        manifest.tokenizer_fingerprint
-        == fingerprint(tokenizer)
-        == fingerprint(load_tokenizer(GOLDEN / "tokenizer"))
-    )
-    assert (manifest.vocab_size, manifest.context_token_id, manifest.template) == (
-        457,
-        5,
-        "internvl2_5",
-    )
-    assert (manifest.capacity, manifest.alignment, manifest.tile_cap, manifest.seed) == (
-        1024,
-        8,
-        20,
-        5,
-    )
-    assert (
-        manifest.image_size,
-        manifest.features_per_tile,
-        manifest.max_tiles,
-        manifest.thumbnail,
-    ) == (16, 4, 4, True)
-    (source,) = manifest.sources
-    assert (source.annotations, source.records, source.samples) == (str(data / "bad.jsonl"), 10, 4)
-    assert manifest.rejects == dict.fromkeys(
-        [
-            "conversation",
-            "malformed_json",
-            "missing_image",
-            "placeholder_count",
-            "too_long",
-            "unreadable_image",
-        ],
-        1,
-    )
 
 
 def test_rejects_are_listed_with_file_and_line(data, tmp_path):

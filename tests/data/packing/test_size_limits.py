@@ -72,3 +72,21 @@ def test_the_advice_is_what_helps(
         with pytest.raises(RejectError) as caught:
             limits.check(length, images, ["v"])
         assert caught.value.detail.partition("raise --tile_cap")[2] == advice
+
+
+def test_a_sample_may_fill_a_pack_and_no_video_is_asked_of_texts_that_have_none() -> None:
+    """A pair is one image and its text."""
+    words = load_tokenizer(GOLDEN / "tokenizer")
+    image = Image(encoded=b"", width=16, height=16, columns=1, rows=1, tiles=1, name="a")
+    limits = SizeLimits(
+        capacity=8,
+        tile_cap=2,
+        tiling=Tiling(tile_size=16, mode="stretch"),
+        layout=feature_layout("stretch", 0),
+        template=ChatTemplate(words, 0, name="clip"),
+    )
+    limits.check(8, [image, image])
+    with pytest.raises(RejectError, match="^too_long: 9 tokens, 0 of them for 1 tiles, .* holds 8"):
+        limits.check(9, [image])
+    with pytest.raises(RejectError, match="^too_many_tiles: 3 tiles of 3 images, .* holds 2"):
+        limits.check(9, [image] * 3)
