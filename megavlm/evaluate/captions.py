@@ -22,7 +22,7 @@ _WORD = re.compile(
     r"|[^\W\d_][\w]*(?:[-/'][\w]+)*"
     r"|'s|[$&%#+=@]"
 )
-_ENDING = re.compile(r"(?<=.)(n't|'(?:s|m|d|ll|re|ve))$")
+_ENDING = re.compile(r"(n't|'(?:s|m|d|ll|re|ve))$")
 
 Vectors = list[dict[tuple[str, ...], float]]
 """For each length of n-grams, their weights."""

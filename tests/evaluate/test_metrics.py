@@ -98,6 +98,9 @@ def test_cider_of_captions():
         ("This isn't A dog's ball.", "this is n't a dog 's ball"),
         ("A two-way street; 1,000 cars!", "a two-way street 1,000 cars"),
         ("In the U.S. (far away)", "in the u.s. far away"),
+        ("black/white, 50% off & more", "black/white 50 % off & more"),
+        ("The dogs 's, we've, he'd", "the dogs 's we 've he 'd"),
+        ("n't", "n't"),
         (
             "they\N{RIGHT SINGLE QUOTATION MARK}re \u00e9t\u00e9 \u732b",
             "they 're \u00e9t\u00e9 \u732b",
@@ -163,6 +166,7 @@ def test_normal_form(answer: str, expected: str):
         ("-3", "3", 0),
         (".3", "3", 0),
         ("3-4", "3", 0),
+        ("1000003", "3", 0),
         ("9" * 5000, "3", 0),
         ("none", "0", 0),
         ("2 or 3", "3", 0),
@@ -189,6 +193,12 @@ def test_boxes(prediction: str, expected: float):
     assert of_one("box", prediction, "[[100, 100, 300, 300]]") == expected
 
 
+def test_boxes_overlap_in_width_and_height():
+    assert of_one("box", "[0, 0, 500, 1000]", "[0, 0, 1000, 1000]") == 1  # half, to the last bit
+    assert of_one("box", "[100, 100, 300, 600]", "[100, 400, 300, 600]") == 0
+    assert of_one("box", "[100, 100, 600, 300]", "[400, 100, 600, 300]") == 0
+
+
 def test_a_box_whose_numbers_sum_up_to_four_is_in_thousandths():
     assert of_one("box", "[0, 0, 2, 2]", "[[0, 0, 2, 2.5]]") == 1
 
@@ -204,3 +214,7 @@ def test_a_letter_wins_over_the_text_of_another_choice():
     assert chosen_letter("it is blue", ("red", "blue")) == "B"
     assert chosen_letter("(B) it is", ("red", "blue")) == "B"
     assert chosen_letter("(Both", ("red", "blue")) == "(Both"
+    assert chosen_letter("it is Blue", ("red", "blue")) == "it is Blue"
+    assert chosen_letter("Z", ("red", "blue")) == "Z"
+    assert chosen_letter("", ("red", "blue")) == ""
+    assert of_one("multiple_choice", "B.", " B ", choices=("red", "blue")) == 1

@@ -74,6 +74,22 @@ def test_a_system_message_stays_in_front(tmp_path: Path) -> None:
     [one] = with_shots(read_tasks((task,)), examples, (1,))
     roles = [turn.role for turn in one.questions[0].turns]
     assert roles == ["system", "human", "gpt", "human"]
+    # That of an example is left out.
+    [one] = with_shots(read_tasks((examples,)), task, (1,))
+    assert [turn.text for turn in one.questions[0].turns] == [
+        "What?",
+        "x",
+        "<image>\nWhich?",
+    ]
+
+
+def test_each_question_has_examples_of_its_own(tmp_path: Path) -> None:
+    rows = [dict(question=f"Number {number}?", answer="x") for number in range(40)]
+    task = str(write(tmp_path, *rows[:20]))
+    examples = str(write(tmp_path, *rows[20:], name="examples.jsonl"))
+    one, again = (with_shots(read_tasks((task,)), examples, (1,)) for _ in range(2))
+    assert one == again
+    assert len({question.turns[0].text for question in one[0].questions}) > 8
 
 
 def test_too_few_examples_are_told(tmp_path: Path) -> None:
@@ -93,6 +109,17 @@ def test_examples_with_choices_show_them_and_answer_with_a_letter(tmp_path: Path
     turns = two.questions[0].turns
     shown = {one.text: other.text for one, other in zip(turns[:4:2], turns[1:4:2], strict=True)}
     assert shown == {"Which?\nA. 1 cats\nB. 1 dogs": "B", "Which?\nA. 2 cats\nB. 2 dogs": "A"}
+
+
+def test_examples_of_metrics_without_letters_answer_with_the_text_of_a_choice(
+    tmp_path: Path,
+) -> None:
+    """Texts may be letters of other choices."""
+    row = dict(choices=["B", "A"], answer="A", metric="exact_match")
+    task = str(write(tmp_path, row | dict(question="Which?")))
+    examples = str(write(tmp_path, row | dict(question="What?"), name="examples.jsonl"))
+    [one] = with_shots(read_tasks((task,)), examples, (1,))
+    assert [turn.text for turn in one.questions[0].turns] == ["What?", "A", "Which?"]
 
 
 def test_examples_that_do_not_fit_are_told_by_their_own_flag(tmp_path: Path) -> None:

@@ -276,6 +276,25 @@ def test_the_folder_of_each_stage_is_looked_at(
     assert "stage 2 comes first" in said and "stage 1 is at step 1 of 10 and stays so" in said
 
 
+@pytest.mark.parametrize("is_readable", [True, False])
+def test_a_stage_whose_checkpoints_cannot_be_read_comes_first_and_is_refused(
+    command: list[str], capsys: pytest.CaptureFixture[str], is_readable: bool
+) -> None:
+    """Whether it is done nobody knows, so that the next one does not start from it."""
+    Path("both").mkdir()
+    Path("run").rename("both/stage_2")
+    state = Path("both/stage_2/step_00000001/state.json")
+    state.unlink()
+    if is_readable:
+        state.write_text("[]")
+    else:
+        state.mkdir()  # as a disk that fails: an OSError
+    one_step = ["--training.steps", "1"]
+    status, said = checked([*command, "--stage", "2,1", "--save", "both", *one_step], capsys)
+    assert status == 2
+    assert "--checkpoint.save both/stage_2: no checkpoint of this run can be used" in said
+
+
 def test_annotations_are_not_packed_to_look_at_a_checkpoint(
     command: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -126,6 +126,7 @@ def test_index(stored):
         assert row["offset"] % 64 == 0
     for name in ("tokens", "samples", "images", "tiles", "supervised", "bytes"):
         assert getattr(manifest.totals, name) == index[name].sum()
+        assert index.largest(name) == index[name].max()
     assert index[3] == index[[3]][0]
     with pytest.raises(IndexError, match="0 to 11, not 12"):
         index[12]
