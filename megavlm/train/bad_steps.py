@@ -10,9 +10,12 @@ import statistics
 from collections import deque
 from collections.abc import Sequence
 
+import torch.distributed as dist
 from torch import Tensor
 
 from megavlm.checkpoint.train_state import State
+from megavlm.data.loading.blend import BlendedDataset
+from megavlm.data.loading.dataset import PackedDataset
 from megavlm.train.job import Job
 from megavlm.train.metrics import Metrics
 
@@ -131,8 +134,22 @@ class BadStepRule:
                 )
 
     def _origins(self, packs: Sequence[int]) -> str:
-        """Return where samples of the packs come from, on the rank that writes."""
-        if not self._job.groups.is_writer:
-            return ""
-        told = [", ".join(self._job.train.origins(pack)[:2]) for pack in packs[:_SHOWN_PACKS]]
-        return "; ".join(told) + (", and others" if len(packs) > _SHOWN_PACKS else "")
+        """Return where samples of the packs come from, on every rank: one prints a warning, another
+        the error that ends the run. Collective; rank 0 reads.
+        """
+        told = [""]
+        if self._job.groups.rank == 0:
+            told = [_read_origins(self._job.train, packs)]
+        dist.broadcast_object_list(told)
+        return told[0]
+
+
+def _read_origins(dataset: PackedDataset | BlendedDataset, packs: Sequence[int]) -> str:
+    """Return where samples of the packs come from, or that it cannot be read: other ranks wait for
+    an answer.
+    """
+    try:
+        told = [", ".join(dataset.origins(pack)[:2]) for pack in packs[:_SHOWN_PACKS]]
+    except (OSError, ValueError) as error:
+        return f"their records cannot be read: {error}"
+    return "; ".join(told) + (", and others" if len(packs) > _SHOWN_PACKS else "")

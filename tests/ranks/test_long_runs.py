@@ -159,13 +159,15 @@ def judge(rules: BadSteps, losses: list[float]) -> tuple[list[bool], State, list
     job = mock.Mock(config=config)
     job.groups.from_writer = lambda value, device: value
     job.groups.sum_over_data = lambda value: value
+    job.groups.rank = 0
     job.train.origins = lambda pack: [f"a.jsonl:{pack}"]
     metrics = mock.Mock()
     rule = BadStepRule(job, State(), metrics)
     skipped = []
-    for step, loss in enumerate(losses, start=1):
-        skipped.append(rule.skips(step, [step], torch.tensor(loss), torch.tensor(1.0)))
-        rule.check_limits(step)
+    with mock.patch.object(torch.distributed, "broadcast_object_list"):
+        for step, loss in enumerate(losses, start=1):
+            skipped.append(rule.skips(step, [step], torch.tensor(loss), torch.tensor(1.0)))
+            rule.check_limits(step)
     return skipped, rule.after(State()), [call.args[0] for call in metrics.log.call_args_list]
 
 

@@ -28,12 +28,12 @@ ERROR = "[Errno 5] Input/output error"
 TOLD = f"OSError: {ERROR}"
 
 
-def _fail(*_: object, **__: object) -> None:
+def fail(*_: object, **__: object) -> None:
     raise OSError(5, "Input/output error")
 
 
 def on_rank(
-    number: int, name: str, action: Callable[..., Any] = _fail
+    number: int, name: str, action: Callable[..., Any] = fail
 ) -> contextlib.AbstractContextManager:
     """Let a function fail on one rank, or do something else."""
     return mock.patch(name, action) if dist.get_rank() == number else contextlib.nullcontext()
