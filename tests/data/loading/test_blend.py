@@ -202,10 +202,11 @@ def test_a_blend_is_opened_without_a_look_at_shards_and_parses_each_manifest_onc
         manifest, "parse_manifest", lambda text, path: parsed.append(path) or parse(text, path)
     )
     looked_at = []
-    monkeypatch.setattr(reader, "_check_size", lambda path, *sizes: looked_at.append(path.name))
+    monkeypatch.setattr(reader, "_check_size", lambda path, *sizes: looked_at.append(path.parent))
     monkeypatch.setattr(reader, "CHECKED_SHARDS", 5)
     reader.check_shards(folders)
-    assert len(looked_at) == 5, "of 12 shards"
+    spread = [str(tmp_path / name) for name in "01245"]
+    assert list(map(str, looked_at)) == spread, "5 of 12 shards"
     monkeypatch.undo()
     (tmp_path / "5" / "packs-00001.bin").unlink()
     with pytest.raises(FileNotFoundError, match="5/packs-00001.bin: missing, but the manifest"):

@@ -233,6 +233,7 @@ def test_a_source_that_the_manifest_does_not_list_is_told(tmp_path, source):
     write_packs(tmp_path, [[sample]], capacity=64, **facts)
     with pytest.raises(ReadError, match=f"of source {source}, but manifest.json lists 1 sources"):
         PackedDataset(tmp_path).batch(0, 0)
+    assert source < 0 or PackedDataset(tmp_path).origins(0) == ["source 1:1"]
 
 
 @pytest.mark.parametrize("images", [(0, 1), (1, 0), (2, 0), (1, 1)])

@@ -123,6 +123,8 @@ def test_index(stored):
         assert row["weight_sample"] == sum(count > 0 for count in counts)
         assert row["weight_square"] == pytest.approx(sum(count**0.5 for count in counts), rel=1e-15)
         assert row["squared_lengths"] == sum(length**2 for length in lengths)
+        asked = [len(sample.instruction) for sample in samples]
+        assert (row["instructions"], row["longest_instruction"]) == (sum(asked), max(asked))
         assert row["offset"] % 64 == 0
     for name in ("tokens", "samples", "images", "tiles", "supervised", "bytes"):
         assert getattr(manifest.totals, name) == index[name].sum()
