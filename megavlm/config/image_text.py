@@ -4,10 +4,12 @@ it adds to a model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from megavlm.config.freeze_mask import trains
 from megavlm.config.pieces import Piece, linear, norm, vector
 
 START_TEMPERATURE = 0.07
@@ -44,6 +46,12 @@ class ImageText:
     def weights(self) -> dict[str, float]:
         """The losses by name, with their weights."""
         return {"itc": self.contrast, "itm": self.matching, "itg": self.generation}
+
+    def packs_at_once(self, packs: int, ranks: int) -> int:
+        """Return the packs of a data-parallel rank, of so many of so many ranks, that whole pools
+        are made of.
+        """
+        return math.lcm(self.pool_packs, ranks) // ranks if self.pool_packs else packs
 
 
 READINGS = (
@@ -157,3 +165,20 @@ def problems(arch: Any) -> Iterator[str]:
             f"{flag}.text_tokens {settings.text_tokens}: the Q-Former reads texts of at most"
             f" --architecture.connector.qformer.max_position_embeddings {longest} tokens"
         )
+
+
+def gathered_bytes(arch: Any, mask: Sequence[str], size: int) -> float:
+    """Count the bytes of a pair that data-parallel ranks gather, and of gradients: embeddings in
+    float32, hidden states of the vision encoder, and the text with its length.
+
+    Args:
+        arch: the model.
+        mask: freeze mask.
+        size: bytes of an element of the hidden states.
+    """
+    settings = arch.image_text
+    embeddings = 4 * (arch.connector.qformer.queries + 1) * settings.size
+    hidden = size * arch.vision.layer_tokens * arch.vision.hidden_size
+    found = embeddings * (2 if settings.gradient == "global" else 1)
+    found += hidden * (2 if trains("vision", mask) else 1)
+    return found + 8.0 * (settings.text_tokens + 1)

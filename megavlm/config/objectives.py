@@ -7,7 +7,7 @@ checks and the loader read, and its module in ``megavlm/model/objective``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -58,7 +58,12 @@ class ObjectiveNeeds:
         kept: activations that the head keeps for the backward pass, in elements for each tile.
         step_bytes: bytes of what the loss of a step needs beside embeddings, on a data-parallel
             rank with so many samples of so many.
-        runs_twice: whether several packs of a rank run forward twice, once without gradients.
+        packs_at_once: packs of a data-parallel rank whose losses are computed together, of so many
+            packs of so many ranks. If they are several, all packs run forward twice, first without
+            gradients.
+        riding: elements that ride through the language model beside the tokens, for each tile.
+        gathered_bytes: bytes for each pair that data-parallel ranks gather from each other, and of
+            gradients that they send back, under a freeze mask, for activations of so many bytes.
         pooled: elements that each rank holds for each tile of all packs that are contrasted with
             each other.
         losses: names of the losses that the total is made of, and their weights; none: there is one
@@ -87,7 +92,9 @@ class ObjectiveNeeds:
     head_input: Callable[[Parts], int] = lambda arch: arch.language.hidden_size
     kept: Callable[[Parts], float] = lambda arch: 0.0
     step_bytes: Callable[[Parts, float, float], float] = lambda arch, own, everyone: 0.0
-    runs_twice: bool = False
+    packs_at_once: Callable[[Parts, int, int], int] = lambda arch, packs, ranks: 1
+    riding: Callable[[Parts], int] = lambda arch: 0
+    gathered_bytes: Callable[[Parts, Sequence[str], int], float] = lambda arch, mask, size: 0.0
     pooled: Callable[[Parts], float] = lambda arch: 0.0
     losses: Callable[[Parts], dict[str, float]] = lambda arch: {}
     readings: tuple[str, ...] = ()
@@ -158,6 +165,16 @@ def _similarity_bytes(arch: Parts, own: float, everyone: float) -> float:
     return 4 * (8 if settings.loss == "softmax" else 6) * own * everyone
 
 
+def _embedding_bytes(arch: Parts, mask: Sequence[str], size: int) -> float:
+    """Count the float32 embeddings of a pair that are gathered, and their gradients: by
+    cross-entropy of image and text, by the sigmoid loss of the text. Around a ring the texts go
+    twice, and their gradients once.
+    """
+    settings = arch.contrastive
+    times = 3 if settings.exchange == "ring" else {"softmax": 4, "sigmoid": 2}[settings.loss]
+    return 4.0 * times * settings.size
+
+
 def _contrastive_constants(arch: Parts) -> dict[str, float]:
     """Return scale and bias as the papers start them: 1 / 0.07; and 10 and -10."""
     if arch.contrastive.loss == "softmax":
@@ -180,7 +197,9 @@ OBJECTIVES: dict[str, ObjectiveNeeds] = {
         head=_contrastive_head,
         connector_output=lambda arch: arch.contrastive.size,
         step_bytes=_similarity_bytes,
-        runs_twice=True,
+        packs_at_once=lambda arch, packs, ranks: packs,
+        riding=lambda arch: arch.contrastive.size,
+        gathered_bytes=_embedding_bytes,
         constants=_contrastive_constants,
     ),
     "qformer": ObjectiveNeeds(
@@ -193,6 +212,8 @@ OBJECTIVES: dict[str, ObjectiveNeeds] = {
         head_input=lambda arch: arch.connector.qformer.hidden_size,
         kept=image_text.kept,
         pooled=image_text.pooled,
+        packs_at_once=lambda arch, packs, ranks: arch.image_text.packs_at_once(packs, ranks),
+        gathered_bytes=image_text.gathered_bytes,
         connector_output=lambda arch: 0,
         constants=lambda arch: {"objective.temperature": image_text.START_TEMPERATURE},
         losses=lambda arch: arch.image_text.weights,

@@ -65,17 +65,22 @@ class RankLoad:
         return self.tokens if self.supervised is None else min(self.supervised, self.tokens)
 
     @classmethod
-    def mean(cls, parallel: Parallel, capacity: int, tiles: float) -> RankLoad:
-        """Return the mean load of a rank whose head runs on all tokens.
+    def mean(
+        cls, parallel: Parallel, capacity: int, tiles: float, supervised: float | None = None
+    ) -> RankLoad:
+        """Return the mean load of a rank.
 
         Args:
             parallel: the layout.
             capacity: tokens of the pack, with padding.
             tiles: real tiles of a pack, on average. Those of each pack are filled up to a multiple.
+            supervised: tokens of a pack that the head runs on, on average; none: all.
         """
         filled = tiles + (_multiple(parallel) - 1) / 2 if tiles else tiles
         return cls(
-            tokens=capacity / parallel.context_parallel_size, tiles=filled / parallel.tile_ranks
+            tokens=capacity / parallel.context_parallel_size,
+            tiles=filled / parallel.tile_ranks,
+            supervised=None if supervised is None else supervised / parallel.context_parallel_size,
         )
 
     @classmethod
@@ -284,10 +289,20 @@ def _around_layers(config: Config, chunk: Chunk, load: RankLoad) -> float:
     if chunk.has_head:
         # Inputs of the final norm and of the head, which are whole on every tensor-parallel rank.
         return found + (tokens + load.head_tokens) * arch.language.hidden_size
-    if chunk.language_layers:
-        rows = tokens + memory_rows(arch, load.tiles * parallel.tile_ranks)
-        return found + rows * arch.language.hidden_size
-    return found + load.tiles * arch.vision.layer_tokens * arch.vision.hidden_size
+    return found + boundary_elements(config, chunk, load)
+
+
+def boundary_elements(config: Config, chunk: Chunk, load: RankLoad) -> float:
+    """Count the elements of a microbatch that a chunk sends to the next one."""
+    arch = config.architecture
+    parallel = config.parallel
+    if not chunk.language_layers:
+        return load.tiles * arch.vision.layer_tokens * arch.vision.hidden_size
+    width = arch.language.hidden_size
+    rows = load.tokens
+    rows /= parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    rows += memory_rows(arch, load.tiles * parallel.tile_ranks)
+    return width * (rows + math.ceil(load.tiles * arch.needs.riding(arch) / width))
 
 
 def _kept(layer: tuple[float, float], entering: int, recompute: str) -> tuple[float, float]:

@@ -1,24 +1,22 @@
 """Communication volume: bytes that a rank sends, by kind of parallelism.
 
-Tensor parallelism all-reduces activations twice in each layer forward, twice backward (Shoeybi et
-al., arXiv 1909.08053); an all-reduce over a ring of k ranks sends every element 2 (k - 1) / k
-times, and so do the all-gather and reduce-scatter that replace it with sequence parallelism (arXiv
-2205.05198). With it a trained layer also gathers its inputs again in the backward pass. Context
-parallelism gathers keys and values in every layer, and reduce-scatters their gradients. Expert
-parallelism sends each token to its experts and back, and the gradients likewise.
+Tensor parallelism is in ``planner/tensor_parallel``. Context parallelism gathers keys and values in
+every layer, and reduce-scatters their gradients. Expert parallelism sends each token to its experts
+and back, and the gradients likewise. Data-parallel replicas sum gradients and gather what was
+updated; some losses gather what they contrast.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megavlm.config.cross_attention import memory_rows
 from megavlm.config.freeze_mask import trains
-from megavlm.config.schema import LAYER_PARTS, Config
-from megavlm.planner.activations import NUMBER_BYTES, RankLoad, has_backward, keeps_inputs
+from megavlm.config.schema import Config
+from megavlm.planner.activations import NUMBER_BYTES, RankLoad, boundary_elements, has_backward
 from megavlm.planner.layout import Chunk, Layout
 from megavlm.planner.memory import sharing_ranks
 from megavlm.planner.parameters import ParameterCounts, parameters_on_rank, replicated_head
+from megavlm.planner.tensor_parallel import sent_to_tensor_ranks
 
 _GRADIENT = 4
 _ROUTER = 4
@@ -51,10 +49,15 @@ class CommunicationVolume:
 
 
 def communication_per_microbatch(
-    config: Config, layout: Layout, number: int, capacity: int, tiles: float
+    config: Config,
+    layout: Layout,
+    number: int,
+    capacity: int,
+    tiles: float,
+    supervised: float | None = None,
 ) -> CommunicationVolume:
     """Estimate what a rank sends for one microbatch's forward and backward pass through one of its
-    chunks.
+    chunks; without anything trained, for the forward pass alone.
 
     Args:
         config: the run.
@@ -62,12 +65,13 @@ def communication_per_microbatch(
         number: of the chunk.
         capacity: tokens of a pack, with padding.
         tiles: tiles of a pack, on average.
+        supervised: tokens of a pack that the head runs on, on average; none: all.
     """
     chunk = layout.chunks[number]
-    load = RankLoad.mean(config.parallel, capacity, tiles)
+    load = RankLoad.mean(config.parallel, capacity, tiles, supervised)
     size = NUMBER_BYTES[config.training.precision]
     return CommunicationVolume(
-        tensor=size * _tensor(config, chunk, load),
+        tensor=size * sent_to_tensor_ranks(config, chunk, load),
         context=size * _context(config, chunk, capacity, load),
         pipeline=size * _pipeline(config, layout, number, load),
         expert=_expert(config, chunk, load),
@@ -75,33 +79,64 @@ def communication_per_microbatch(
 
 
 def communication_per_step(
-    config: Config, layout: Layout, rank: int, data_ranks: int
+    config: Config, layout: Layout, rank: int, data_ranks: int, tiles: float = 0.0
 ) -> CommunicationVolume:
-    """Estimate what a pipeline rank sends once a step: gradients and updated parameters."""
+    """Estimate what a pipeline rank sends once a step: gradients and updated parameters, and what
+    the loss contrasts.
+
+    Args:
+        config: the run.
+        layout: layers of every chunk.
+        rank: pipeline rank.
+        data_ranks: data-parallel replicas.
+        tiles: tiles of a pack, on average; a pair has one.
+    """
     parallel = config.parallel
-    held = sum(
-        (
-            parameters_on_rank(config, chunk)
-            for chunk in layout.chunks[rank :: parallel.pipeline_model_parallel_size]
-        ),
-        ParameterCounts(),
-    )
+    held = _held(config, layout, rank)
     tensor = parallel.tensor_model_parallel_size
-    number = _GRADIENT + NUMBER_BYTES[config.training.precision]
-    sharing, of_experts = sharing_ranks(config, data_ranks)
-    dense = (held.trained - held.trained_experts) * (sharing - 1) / sharing
-    experts = held.trained_experts * (of_experts - 1) / of_experts
-    with_copies = {
-        chunk % parallel.pipeline_model_parallel_size
-        for chunk in (layout.embedding_chunk, len(layout.chunks) - 1)
-    }
+    ranks = parallel.pipeline_model_parallel_size
+    with_copies = {chunk % ranks for chunk in (layout.embedding_chunk, len(layout.chunks) - 1)}
     sums_copies = len(with_copies) > 1 and rank in with_copies
     of_step = CommunicationVolume(
         tensor=2 * (tensor - 1) / tensor * _GRADIENT * held.trained_replicas,
         pipeline=float(_GRADIENT * replicated_head(config, layout.chunks) * sums_copies),
-        data=number * (dense + experts),
+        data=sum(synchronised_per_step(config, layout, rank, data_ranks)),
     )
-    return of_step + _muon(config, held, sharing, of_experts)
+    if rank == ranks - 1:
+        of_step += CommunicationVolume(data=_contrasted(config, data_ranks, tiles))
+    return of_step + _muon(config, held, *sharing_ranks(config, data_ranks))
+
+
+def synchronised_per_step(
+    config: Config, layout: Layout, rank: int, data_ranks: int
+) -> tuple[float, float]:
+    """Count the bytes that a pipeline rank sends to its data-parallel replicas of gradients, which
+    are summed in float32, and of updated parameters; arguments as for ``communication_per_step``.
+    """
+    held = _held(config, layout, rank)
+    sharing, of_experts = sharing_ranks(config, data_ranks)
+    dense = held.trained - held.trained_experts
+    sent = dense * (sharing - 1) / sharing
+    sent += held.trained_experts * (of_experts - 1) / of_experts
+    # Behind the update the optimizer of experts and that of all else gather everything, each.
+    is_twice = dense and held.trained_experts and not config.parallel.overlap_param_gather
+    times = 2 if is_twice else 1
+    return _GRADIENT * sent, times * NUMBER_BYTES[config.training.precision] * sent
+
+
+def _held(config: Config, layout: Layout, rank: int) -> ParameterCounts:
+    """Count the parameters of a pipeline rank."""
+    own = layout.chunks[rank :: config.parallel.pipeline_model_parallel_size]
+    return sum((parameters_on_rank(config, chunk) for chunk in own), ParameterCounts())
+
+
+def _contrasted(config: Config, data_ranks: int, tiles: float) -> float:
+    """Count the bytes that a rank sends of its pairs, for a loss that contrasts those of all."""
+    arch = config.architecture
+    size = NUMBER_BYTES[config.training.precision]
+    of_pair = arch.needs.gathered_bytes(arch, config.training.trainable, size)
+    pairs = tiles * config.training.global_batch_size
+    return (data_ranks - 1) / data_ranks * pairs * of_pair
 
 
 def _muon(
@@ -121,67 +156,8 @@ def _muon(
     experts = held.trained_experts_by_muon / of_experts
     moved = dense * (sharing - 1) / sharing + experts * (of_experts - 1) / of_experts
     others = config.parallel.tensor_model_parallel_size - 1
-    return CommunicationVolume(tensor=float(_GRADIENT * others * dense), data=2 * _GRADIENT * moved)
-
-
-def _tensor(config: Config, chunk: Chunk, load: RankLoad) -> float:
-    """Count the elements that tensor parallelism sends per microbatch."""
-    arch = config.architecture
-    parallel = config.parallel
-    tensor = parallel.tensor_model_parallel_size
-    ring = 2 * (tensor - 1) / tensor
-    backward = has_backward(config)
-    gathers_again = parallel.sequence_parallel and keeps_inputs(config, chunk, "language")
-    again = {
-        part: {"none": 0, "selective": 1, "full": 2}[parallel.recompute_of(part)]
-        for part in LAYER_PARTS
-    }
-    # Tokens go to experts from where sequence parallelism has them: attention alone sums, and the
-    # shared expert.
-    sums_once = arch.language.num_experts > 0 and not arch.language.shared_expert_ffn_hidden_size
-    if sums_once and parallel.recompute_of("language") == "selective":
-        again["language"] = 0  # experts are computed again, and attention alone sums
-    found = 0.0
-    for layer in chunk.layer_numbers(arch.vision.num_layers):
-        in_vision = layer < arch.vision.num_layers
-        sums = 2
-        if backward[layer]:
-            sums += 2 + again["vision" if in_vision else "language"]
-            sums += gathers_again and not in_vision
-        if not in_vision:
-            sums = sums / 2 if sums_once else sums
-            blocks = arch.cross_attention.stands_before(layer - arch.vision.num_layers)
-            found += (2 if blocks else 1) * sums * load.tokens * arch.language.hidden_size
-        elif parallel.vision == "tensor":
-            found += sums * load.tiles * arch.vision.layer_tokens * arch.vision.hidden_size
-    if chunk.has_connector:
-        found += _at_connector(config, load)
-    if chunk.has_head and arch.language.exists:
-        found += load.tokens * arch.language.hidden_size
-    return ring * found
-
-
-def _at_connector(config: Config, load: RankLoad) -> float:
-    """Count the elements that the connector and the embedding all-reduce per microbatch."""
-    arch = config.architecture
-    parallel = config.parallel
-    sizes = arch.connector_sizes
-    found = 0.0
-    if parallel.vision == "tensor":
-        found = load.tiles * sizes.all_reduced_elements
-        # The gradient of what its first matrix reads is made as soon as that matrix is trained.
-        if found and any(
-            trains(part, config.training.trainable) for part in ("vision", "connector")
-        ):
-            found += load.tiles * sizes.features * sizes.feature_size
-    elif arch.language.exists:  # each rank gathers the features of all
-        features = load.tiles * arch.features_per_tile * arch.needs.connector_output(arch)
-        found = features * parallel.tensor_model_parallel_size / 2
-    if not arch.language.exists:
-        return found
-    # Embeddings are summed. Gradients are gathered with sequence parallelism: half as much.
-    gathers = parallel.sequence_parallel and has_backward(config)[arch.vision.num_layers]
-    return found + load.tokens * arch.language.hidden_size * (1.5 if gathers else 1)
+    whole = _GRADIENT * others * held.cut_by_muon / sharing
+    return CommunicationVolume(tensor=whole, data=2 * _GRADIENT * moved)
 
 
 def _context(config: Config, chunk: Chunk, capacity: int, load: RankLoad) -> float:
@@ -198,8 +174,11 @@ def _context(config: Config, chunk: Chunk, capacity: int, load: RankLoad) -> flo
         again = parallel.recompute_of("language") == "full"
         found += gathered * (1 + (1 + again) * backward[arch.vision.num_layers + layer])
     if chunk.has_connector:
-        width = arch.needs.connector_output(arch)
-        found += 2 * load.tiles * parallel.tile_ranks * arch.features_per_tile * width
+        features = parallel.tile_ranks * load.tiles * arch.features_per_tile
+        has_gradient = any(
+            trains(one, config.training.trainable) for one in ("vision", "connector")
+        )
+        found += features * arch.needs.connector_output(arch) * (2 if has_gradient else 1)
     return (ranks - 1) / ranks * found
 
 
@@ -239,23 +218,16 @@ def _pipeline(config: Config, layout: Layout, number: int, load: RankLoad) -> fl
     """Count the elements of the output sent forward, and of the gradient sent back if anything
     before the chunk is trained.
     """
-    first_trained = next(
-        n for n, chunk in enumerate(layout.chunks) if parameters_on_rank(config, chunk).trained
-    )
+    trained = [bool(parameters_on_rank(config, chunk).trained) for chunk in layout.chunks]
+    first_trained = trained.index(True) if any(trained) else len(trained)
     sent = (
-        _boundary(config, layout.chunks[number], load) if number + 1 < len(layout.chunks) else 0.0
+        boundary_elements(config, layout.chunks[number], load)
+        if number + 1 < len(layout.chunks)
+        else 0.0
     )
-    returned = _boundary(config, layout.chunks[number - 1], load) if first_trained < number else 0.0
+    returned = (
+        boundary_elements(config, layout.chunks[number - 1], load)
+        if first_trained < number
+        else 0.0
+    )
     return sent + returned
-
-
-def _boundary(config: Config, before: Chunk, load: RankLoad) -> float:
-    """Count the elements that a rank sends to the chunk after ``before``."""
-    arch = config.architecture
-    parallel = config.parallel
-    if not before.language_layers:
-        return load.tiles * arch.vision.layer_tokens * arch.vision.hidden_size
-    tokens = load.tokens
-    tokens /= parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    rows = tokens + memory_rows(arch, load.tiles * parallel.tile_ranks)
-    return rows * arch.language.hidden_size

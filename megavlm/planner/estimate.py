@@ -22,6 +22,7 @@ from megavlm.planner.communication import (
     CommunicationVolume,
     communication_per_microbatch,
     communication_per_step,
+    synchronised_per_step,
 )
 from megavlm.planner.flops import pieces
 from megavlm.planner.layout import Layout, make_layout
@@ -139,33 +140,36 @@ def estimate(config: Config, gpus: int, packs: Packs, hardware: Hardware) -> Est
     data_ranks = gpus // parallel.model_parallel_size
     microbatches = config.training.global_batch_size // data_ranks
     layout = make_layout(config, size)
-    per_microbatch = [
-        communication_per_microbatch(config, layout, number, packs.capacity, size.tiles)
-        for number in range(len(layout.chunks))
-    ]
+    runs_twice = _runs_twice(config, microbatches, data_ranks)
+    per_microbatch = _per_microbatch(config, layout, packs, runs_twice)
     rates = _rates(parallel, gpus, hardware)
     sending = [_seconds(one, rates) for one in per_microbatch]
     forward, whole = (
         _compute_seconds(config, layout, size, costs, hardware)
         for costs in _layer_costs(config, size)
     )
-    if config.architecture.needs.runs_twice and microbatches > 1:
-        whole = [one + again for one, again in zip(whole, forward, strict=True)]
-    times = [compute + sent for compute, sent in zip(whole, sending, strict=True)]
-    idle = bubble(ranks, virtual, microbatches)
-    inside = microbatches * _round_seconds(times, ranks) * (1 + idle)
-    per_step = [communication_per_step(config, layout, rank, data_ranks) for rank in range(ranks)]
-    sent = [
-        sum(per_microbatch[rank::ranks], CommunicationVolume()) * microbatches + step
-        for rank, step in enumerate(per_step)
-    ]
     beside = [
         (sum(forward[rank::ranks]), sum(whole[rank::ranks]) - sum(forward[rank::ranks]))
         for rank in range(ranks)
     ]
+    if runs_twice:
+        whole = [one + again for one, again in zip(whole, forward, strict=True)]
+    times = [compute + sent for compute, sent in zip(whole, sending, strict=True)]
+    idle = bubble(ranks, virtual, microbatches)
+    inside = microbatches * _round_seconds(times, ranks) * (1 + idle)
+    per_step = [
+        communication_per_step(config, layout, rank, data_ranks, size.tiles)
+        for rank in range(ranks)
+    ]
+    sent = [
+        sum(per_microbatch[rank::ranks], CommunicationVolume()) * microbatches + step
+        for rank, step in enumerate(per_step)
+    ]
     exposed = max(
-        _exposed(parallel, step, rates, *times)
-        for step, times in zip(per_step, beside, strict=True)
+        _exposed(
+            parallel, step, synchronised_per_step(config, layout, rank, data_ranks), rates, *times
+        )
+        for rank, (step, times) in enumerate(zip(per_step, beside, strict=True))
     )
     seconds = inside + exposed
     return Estimate(
@@ -180,6 +184,33 @@ def estimate(config: Config, gpus: int, packs: Packs, hardware: Hardware) -> Est
         step_ms=seconds * 1e3,
         tokens_per_s=config.training.global_batch_size * size.tokens / seconds / gpus,
     )
+
+
+def _runs_twice(config: Config, microbatches: int, data_ranks: int) -> bool:
+    """Return whether packs run forward twice, since the losses of several need each other."""
+    arch = config.architecture
+    return arch.needs.packs_at_once(arch, microbatches, data_ranks) > 1
+
+
+def _per_microbatch(
+    config: Config, layout: Layout, packs: Packs, runs_twice: bool
+) -> list[CommunicationVolume]:
+    """Estimate what each chunk sends for a pack, which may run forward once before."""
+    size = packs.size.seen_by_head(config.training.head_tokens)
+    frozen = dataclasses.replace(config.training, trainable=())
+    forward_only = dataclasses.replace(config, training=frozen)
+    return [
+        sum(
+            (
+                communication_per_microbatch(
+                    one, layout, number, packs.capacity, size.tiles, size.supervised
+                )
+                for one in ((config, forward_only) if runs_twice else (config,))
+            ),
+            CommunicationVolume(),
+        )
+        for number in range(len(layout.chunks))
+    ]
 
 
 def _round_seconds(times: Sequence[float], ranks: int) -> float:
@@ -237,6 +268,7 @@ def _seconds(sent: CommunicationVolume, rates: CommunicationVolume) -> float:
 def _exposed(
     parallel: Parallel,
     step: CommunicationVolume,
+    synchronised: tuple[float, float],
     rates: CommunicationVolume,
     forward: float,
     backward: float,
@@ -246,17 +278,17 @@ def _exposed(
     Args:
         parallel: the layout.
         step: what it sends.
+        synchronised: of this, the bytes of gradients and of weights.
         rates: bytes a second.
         forward, backward: seconds that it computes on a pack, beside which data may travel.
     """
-    # Two thirds are gradients in 32 bits, a third are weights in 16.
-    gradients = step.data / rates.data * 2 / 3
-    weights = step.data / rates.data / 3
+    gradients, weights = (sent / rates.data for sent in synchronised)
+    others = (step.data - sum(synchronised)) / rates.data
     if parallel.overlap_grad_reduce:
         gradients = max(0.0, gradients - backward)
     if parallel.overlap_param_gather:
         weights = max(0.0, weights - forward)
-    return gradients + weights + _seconds(step, rates)
+    return gradients + weights + others + _seconds(step, rates)
 
 
 def _layer_costs(config: Config, size: PackSize) -> tuple[list[float], list[float]]:

@@ -49,13 +49,14 @@ class ParameterCounts:
     Args:
         weights: in all tensors.
         trained: in those that are trained.
-        trained_replicas: of these, in tensors that are replicated on the tensor-parallel ranks,
-            because each rank computes tiles of its own.
+        trained_replicas: of these, in tensors that every tensor-parallel rank has whole and whose
+            gradients are summed over these ranks.
         in_fp8: elements of weights that have FP8 copies.
         trained_experts: of ``trained``, in experts, whose optimizer state is sharded over other
             ranks.
         trained_by_muon: of ``trained``, in weights outside experts that Muon updates.
         trained_experts_by_muon: the same of experts.
+        cut_by_muon: of ``trained_by_muon``, in weights that tensor-parallel ranks share.
         in_nf4: of ``weights``, those that are kept in 4 bits.
         largest_in_nf4: of these, those in the largest tensor.
     """
@@ -67,6 +68,7 @@ class ParameterCounts:
     trained_experts: int = 0
     trained_by_muon: int = 0
     trained_experts_by_muon: int = 0
+    cut_by_muon: int = 0
     in_nf4: int = 0
     largest_in_nf4: int = 0
 
@@ -119,6 +121,7 @@ class _Sharding:
         fp8: parts whose layers have an FP8 recipe.
         expert: expert-parallel size.
         shared: ranks that share an expert.
+        is_scattered: whether tensor-parallel ranks share the tokens between layers.
     """
 
     arch: Architecture
@@ -129,6 +132,7 @@ class _Sharding:
     fp8: tuple[str, ...] = ()
     expert: int = 1
     shared: int = 1
+    is_scattered: bool = False
 
 
 def _sharding_of(config: Config) -> _Sharding:
@@ -142,6 +146,7 @@ def _sharding_of(config: Config) -> _Sharding:
         fp8=tuple(config.fp8.recipes),
         expert=parallel.expert_model_parallel_size,
         shared=parallel.expert_tensor_parallel_size,
+        is_scattered=parallel.sequence_parallel,
     )
 
 
@@ -201,12 +206,13 @@ def _counts(piece: Piece, sharding: _Sharding) -> ParameterCounts:
     elif piece.part == "vision" and piece.key.endswith(_BY_HEADS):
         heads = sharding.arch.vision.num_attention_heads
         elements = elements // heads * padded_heads(heads, ranks)
+    is_cut = piece.expert is None and piece.key.endswith(_SHARDED)
     if piece.expert is not None:
         elements = elements // sharding.shared
-    elif piece.key.endswith(_SHARDED):
+    elif is_cut:
         elements = elements // ranks
     trained = elements if is_trained(piece, sharding.trainable) else 0
-    is_replicated = before_language and sharding.vision < sharding.language
+    is_replicated = piece.expert is None and _is_summed(piece, sharding, is_cut)
     # Adapters are multiplied in 16 bits, routers in 32.
     in_16_bits = is_adapter(piece.key) or piece.key.endswith(".router.weight")
     is_product = piece.layer is not None and piece.forward > 0 and not in_16_bits
@@ -220,6 +226,32 @@ def _counts(piece: Piece, sharding: _Sharding) -> ParameterCounts:
         trained_experts=trained if piece.expert is not None else 0,
         trained_by_muon=by_muon if piece.expert is None else 0,
         trained_experts_by_muon=by_muon if piece.expert is not None else 0,
+        cut_by_muon=by_muon if is_cut and ranks > 1 else 0,
         in_nf4=in_nf4,
         largest_in_nf4=in_nf4,
+    )
+
+
+def _is_summed(piece: Piece, sharding: _Sharding, is_cut: bool) -> bool:
+    """Return whether tensor-parallel ranks sum the gradients of a weight: each of them has tiles of
+    its own, or tokens of its own; or a connector that is not cut, or embeddings of its own, whose
+    copies must not drift apart.
+    """
+    if sharding.language == 1:
+        return False
+    if piece.part in ("vision", "connector") and sharding.vision == 1:
+        return True
+    if piece.part == "connector":
+        is_whole = not sharding.arch.connector_sizes.all_reduced_elements
+        return is_whole or piece.key.endswith(".newline")
+    if ".added_" in piece.key:
+        return True
+    of_tokens = piece.layer is not None or ".final_layernorm." in piece.key
+    # What reads whole heads sums its gradient in the backward pass already.
+    is_of_heads = piece.key.endswith((".query_norm.weight", ".key_norm.weight"))
+    return (
+        sharding.is_scattered
+        and piece.part != "vision"
+        and of_tokens
+        and not (is_cut or is_of_heads)
     )

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
+
+from megavlm.config.cli import parse
+from megavlm.config.lora import Lora
 from megavlm.config.models import MODELS
 from megavlm.config.padding import padded_vocabulary
+from megavlm.config.schema import Config
 from megavlm.planner.communication import (
     communication_per_microbatch,
     communication_per_step,
 )
+from megavlm.planner.estimate import Hardware, Packs, estimate
 from megavlm.planner.layout import make_layout
 from megavlm.planner.parameters import parameters_on_rank
-from tests.planner.test_estimate import SIZE, run
+from megavlm.planner.partition import PackSize
+from tests.planner.test_estimate import PACKS, SIZE, run
 
 
 def test_muon_sends_matrices_to_one_rank_and_back() -> None:
@@ -84,3 +91,89 @@ def test_activations_are_of_the_bytes_of_the_dtype() -> None:
     # The features of the connector forward, four times a patch's width back.
     elements += 52 * arch.features_per_tile * (arch.language.hidden_size + 4 * vision.hidden_size)
     assert sent.tensor == 2 * elements
+
+
+def test_frozen_layers_beside_adapters_do_not_gather_their_inputs_again() -> None:
+    """Two ranks with sequence parallelism gather or scatter half of each of four tensors of a
+    layer forward, and back; and so the numbers between the factors of adapters.
+    """
+    config = run("2", tensor_model_parallel_size=2, sequence_parallel=True)
+    lora = dataclasses.replace(
+        config,
+        architecture=dataclasses.replace(config.architecture, lora=Lora(rank=8)),
+        training=dataclasses.replace(config.training, trainable=("connector", "language.*.lora")),
+    )
+    layout = make_layout(lora, SIZE)
+    sent = [
+        communication_per_microbatch(one, layout, 0, 16384, 0.0).tensor for one in (config, lora)
+    ]
+    language = config.architecture.language
+    # A's of queries, keys and values, one of the output, two of the gated MLP, one of its output.
+    again = 2 * language.hidden_size
+    adapters = 2 * 8 * (3 + 1 + 2 + 1)
+    assert sent[0] - sent[1] == 2 * 16384 / 2 * language.num_layers * (again - adapters)
+
+
+def test_the_head_sums_gradients_of_supervised_tokens_alone() -> None:
+    config = run("2", tensor_model_parallel_size=2)
+    layout = make_layout(config, SIZE)
+    width = config.architecture.language.hidden_size
+
+    def sent(one: Config, supervised: float | None = None) -> float:
+        return communication_per_microbatch(one, layout, 0, 16384, 50.0, supervised).tensor
+
+    assert sent(config) - sent(config, 4096.0) == 2 * (16384 - 4096) * width
+    parallel = dataclasses.replace(config.parallel, sequence_parallel=True)
+    scattered = dataclasses.replace(config, parallel=parallel)
+    assert sent(scattered) == sent(scattered, 4096.0), "all tokens are gathered before"
+
+
+_PAIRS = Packs(size=PackSize(tokens=4000.0, squared_lengths=8e4, tiles=100.0), capacity=4096)
+_QFORMER = "blip2 --stage 1 --training.trainable vision,connector,objective"
+
+
+@pytest.mark.parametrize(
+    ("words", "is_twice"),
+    [
+        ("clip --stage 1", True),
+        (_QFORMER, True),
+        (f"{_QFORMER} --architecture.image_text.pool_packs 1", False),
+    ],
+)
+def test_packs_that_are_contrasted_together_run_forward_twice(words: str, is_twice: bool) -> None:
+    config = parse(["--recipe", *words.split(), "--training.global_batch_size", "1"])
+    parallel = dataclasses.replace(config.parallel, tensor_model_parallel_size=2)
+    config = dataclasses.replace(config, parallel=parallel)
+    batch = dataclasses.replace(config.training, global_batch_size=2)
+    runs = (config, dataclasses.replace(config, training=batch))
+    one, two = (estimate(run, 2, _PAIRS, Hardware()) for run in runs)
+    frozen = dataclasses.replace(config, training=dataclasses.replace(batch, trainable=()))
+    layout = make_layout(config, _PAIRS.size)
+    tiles = _PAIRS.size.tiles
+    forward = communication_per_microbatch(frozen, layout, 0, _PAIRS.capacity, tiles).tensor
+    of_step = communication_per_step(config, layout, 0, 1, tiles).tensor
+    more = two.communication.tensor - (2 * one.communication.tensor - of_step)
+    assert more == (2 * forward if is_twice else 0)
+    assert forward > 0 and of_step > 0
+    longer = two.chunk_ms[0] / one.chunk_ms[0]
+    assert 1.3 < longer < 1.4 if is_twice else longer == 1
+
+
+@pytest.mark.parametrize(
+    ("precision", "overlap", "shares"),
+    [
+        ("bfloat16", dict(overlap_grad_reduce=False), 4 / 6),
+        ("bfloat16", dict(overlap_param_gather=False), 2 / 6),
+        ("float32", dict(overlap_param_gather=False), 4 / 8),
+    ],
+)
+def test_what_is_not_overlapped_takes_its_time(
+    precision: str, overlap: dict[str, bool], shares: float
+) -> None:
+    """Over a network so slow, what is overlapped is hidden only as long as a pass takes."""
+    config = run("2", **overlap)
+    training = dataclasses.replace(config.training, precision=precision)
+    config = dataclasses.replace(config, training=training)
+    found = estimate(config, 16, PACKS, Hardware())
+    sent_ms = found.communication.data / 50e9 * 1e3
+    assert found.exposed_ms == pytest.approx(sent_ms * shares)

@@ -11,7 +11,6 @@ L tokens of a text, N tokens of a tile, E size of the embeddings.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
@@ -159,9 +158,7 @@ class QFormerObjective(Objective):
 
     def packs_at_once(self, packs: int) -> int:
         """See ``Objective``."""
-        ranks = self.groups.data_size
-        pool = self.settings.pool_packs
-        return math.lcm(pool, ranks) // ranks if pool else packs
+        return self.settings.packs_at_once(packs, self.groups.data_size)
 
     @property
     def loss_parameters(self) -> list[nn.Parameter]:
