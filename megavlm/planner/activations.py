@@ -14,13 +14,14 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from megavlm.config.cross_attention import memory_rows
-from megavlm.config.freeze_mask import trains
+from megavlm.config.cross_attention import is_cross_attention, memory_rows
+from megavlm.config.freeze_mask import matches_any, trains
 from megavlm.config.schema import Architecture, Config, Language, Parallel, Vision
 from megavlm.planner.adapters import adapter_draws, dora_outputs
+from megavlm.planner.flops import pieces
 from megavlm.planner.layout import Chunk
 from megavlm.planner.parameters import parameters_on_rank
-from megavlm.planner.partition import PackSize, layer_costs
+from megavlm.planner.partition import PackSize, layer_costs, layer_of
 
 _TILES = 4
 NUMBER_BYTES = {"bfloat16": 2, "float32": 4}
@@ -122,12 +123,18 @@ def _has_backward(arch: Architecture, trainable: tuple[str, ...]) -> tuple[bool,
     return tuple(cost > once for cost, once in zip(whole, forward, strict=True))
 
 
-def keeps_inputs(config: Config, chunk: Chunk, part: str) -> bool:
-    """Return whether linear layers of a part need their inputs in the backward pass: not if they
-    are frozen, though the gradient passes through them.
+@lru_cache(maxsize=64)
+def _keep_inputs(arch: Architecture, trainable: tuple[str, ...]) -> tuple[tuple[bool, bool], ...]:
+    """Return for each layer of the whole model whether its matrices, and those of a block of
+    cross-attention in front of it, need their inputs in the backward pass: not if they are frozen,
+    though the gradient passes through them.
     """
-    may_be_trained = config.architecture.lora.rank > 0 or trains(part, config.training.trainable)
-    return may_be_trained and parameters_on_rank(config, chunk).trained > 0
+    vision = arch.vision.num_layers
+    found = [[False, False] for _ in range(vision + arch.language.num_layers)]
+    for piece in pieces(arch):
+        if piece.layer is not None and piece.is_matrix and matches_any(piece.key, trainable):
+            found[layer_of(piece, vision, len(found))][is_cross_attention(piece.key)] = True
+    return tuple((own, block) for own, block in found)
 
 
 def activation_memory(config: Config, chunk: Chunk, load: RankLoad) -> ActivationMemory:
@@ -137,8 +144,8 @@ def activation_memory(config: Config, chunk: Chunk, load: RankLoad) -> Activatio
     size = NUMBER_BYTES[config.training.precision]
     backward = has_backward(config)
     rows = {"vision": load.tiles * arch.vision.layer_tokens, "language": load.tokens}
-    is_trained = {part: keeps_inputs(config, chunk, part) for part in rows}
-    layers = _layers(config, is_trained)
+    keep_inputs = _keep_inputs(arch, config.training.trainable)
+    layers = {is_trained: _layers(config, is_trained) for is_trained in (False, True)}
     width = {"vision": arch.vision.hidden_size, "language": arch.language.hidden_size}
     per_microbatch = 0.0
     once = 0.0
@@ -149,13 +156,15 @@ def activation_memory(config: Config, chunk: Chunk, load: RankLoad) -> Activatio
         outputs = dora_outputs(arch, parallel, layer)
         (whole, inside) = (
             size * (elements + output) + _MASK_BYTES * mask
-            for elements, output, mask in zip(layers[part], outputs, draws.masks, strict=True)
+            for elements, output, mask in zip(
+                layers[keep_inputs[layer][0]][part], outputs, draws.masks, strict=True
+            )
         )
         whole += size * draws.copies
         kept, transient = _kept((whole, inside), size * width[part], recompute)
         per_microbatch += kept * rows[part]
         once = max(once, (transient + draws.largest * _DRAW_BYTES) * rows[part])
-    of_blocks = _blocks(config, chunk, load, is_trained["language"])
+    of_blocks = _blocks(config, chunk, load)
     per_microbatch += of_blocks.per_microbatch + size * _around_layers(config, chunk, load)
     once = max(once, of_blocks.once)
     # One weight of 4 bits at a time is whole, and so are the float32 numbers that it is made of.
@@ -170,17 +179,17 @@ def activation_memory(config: Config, chunk: Chunk, load: RankLoad) -> Activatio
     return ActivationMemory(per_microbatch=per_microbatch, once=once)
 
 
-def _layers(config: Config, is_trained: dict[str, bool]) -> dict[str, tuple[float, float]]:
+def _layers(config: Config, is_trained: bool) -> dict[str, tuple[float, float]]:
     """Count for each part what one of its layers keeps per token, as ``_vision_layer`` does."""
     arch = config.architecture
     parallel = config.parallel
     found = {
-        "vision": _vision_layer(arch.vision, parallel, is_trained["vision"]),
-        "language": _language_layer(arch.language, parallel, is_trained["language"]),
+        "vision": _vision_layer(arch.vision, parallel, is_trained),
+        "language": _language_layer(arch.language, parallel, is_trained),
     }
     for part in set(found) & set(config.fp8.recipes):
         # Adapters read the same inputs in 16 bits, and their linear layers are frozen.
-        if is_trained[part] and not arch.lora.rank:
+        if is_trained and not arch.lora.rank:
             (whole, inside) = zip(found[part], _saved_by_fp8(config, part), strict=True)
             found[part] = (whole[0] - whole[1], inside[0] - inside[1])
     return found
@@ -233,17 +242,22 @@ def _logit_bytes(config: Config) -> int:
     return (6 if config.training.kernels == "local" else 2) + 2 * has_cap
 
 
-def _blocks(config: Config, chunk: Chunk, load: RankLoad, is_trained: bool) -> ActivationMemory:
+def _blocks(config: Config, chunk: Chunk, load: RankLoad) -> ActivationMemory:
     """Estimate the activation memory of the blocks of cross-attention of a chunk."""
     arch = config.architecture
-    layers = [layer for layer in chunk.language_layers if arch.cross_attention.stands_before(layer)]
-    if not layers:
-        return ActivationMemory(per_microbatch=0.0, once=0.0)
-    once = NUMBER_BYTES[config.training.precision] * _block(config, load, is_trained)
     backward = has_backward(config)
-    kept = [layer for layer in layers if backward[arch.vision.num_layers + layer]]
+    keep_inputs = _keep_inputs(arch, config.training.trainable)
     is_kept = config.parallel.recompute_of("language") != "full"
-    return ActivationMemory(per_microbatch=once * len(kept) if is_kept else 0.0, once=once)
+    size = NUMBER_BYTES[config.training.precision]
+    per_microbatch = 0.0
+    once = 0.0
+    for layer in chunk.language_layers:
+        if arch.cross_attention.stands_before(layer):
+            number = arch.vision.num_layers + layer
+            found = size * _block(config, load, keep_inputs[number][1])
+            per_microbatch += found if backward[number] and is_kept else 0.0
+            once = max(once, found)
+    return ActivationMemory(per_microbatch=per_microbatch, once=once)
 
 
 def _block(config: Config, load: RankLoad, is_trained: bool) -> float:
@@ -275,12 +289,11 @@ def _around_layers(config: Config, chunk: Chunk, load: RankLoad) -> float:
     tokens = load.tokens / (
         parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     )
-    if chunk.has_connector and any(
-        part in ("vision", "connector") for part in config.training.trainable
-    ):
+    mask = config.training.trainable
+    if chunk.has_connector and any(trains(part, mask) for part in ("vision", "connector")):
         found += load.tiles * arch.connector_sizes.kept(parallel.vision_tensor_size)
     ends_vision = arch.vision.num_layers - 1 in chunk.vision_layers
-    if arch.vision.final_norm and ends_vision and "vision" in config.training.trainable:
+    if arch.vision.final_norm and ends_vision and trains("vision", mask):
         found += load.tiles * arch.vision.layer_tokens * arch.vision.hidden_size
     if chunk.has_head and not arch.language.exists:
         pool = arch.image_text.pool_packs or config.training.global_batch_size

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from megavlm.config.cli import parse
 from megavlm.config.lora import Lora
 from megavlm.config.loss import Loss
 from megavlm.config.models import MODELS
@@ -155,3 +156,41 @@ def test_fp8_keeps_less_of_trained_linear_layers_and_not_of_those_with_adapters(
     load = RankLoad(tokens=1000.0, tiles=7.0)
     saved = [activation_memory(one, chunk, load).per_microbatch for one in (config, in_8_bits)]
     assert saved[1] == saved[0] if rank else saved[1] < saved[0]
+
+
+@pytest.mark.parametrize("mask", [("connector.*",), ("vision.encoder.layers.23", "language")])
+def test_a_connector_keeps_what_it_needs_whatever_pattern_names_what_is_trained(
+    mask: tuple[str, ...],
+) -> None:
+    config = run()
+    [chunk] = make_layout(config, SIZE).chunks
+    training = dataclasses.replace(config.training, trainable=mask)
+    masked = dataclasses.replace(config, training=training)
+    none, seven = (
+        activation_memory(masked, chunk, RankLoad(tokens=0.0, tiles=tiles)).per_microbatch
+        for tiles in (0.0, 7.0)
+    )
+    vision = config.architecture.vision
+    layers = sum(name.startswith("vision") for name in mask)
+    of_layer = 10 * vision.hidden_size + 2 * vision.ffn_hidden_size
+    kept = vision.tokens * of_layer * layers + config.architecture.connector_sizes.kept(1)
+    assert seven - none == 2 * 7 * kept
+
+
+@pytest.mark.parametrize("recipe", ["llava", "flamingo"])
+def test_frozen_layers_among_trained_ones_do_not_keep_what_they_read(recipe: str) -> None:
+    """Results of both norms, and of an MLP's gate with its other half."""
+    config = parse(["--recipe", recipe, "--stage", "1"])
+    [chunk] = make_layout(config, SIZE).chunks
+
+    def kept(*more: str) -> float:
+        mask = ("connector", *(("*.cross",) if recipe == "flamingo" else ()), *more)
+        training = dataclasses.replace(config.training, trainable=mask)
+        masked = dataclasses.replace(config, training=training)
+        load = RankLoad(tokens=1000.0, tiles=1.0)
+        return activation_memory(masked, chunk, load).per_microbatch
+
+    language = config.architecture.language
+    of_layer = 2 * 1000 * (2 * language.hidden_size + language.ffn_hidden_size)
+    assert kept("language.decoder.layers.3.mlp") - kept() == of_layer
+    assert kept("language.decoder.layers.*.mlp") - kept() == of_layer * language.num_layers
