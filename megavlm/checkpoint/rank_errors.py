@@ -1,9 +1,10 @@
-"""What a disk does to one rank ends all of them: the others would wait for it, on other machines
-until ``--parallel.timeout_minutes`` are over.
+"""What happens to one rank ends all of them: the others would wait for it, on other machines until
+``--parallel.timeout_minutes`` are over.
 """
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 
 class RankError(RuntimeError):
-    """What went wrong with files on some ranks; every rank raises it."""
+    """What went wrong on some ranks, with files as a rule; every rank raises it."""
 
 
 def gather_errors(error: str) -> str:
@@ -30,15 +31,18 @@ def gather_errors(error: str) -> str:
 @contextmanager
 def raised_on_all() -> Iterator[None]:
     """Raise on every rank what the block raises on one, which reads or writes files and exchanges
-    nothing. Collective, at the end of the block.
+    nothing. Collective, at the end of the block. Where an error may be a mistake in the code, the
+    rank that made it prints the traceback.
 
     Raises:
-        RankError: the block raised OSError or ValueError on some rank.
+        RankError: the block raised an error on some rank.
     """
-    error = ""
+    told = ""
     try:
         yield
-    except (OSError, ValueError) as found:
-        error = f"{type(found).__name__}: {found}"
-    if listed := gather_errors(error):
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}"
+        if not isinstance(error, OSError | ValueError):
+            traceback.print_exc()
+    if listed := gather_errors(told):
         raise RankError(listed)

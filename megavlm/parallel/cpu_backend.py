@@ -78,7 +78,7 @@ class _TorchOnCpu(ModuleType):
         self.__dict__.update({name: _on_cpu(vars(torch)[name]) for name in _FACTORIES})
 
     def __getattr__(self, name: str) -> object:
-        return vars(torch)[name]
+        return getattr(torch, name)
 
 
 def _replace_factories() -> None:

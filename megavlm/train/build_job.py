@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from megavlm.checkpoint.base_files import Base
 from megavlm.checkpoint.lock import Lock
@@ -80,19 +81,32 @@ def build_job(
         averages.begin_again(averaged)
     job = Job(
         **vars(built),
+        **_open_beside(config, packs, start),
         config=config,
         backend=backend,
         groups=groups,
         train=packs,
         plan=plan,
-        valid=PackedDataset(config.data.valid, with_shards=False) if config.data.valid else None,
-        tasks=open_tasks(config),
         lock=lock,
         averages=averaged,
         unused_weights=_unused_weights(config, start, groups),
-        usage=None if packs.has_images else initial_weights.find_usage(start),
     )
     return job, state
+
+
+def _open_beside(
+    config: Config, packs: PackedDataset | BlendedDataset, start: Start
+) -> dict[str, Any]:
+    """Return what a job has beside the packs to train on: ``valid``, ``tasks`` and ``usage``.
+    Collective; raises RankError as ``build_job``.
+    """
+    valid = config.data.valid
+    with raised_on_all():
+        return {
+            "valid": PackedDataset(valid, with_shards=False) if valid else None,
+            "tasks": open_tasks(config),
+            "usage": None if packs.has_images else initial_weights.find_usage(start),
+        }
 
 
 def _unused_weights(config: Config, start: Start, groups: Groups) -> Weights:

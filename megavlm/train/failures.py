@@ -15,8 +15,8 @@ from megavlm.train.master_weights import MismatchError
 from megavlm.train.resume import DamagedError
 from megavlm.train.saver import SaveError
 
-# Raised on every rank.
-_SHARED = (DamagedError, MismatchError, RankError, SaveError, StepError)
+OF_ALL_RANKS = (DamagedError, MismatchError, RankError, SaveError, StepError)
+"""What every rank raises."""
 # How gloo and NCCL word that another rank ended.
 _LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 _OF_ONE_RANK = (ExportError, ReadError, RemoteError, WorkerError)
@@ -32,7 +32,7 @@ def report(config: Config, error: Exception) -> int | None:
     Returns:
         The exit status; none if nothing was printed, since the error needs its traceback.
     """
-    if isinstance(error, _SHARED):
+    if isinstance(error, OF_ALL_RANKS):
         torchrun.refuse(f"error: {error}", is_printed=torchrun.rank() == 0)
         return 2
     names_file = isinstance(error, OSError) and bool(error.filename)

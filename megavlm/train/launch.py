@@ -54,14 +54,23 @@ def launch(
         )
         out_of_memory.record_memory(config)
         try:
-            return run_job(config, device_backend, start, lock, stop)
+            state = run_job(config, device_backend, start, lock, stop)
         except Exception as error:
+            # After an error of one rank the others wait in a collective, and NCCL would wait for
+            # them: the rank ends without taking leave, and torchrun ends the others.
+            if isinstance(error, failures.OF_ALL_RANKS):
+                _leave()
             if can_go_back and not has_begun and isinstance(error, DamagedError):
                 raise
             status = failures.report(config, error)
             if status is None:
                 raise
             raise SystemExit(status) from None
-        finally:
-            process_groups.destroy()
-            backend.stop()
+        _leave()
+        return state
+
+
+def _leave() -> None:
+    """Leave the process groups. Collective."""
+    process_groups.destroy()
+    backend.stop()

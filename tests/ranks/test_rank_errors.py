@@ -1,4 +1,4 @@
-"""What a disk does to one rank ends all of them at once, in the same words."""
+"""What happens to one rank ends all of them at once, in the same words."""
 
 from __future__ import annotations
 
@@ -59,6 +59,58 @@ def test_what_rank_0_alone_reads_is_no_wait_for_others(
     shutil.copytree(whole, tmp_path / "run")
     config = make_job(dataset, tmp_path / "run", steps=9)
     assert ranks.run(run_on_failing_disk, 2, config, name) == [f"rank 0: {TOLD}"] * 2
+
+
+def fail_in_code(config: Config) -> tuple[str, str]:
+    """Run a job with a mistake that rank 1 alone meets; return what this rank printed, and the
+    error that it ends with.
+    """
+
+    def mistake(*_: object) -> None:
+        raise KeyError("no such name")
+
+    with on_rank(1, "megavlm.train.build_job.open_tasks", mistake):
+        return told(config)
+
+
+def test_a_mistake_in_the_code_that_one_rank_meets_is_no_wait_for_others(
+    ranks: Pool, dataset: Path, tmp_path: Path
+) -> None:
+    config = make_job(dataset, tmp_path / "run", steps=1)
+    found = ranks.run(fail_in_code, 2, config)
+    assert [error for _, error in found] == ["rank 1: KeyError: 'no such name'"] * 2
+    assert ["in mistake" in printed for printed, _ in found] == [False, True]
+
+
+def leaves(config: Config, error: Exception | None) -> bool:
+    """Run a job that ends with an error, or well; return whether this rank took leave of the
+    others, for which NCCL waits until they do so too.
+    """
+    from megavlm.train import launch
+
+    with (
+        mock.patch.object(launch, "run_job", side_effect=error),
+        mock.patch.object(launch.backend, "stop") as stop,
+        contextlib.suppress(SystemExit, RuntimeError),
+    ):
+        launch.launch(config)
+    return stop.called
+
+
+@pytest.mark.parametrize(
+    ("error", "is_left"),
+    [
+        (None, True),
+        (RankError("rank 1: full"), True),
+        (RuntimeError("a mistake of this rank"), False),
+        (OSError(5, "Input/output error", "packs/0.bin"), False),
+    ],
+)
+def test_a_rank_that_fails_alone_does_not_wait_for_the_others(
+    ranks: Pool, dataset: Path, tmp_path: Path, error: Exception | None, is_left: bool
+) -> None:
+    config = make_job(dataset, tmp_path / "run", steps=1)
+    assert ranks.run(leaves, 1, config, error) == [is_left]
 
 
 def look_on_failing_disk(config: Config) -> str:
