@@ -107,6 +107,7 @@ class Watchdog:
         self._interval = min(health.hang_seconds / 4, _LONGEST_INTERVAL)
         self._mark = Mark(what="start", step=0)
         self._waits: dict[str, deque[float]] = {}
+        self._known: set[str] = set()  # kinds of which one has ended
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._answered = 0  # number of the last alarm
@@ -126,8 +127,11 @@ class Watchdog:
             self._thread.join(timeout=self._interval)
 
     def enter(self, what: str, step: int) -> None:
-        """Note that a step, an evaluation or a checkpoint begins."""
+        """Note that a step, an evaluation or a checkpoint begins, or that it goes on."""
+        before = self._mark
         self._note(Mark(what=what, step=step))
+        if (before.what, before.step) != (what, step):
+            self._known.add(before.what)
 
     def count(self, packs: Iterable[_Item]) -> Iterator[_Item]:
         """Pass ``packs`` on, and note when each was asked for and when it came."""
@@ -145,8 +149,12 @@ class Watchdog:
             yield pack
 
     def limit(self, what: str) -> float:
-        """Seconds without progress after which there is an alarm, from the longest waits so far."""
-        usual = max(self._waits.get(what, ()), default=self._health.hang_seconds)
+        """Seconds without progress after which there is an alarm, from the longest waits so far. In
+        the first step, evaluation or checkpoint the longest one may be still to come.
+        """
+        usual = self._health.hang_seconds
+        if what in self._known:
+            usual = max(self._waits[what])
         return min(
             max(self._health.hang_seconds, self._health.hang_factor * usual), self._longest_limit
         )
