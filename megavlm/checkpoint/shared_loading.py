@@ -74,17 +74,34 @@ class SharedLoading(TorchDistLoadShardedStrategy):
         ]
         others = {id(shard) for shard, owner, group in plans if owner != group.rank()}
         own = {str(number): one for number, one in enumerate(entries) if id(one) not in others}
+        failures: dict[int, str] = {}
         try:
             read = super().load(own, checkpoint_dir, *options)
-        except CheckpointException as error:  # torch tells all ranks, and it is no Exception
-            told = (f"rank {rank}: {found}" for rank, (found, _) in error.failures.items())
-            raise RankError(f"{checkpoint_dir}: cannot be loaded: {'; '.join(told)}") from error
+        except CheckpointException as error:  # which is no Exception
+            failures = {rank: str(found) for rank, (found, _) in error.failures.items()}
+        if told := _failures_of_all(failures):
+            raise RankError(f"{checkpoint_dir}: cannot be loaded: {told}")
         values = {id(one): read[number] for number, one in own.items()}
         for shard, owner, group in plans:
             if shard.data is None:
                 shard.init_data("cpu")
             _send(values.setdefault(id(shard), shard.data.detach()), owner, group)
         return dict_list_map_inplace(lambda one: values.get(id(one), one), sharded_state_dict)
+
+
+def _failures_of_all(failures: dict[int, str]) -> str:
+    """Return what ranks could not read, in words; empty if each read its share. Collective.
+
+    Args:
+        failures: as torch tells them: with megatron-core 0.16 those of all ranks on each of them;
+            with 0.19, where each rank reads by itself, its own, under another number.
+    """
+    every: list = [None] * dist.get_world_size()
+    dist.all_gather_object(every, failures)
+    if any(found != every[0] for found in every):
+        every = [{rank: "; ".join(found.values())} for rank, found in enumerate(every) if found]
+    told = {rank: text for found in every for rank, text in found.items()}
+    return "; ".join(f"rank {rank}: {text}" for rank, text in told.items())
 
 
 def _owners(shards: Sequence[ShardedTensor], group: dist.ProcessGroup) -> list[int]:
