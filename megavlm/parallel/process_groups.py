@@ -95,15 +95,8 @@ class Groups:
         return bool(answer.item())
 
 
-def create(parallel: Parallel, seed: int, embedding_chunk: int = 0) -> Groups:
-    """Create the process groups. Collective: every rank calls it.
-
-    Args:
-        parallel: sizes of the layout.
-        seed: of the random states that megatron-core keeps; nothing in training draws from them.
-        embedding_chunk: number of the chunk with the token embedding, whose gradient is summed with
-            that of a tied head in the last one.
-    """
+def _initialize(parallel: Parallel, embedding_chunk: int) -> None:
+    """Let megatron-core create its groups; arguments as of ``create``. Collective."""
     virtual = parallel.virtual_pipeline_model_parallel_size
 
     # ``parallel_state.initialize_model_parallel`` calls it for each pipeline; its group sums the
@@ -120,7 +113,22 @@ def create(parallel: Parallel, seed: int, embedding_chunk: int = 0) -> Groups:
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         distributed_timeout_minutes=parallel.timeout_minutes,
         get_embedding_ranks=embedding_ranks,
+        # A connection to every other data-parallel rank for each of three groups, which are for
+        # checkpoints that are gathered on the hosts.
+        create_gloo_process_groups=False,
     )
+
+
+def create(parallel: Parallel, seed: int, embedding_chunk: int = 0) -> Groups:
+    """Create the process groups. Collective: every rank calls it.
+
+    Args:
+        parallel: sizes of the layout.
+        seed: of the random states that megatron-core keeps; nothing in training draws from them.
+        embedding_chunk: number of the chunk with the token embedding, whose gradient is summed with
+            that of a tied head in the last one.
+    """
+    _initialize(parallel, embedding_chunk)
     model_parallel_cuda_manual_seed(seed)
     collection = ProcessGroupCollection.use_mpu_process_groups()
     tensor_rank = parallel_state.get_tensor_model_parallel_rank()

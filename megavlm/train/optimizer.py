@@ -166,7 +166,9 @@ def build_optimizer(
     )
     chunks = [chunk.module for chunk in ddp_chunks]
     overrides = parameter_groups.overrides(config, chunks, ages)
-    built = get_megatron_optimizer(settings, list(ddp_chunks), config_overrides=overrides)
+    built = get_megatron_optimizer(
+        settings, list(ddp_chunks), config_overrides=overrides, use_gloo_process_groups=False
+    )
     # Without anything trained but experts the part for all else is empty, on every rank, and
     # ``ChainedOptimizer._synchronize_steps`` reads the parameter groups that it does not have.
     parts = [part for part in built.chained_optimizers if not part.is_stub_optimizer]

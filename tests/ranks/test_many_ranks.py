@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 
+from megavlm.config.schema import Parallel
 from tests.ranks.pool import Pool
 
 SHARDS = 40
@@ -148,3 +149,28 @@ def test_shards_that_make_no_whole_tensor_are_refused_on_every_rank(
 ) -> None:
     assert ranks.run(_check, 2, "none") == ["", ""]
     assert all(words in told for told in ranks.run(_check, 2, fault))
+
+
+def asked_backends() -> list[str | None]:
+    """Return the backends that process groups are asked for; None: that of the whole job."""
+    import torch.distributed as dist
+
+    from megavlm.parallel import backend, process_groups
+
+    asked: list[str | None] = []
+    new_group = dist.new_group
+
+    def noted(*rest: Any, **options: Any) -> Any:
+        asked.append(options.get("backend"))
+        return new_group(*rest, **options)
+
+    backend.start(5)
+    with mock.patch.object(dist, "new_group", noted):
+        process_groups.create(Parallel(), 0)
+    return asked
+
+
+def test_no_rank_has_connections_of_gloo_beside_those_of_training(ranks: Pool) -> None:
+    # On GPUs each such group would connect every rank with every other one, over the network.
+    for asked in ranks.run(asked_backends, 2):
+        assert len(asked) > 5 and "gloo" not in asked
