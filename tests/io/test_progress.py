@@ -26,7 +26,7 @@ def test_a_log_has_a_line_now_and_then(capfd, monkeypatch):
 
 def first_line(capfd, shown) -> str:
     """Return the first line of a log."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 20
     with shown:
         while time.monotonic() < deadline:
             if lines := capfd.readouterr().err.splitlines():
