@@ -46,6 +46,21 @@ def test_what_was_done_before_has_no_rate_and_nothing_is_all_done(capfd, monkeyp
     assert capfd.readouterr().err == "", "a log goes on after its job"
 
 
+def test_the_time_that_is_left_follows_from_the_rate(capfd, monkeypatch):
+    monkeypatch.setattr(progress, "LOG_INTERVAL_SECONDS", 0.05)
+    now = [0.0]
+    with monkeypatch.context() as patch:
+        patch.setattr(progress.time, "monotonic", lambda: now[0])
+        shown = progress.Progress("writing", "packs", 40, 10)
+        now[0] = 100.0
+        shown.add(20, "3 rejected")
+        with shown:
+            while not (lines := capfd.readouterr().err.splitlines()):
+                time.sleep(0.01)
+    told = "writing: 75.0% of 40 packs in 100 s (0.2 packs/s, 50 s left), 3 rejected"
+    assert lines[0] == told
+
+
 def test_a_terminal_has_a_bar(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
@@ -58,7 +73,8 @@ def test_a_terminal_has_a_bar(monkeypatch):
         time.sleep(0.05)
     *_, last = sys.stderr.getvalue().rstrip("\n").split("\r")
     assert last.startswith("writing:  50%") and "| 20.0/40.0 [" in last and "3 rejected]" in last
-    assert sys.stderr.getvalue().endswith("\n") and " of 40 packs in " not in last
+    assert sys.stderr.getvalue().endswith("\n")
+    assert " of 40 packs in " not in sys.stderr.getvalue()
 
 
 def test_a_short_job_logs_nothing(capfd):
