@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from megavlm.data.packing import plan
 from megavlm.data.packing.best_fit import (
     Packing,
     automatic_tile_cap,
@@ -194,3 +195,15 @@ def test_without_numba(monkeypatch):
     found = pack(tokens, tiles, capacity=CAPACITY, tile_cap=64)
     assert "megavlm.data.packing.best_fit_numba" not in sys.modules
     assert np.array_equal(found.bin_of, expected.bin_of)
+
+
+@pytest.mark.parametrize(("packs", "sizes"), [(5, [2, 2, 1]), (10, [4, 4, 2]), (12, [4, 4, 4])])
+def test_shards_hold_a_few_packs_at_least_and_are_a_few_at_most(monkeypatch, packs, sizes):
+    monkeypatch.setattr(plan, "LEAST_PACKS_PER_SHARD", 2)
+    monkeypatch.setattr(plan, "MOST_SHARDS", 3)
+    starts = np.arange(packs + 1) * 7
+    found = plan.PackPlan(order=np.arange(packs * 7), starts=starts, tile_cap=1)
+    shards = [found.shard(number) for number in range(found.shards)]
+    assert [len(shard) - 1 for shard in shards] == sizes
+    assert [shard[0] for shard in shards] == [7 * sum(sizes[:number]) for number in range(3)]
+    assert shards[-1][-1] == starts[-1]
