@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,6 +42,8 @@ class Job(BuiltModel):
         averages: of the trained parameters, if they are asked for.
         unused_weights: what only files hold of the vision encoder, on the first rank; see
             ``convert/hf/unused_weights``.
+        watch: passes packs on that are loaded, and notes that they come; an evaluation has the
+            watchdog's.
         usage: how images become tiles for the model that the run started from, if its packs have
             none.
     """
@@ -55,6 +58,7 @@ class Job(BuiltModel):
     lock: Lock | None = None
     averages: Averages | None = None
     unused_weights: Weights = field(default_factory=dict)
+    watch: Callable[[Iterator[Batch]], Iterator[Batch]] = iter
     usage: Usage | None = None
 
     def samples_of_ranks(self, records: np.ndarray) -> list[list[int]]:
@@ -90,7 +94,7 @@ class Job(BuiltModel):
             with_pair_ids: say which pairs share an image or a text, even if the loss does not ask.
         """
         vision = self.config.architecture.vision
-        return batches(
+        loaded = batches(
             packs,
             plan,
             positions,
@@ -106,3 +110,5 @@ class Job(BuiltModel):
             rank_slice=self.groups.rank_slice,
             tile_multiple=tile_multiple(self.config),
         )
+        with contextlib.closing(loaded):
+            yield from self.watch(loaded)

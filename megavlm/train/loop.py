@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 
@@ -179,8 +180,11 @@ def _load_batches(job: Job, state: State) -> Generator[Batch, None, None]:
 
 
 def _evaluate(job: Job, state: State, metrics: Metrics, watchdog: Watchdog) -> State:
-    """Evaluate the model after ``state``, as the watchdog knows."""
-    return evaluate(job, state, metrics, partial(watchdog.enter, "evaluation", state.step))
+    """Evaluate the model after ``state``, as the watchdog knows: of each pack, since all together
+    may take longer than it waits.
+    """
+    watched = dataclasses.replace(job, watch=watchdog.count)
+    return evaluate(watched, state, metrics, partial(watchdog.enter, "evaluation", state.step))
 
 
 def _step(

@@ -15,14 +15,16 @@ import torch
 import torch.distributed as dist
 
 from megavlm.config.cli import to_yaml
-from megavlm.config.schema import Health, Logging, Parallel
+from megavlm.config.schema import Config, Health, Logging, Parallel
 from megavlm.health import speed_check
+from megavlm.health.watchdog import Mark, Watchdog
 from megavlm.parallel import backend, process_groups
 from tests.data.samples import make_dataset
 from tests.ranks import late_rank
 from tests.ranks.commands import become_rank, free_port
 from tests.ranks.pool import Pool, start_process
-from tests.ranks.runs import TINY, config_for
+from tests.ranks.runs import TINY, config_for, make_packs
+from tests.ranks.test_resume import make_job, run_job
 
 RANKS = 2
 PATIENCE_SECONDS = 240
@@ -100,6 +102,33 @@ def test_a_rank_that_is_late_is_named_with_what_the_others_wait_in(
     report = errors[errors.index("made no progress") :]
     assert all(re.search(told, report, re.DOTALL) for told in LATE[how][1]), errors
     assert "the run continued" in report
+
+
+def marks_of(config: Config) -> list[str]:
+    """Run a job; return what the watchdog of this rank noted of the evaluation before it."""
+    marks: list[str] = []
+    note = Watchdog._note
+
+    def noted(self: Watchdog, mark: Mark) -> None:
+        marks.append(str(mark))
+        note(self, mark)
+
+    with patch.object(Watchdog, "_note", noted):
+        run_job(config)
+    return [mark for mark in marks if mark.startswith("evaluation 0")]
+
+
+def test_each_validation_pack_is_a_sign_of_life_on_every_rank(ranks: Pool, tmp_path: Path) -> None:
+    make_packs(tmp_path / "packs", packs=3)
+    pipeline = dict(pipeline_model_parallel_size=2, layout="v*2|v,t*3")
+    config = make_job(tmp_path / "packs", "", steps=1, save_interval=0, **pipeline)
+    data = dataclasses.replace(config.data, valid=config.data.train)
+    expected = ["evaluation 0", "evaluation 0, waits for pack 1"]
+    for pack in (1, 2, 3):
+        expected.append(f"evaluation 0, pack {pack} came last")
+        expected.append(f"evaluation 0, waits for pack {pack + 1}")
+    for marks in ranks.run(marks_of, 2, dataclasses.replace(config, data=data)):
+        assert [mark for mark in expected[:-1] if mark not in marks] == [], marks
 
 
 def speeds_with_a_slow_rank(slow: int) -> tuple[list[str], str]:
