@@ -90,3 +90,36 @@ def test_a_sample_may_fill_a_pack_and_no_video_is_asked_of_texts_that_have_none(
         limits.check(9, [image])
     with pytest.raises(RejectError, match="^too_many_tiles: 3 tiles of 3 images, .* holds 2"):
         limits.check(9, [image] * 3)
+
+
+def _image(tiles: int, name: str) -> Image:
+    return Image(
+        encoded=b"", width=16 * tiles, height=16, columns=tiles, rows=1, tiles=tiles, name=name
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "images", "videos", "cap", "advice"),
+    [
+        # Each of two videos keeps a frame.
+        ("dynamic", [(1, "v"), (1, "v"), (1, "w"), (1, "w")], ["v", "w"], 2, "--max_frames"),
+        ("dynamic", [(1, "v"), (1, "v"), (1, "w"), (1, "w")], ["v", "w"], 1, ""),
+        # Images that have one tile do not get smaller, and do not get larger.
+        ("anyres", [(5, "a"), (1, "b"), (1, "c"), (1, "d")], [], 5, "--grids"),
+        ("anyres", [(5, "a"), (1, "b"), (1, "c"), (1, "d")], [], 4, ""),
+    ],
+)
+def test_the_advice_helps_to_the_last_tile(
+    mode: str, images: list[tuple[int, str]], videos: list[str], cap: int, advice: str
+) -> None:
+    limits = SizeLimits(
+        capacity=9999,
+        tile_cap=cap,
+        tiling=Tiling(tile_size=16, mode=mode),
+        layout=feature_layout("dynamic", 64),
+        template=ChatTemplate(load_tokenizer(GOLDEN / "tokenizer"), 64),
+    )
+    with pytest.raises(RejectError) as caught:
+        limits.check(9, [_image(*image) for image in images], videos)
+    told = caught.value.detail.partition("raise --tile_cap")[2]
+    assert told == (f" or lower {advice}" if advice else "")

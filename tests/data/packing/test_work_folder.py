@@ -80,6 +80,25 @@ def test_what_is_no_job_s_is_left_alone(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "d", "lock"]
 
 
+def test_a_job_that_was_stopped_while_it_wrote_its_name_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("os.replace", stop)
+        enter(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    enter(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_told_by_its_flag(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="^--out x: nothing can be written there"):
+        enter(tmp_path / "file" / "x.partial")
+
+
 def test_a_damaged_state_says_what_to_remove(tmp_path: Path) -> None:
     with (
         pytest.raises(ValueError, match=f"^--out x: scan.json: cut; remove {tmp_path} to begin"),
