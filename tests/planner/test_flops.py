@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from megavlm.config.models import architecture
@@ -94,3 +96,27 @@ def test_the_head_is_counted_for_the_tokens_that_have_a_loss():
     assert quarter["head"] == 3 * HEAD / 4
     assert cost.by_part(**DATA)["head"] == 3 * HEAD
     assert all(quarter[part] == cost.by_part(**DATA)[part] for part in FORWARD if part != "head")
+
+
+def _language_flops(prefix_lm: bool = False, **language: object) -> float:
+    arch = dataclasses.replace(
+        SMALL, prefix_lm=prefix_lm, language=dataclasses.replace(SMALL.language, **language)
+    )
+    return training_cost(arch, ()).by_part(**DATA)["language"] - LANGUAGE_LINEAR
+
+
+def test_windows_count_whole_for_each_token_in_the_layers_that_have_them():
+    """Two of three layers see five tokens, the last one half of all pairs."""
+    windows = dict(window_size=5, window_attn_skip_freq=3)
+    assert _language_flops(**windows) == 2 * 100 * 5 * 4 * 8 + 4000 * 2 * 8
+    assert _language_flops(window_size=5) == 3 * 100 * 5 * 4 * 8
+    assert _language_flops(prefix_lm=True, **windows) == 3 * 4000 * 4 * 8
+
+
+def test_all_pairs_count_where_all_tokens_see_each_other():
+    assert _language_flops() == LANGUAGE_ATTENTION
+    assert _language_flops(prefix_lm=True) == 2 * LANGUAGE_ATTENTION
+    # A text encoder without a causal mask, whose MLP has no gate but biases.
+    found = _language_flops(family="siglip_text", activation="gelu_tanh", num_query_groups=4)
+    linear = 3 * 100 * 2 * (8 * 24 + 8 * 8 + 2 * 8 * 12)
+    assert found == 2 * LANGUAGE_ATTENTION + linear - LANGUAGE_LINEAR
