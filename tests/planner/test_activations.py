@@ -202,6 +202,25 @@ def test_blocks_of_cross_attention_keep_queries_of_tokens_and_keys_of_tiles() ->
     assert kept(full).once > 2 * (TOKENS * of_token + TILES * of_tile)
 
 
+@pytest.mark.parametrize("recipe", ["llava", "flamingo"])
+def test_an_mlp_without_a_gate_keeps_what_goes_into_its_activation_and_comes_out(
+    recipe: str,
+) -> None:
+    config = masked(parse(["--recipe", recipe, "--stage", "1"]), "connector", "language")
+    language = config.architecture.language
+    plain = dataclasses.replace(language, activation="gelu")
+    arch = dataclasses.replace(config.architecture, language=plain)
+    ungated = dataclasses.replace(config, architecture=arch)
+    blocks = sum(map(arch.cross_attention.stands_before, range(language.num_layers)))
+    assert (blocks > 0) == (recipe == "flamingo")
+    # One number less of each of these, trained or not.
+    for mask in (("connector", "language"), ("connector",)):
+        less = kept(masked(config, *mask)).per_microbatch
+        less -= kept(masked(ungated, *mask)).per_microbatch
+        layers = language.num_layers + blocks
+        assert less == 2 * TOKENS * layers * language.ffn_hidden_size
+
+
 def test_a_rank_keeps_the_packs_under_way_of_all_its_chunks() -> None:
     config = run(pipeline_model_parallel_size=4)
     layout = make_layout(config, SIZE)

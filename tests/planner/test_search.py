@@ -21,6 +21,7 @@ from megavlm.planner.search import (
     describe,
     estimate_changes,
     find_layouts,
+    to_flags,
 )
 from tests.convert.models import EXPERTS
 from tests.ranks.runs import TINY, config_for
@@ -140,6 +141,7 @@ def test_a_layout_is_described_by_what_it_splits() -> None:
     assert describe(split) == "TP 2 PP 4 x 3 CP 5 EP 6 ETP 7 DP 8 vision data, recompute full"
     plain = dataclasses.replace(found[0], parallel=Parallel(), data_ranks=2)
     assert describe(plain) == "TP 1 PP 1 DP 2, recompute none"
+    assert to_flags(plain) == "", "one chunk needs no layout"
 
 
 @pytest.mark.parametrize(
