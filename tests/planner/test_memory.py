@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,9 @@ from megavlm.model.nf4 import Nf4Weight
 from megavlm.planner.activations import ActivationMemory, RankLoad, activation_memory
 from megavlm.planner.flops import pieces
 from megavlm.planner.layout import make_layout
+from tests.convert.models import EXPERTS
 from tests.planner.test_estimate import SIZE, needed, run
+from tests.ranks.runs import TINY, config_for
 
 
 def test_averages_take_four_bytes_of_each_trained_parameter_on_all_ranks_together() -> None:
@@ -194,3 +197,24 @@ def test_frozen_layers_among_trained_ones_do_not_keep_what_they_read(recipe: str
     of_layer = 2 * 1000 * (2 * language.hidden_size + language.ffn_hidden_size)
     assert kept("language.decoder.layers.3.mlp") - kept() == of_layer
     assert kept("language.decoder.layers.*.mlp") - kept() == of_layer * language.num_layers
+
+
+def test_experts_on_half_of_the_ranks_leave_each_its_share_of_the_optimizer() -> None:
+    language = dataclasses.replace(TINY.language, **EXPERTS | dict(num_experts=4))
+    arch = dataclasses.replace(TINY, language=language)
+    found = [
+        needed(
+            dataclasses.replace(
+                config_for(Path(), expert_model_parallel_size=ranks), architecture=arch
+            ),
+            data_ranks=4,
+        )
+        for ranks in (1, 2)
+    ]
+    of_experts = sum(piece.elements for piece in pieces(arch) if piece.expert is not None)
+    assert found[0].weights - found[1].weights == 4 * of_experts / 2
+    assert found[0].optimizer == found[1].optimizer
+    # Float32 weights are their own main weights, beside two moments.
+    every = sum(piece.elements for piece in pieces(arch))
+    padded = 2 * (256 - 199) * language.hidden_size
+    assert found[0].optimizer == 8 * (every + padded) / 4
