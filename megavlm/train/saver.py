@@ -40,6 +40,8 @@ from megavlm.train.optimizer import whole_weights
 _SPARE = ".spare"
 # Free beside it when writing begins, for the small file that comes before the shards.
 _FIRST_BYTES = 1 << 18
+# A wait for the checkpoint before that is worth a word.
+_TOLD_SECONDS = 1.0
 
 
 class SaveError(RuntimeError):
@@ -75,7 +77,7 @@ class Saver:
         """Save the run as it is; if writing continues beside training, the weights may change when
         this returns.
         """
-        self.wait()
+        self._wait_for_the_one_before(state.step)
         config = self._job.config
         is_last = state.step >= config.training.steps
         state = replace(state, trained_only=config.checkpoint.trained_only and not is_last)
@@ -105,6 +107,21 @@ class Saver:
                 return
         if not self._beside:
             self.wait()
+
+    def _wait_for_the_one_before(self, step: int) -> None:
+        """Publish the checkpoint that is being written, if any, before that of ``step``; tell if
+        training stands still for it.
+        """
+        before = self._state.step
+        start = time.perf_counter()
+        self.wait()
+        seconds = time.perf_counter() - start
+        if seconds >= _TOLD_SECONDS:
+            self._metrics.log(
+                f"WARNING: the checkpoint of step {step} waited {seconds:.1f} s until that of step"
+                f" {before} was written, and so did training; to save less often:"
+                " --checkpoint.save_interval"
+            )
 
     def poll(self) -> None:
         """Publish the checkpoint that is being written beside training, if all ranks are done with

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import time
@@ -289,15 +290,18 @@ def test_shards_that_cannot_be_described_are_a_failed_save_on_every_rank(
 
 
 def with_slow_disk(config: Config) -> tuple[str, str]:
-    """Run a job in which rank 1 takes a second to write, so that training is steps ahead by
-    then.
+    """Run a job in which rank 1 writes the first checkpoint when training is done, for more than a
+    second.
     """
     from megavlm.checkpoint import async_writer
 
     write = async_writer._write
 
     def slowly(*arguments) -> async_writer.Outcome:
-        time.sleep(dist.get_rank())
+        if dist.get_rank() == 1:
+            while len(losses(Path(config.checkpoint.save))) < STEPS:
+                time.sleep(0.05)
+            time.sleep(1.2)
         return write(*arguments)
 
     vars(async_writer)["_write"] = slowly
@@ -349,6 +353,8 @@ def test_checkpoints_written_beside_training_have_the_same_bytes(
     assert not error
     # The checkpoint of step 3 came into being while training continued.
     assert words.index("step 4 ") < words.index("step_00000003 in")
+    waits = re.findall(r"checkpoint of step (\d) waited (.+) s until that of step 3 was", words)
+    assert len(waits) == 1 and waits[0][0] == str(STEPS) and 1 <= float(waits[0][1]) < 60, words
     for step in ("step_00000003", NEWEST):
         sums = [
             json.loads((tmp_path / run / step / "checksums.json").read_text())
