@@ -5,6 +5,7 @@ segments.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from transformers.models.idefics import processing_idefics
 
 from megavlm.data.loading.dataset import PackedDataset, sample_positions
 from megavlm.data.loading.draws import next_image_draws
-from megavlm.data.loading.media import images_read, sort_by_image
+from megavlm.data.loading.media import find_media, images_read, sort_by_image
 from megavlm.data.loading.rank_slice import RankSlice
 from megavlm.data.sample import Sample
 from megavlm.model.attention import PackedAttention, PackedSamples
@@ -85,6 +86,11 @@ def test_which_samples_read_the_next_image_depends_on_seed_and_position_alone() 
     )
 
 
+def test_a_text_may_end_with_the_first_token_of_the_vocabulary() -> None:
+    found = images_read(np.array([1, IMAGE, 3, 0, 4]), np.array([5]), IMAGE, 0)
+    assert found.tolist() == [-1, 0, 0, 0, -1]
+
+
 def test_the_samples_below_the_share_read_the_next_image(tmp_path: Path) -> None:
     facts = dict(supervised=np.ones(4, bool), source=0, line=1)
     image = make_image(np.random.default_rng(0), 16, 1, 1)
@@ -98,6 +104,9 @@ def test_the_samples_below_the_share_read_the_next_image(tmp_path: Path) -> None
     assert 0 < reads_next.sum() < 6
     # With the next image, the tokens in front of it read it, too.
     assert media.ends.diff().tolist() == [4 if is_next else 2 for is_next in reads_next]
+    # A patch has one placeholder token, too, and is no image.
+    patches = replace(dataset.manifest, tiling="patches")
+    assert find_media(dataset.reader.read(0), patches, np.arange(48)) is None
 
 
 def test_segments_attend_as_a_dense_mask_says_on_any_number_of_ranks() -> None:
