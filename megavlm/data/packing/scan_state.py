@@ -157,7 +157,7 @@ def merge_repaired(
             kept -= len(chunk)
             behind = _position(rows, chunk[-1]) if kept else len(rows)
             both = np.concatenate([chunk, rows[done:behind]])
-            order = np.lexsort((both["window"], both["offset"], both["source"]))
+            order = np.lexsort((both["offset"], both["source"]))  # windows stay in their order
             after.write(both[order].tobytes())
             done = behind
         after.write(rows[done:].tobytes())

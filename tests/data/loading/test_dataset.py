@@ -258,6 +258,22 @@ def test_packs_for_pairs_have_one_tile_a_sample(tmp_path, images):
         dataset.batch(0, 0)
 
 
+def test_pairs_with_one_image_or_one_text_are_told(tmp_path):
+    facts = dict(vocab_size=512, context_token_id=-1, tile_size=32, features_per_tile=0)
+    rng = np.random.default_rng(0)
+    one, other = (
+        make_sample(rng, images=1, text_tokens=5, line=line, grids=((1, 1),), **facts)
+        for line in (1, 2)
+    )
+    pairs = [one, dataclasses.replace(other, images=one.images)]
+    pairs.append(dataclasses.replace(other, tokens=one.tokens))
+    write_packs(tmp_path, [pairs], capacity=64, **facts)
+    ids = PackedDataset(tmp_path).batch(0, 0, with_pair_ids=True).pair_ids
+    (first, second, third), (text, different, same) = ids.T.tolist()
+    assert first == second != third and text == same != different
+    assert ids.abs().min() > 2**32, "so long that no two of a run are equal by chance"
+
+
 @pytest.mark.parametrize("features", [9, 25])
 def test_context_tokens_that_do_not_match(tmp_path, features):
     make_dataset(tmp_path, packs=3, image_share=1.0)

@@ -118,6 +118,7 @@ def test_repaired_records_go_to_their_places(
     left = [rejects[1], rejects[2], rejects[5]]
     assert (state.generation, state.rows, state.first_rejects) == (1, 9, left)
     assert (tmp_path / "rejects.1.jsonl").read_bytes() == reject_lines(left)
+    assert "é.jsonl".encode() in reject_lines(left), "names are to be read by people"
     assert state.rejects_bytes == len(reject_lines(left))
     found = np.fromfile(tmp_path / "rows.1.bin", ROW)
     assert found[["source", "offset", "window"]].tolist() == sorted([*ROWS, *repaired])
@@ -125,3 +126,11 @@ def test_repaired_records_go_to_their_places(
     assert read_state(tmp_path, 2).generation == 0
     save_state(tmp_path / STATE_NAME, state)
     assert read_state(tmp_path, 2) == state
+
+
+def test_records_are_repaired_of_which_none_passed_before(tmp_path: Path) -> None:
+    state = scanned(tmp_path, [reject(0, 5), reject(1, 7)])
+    state.rows = 0
+    merge_repaired(tmp_path, state, rows([(0, 5, 0), (1, 7, 0)]), {(0, 5), (1, 7)})
+    assert (state.rows, state.first_rejects, state.rejects_bytes) == (2, [], 0)
+    assert np.fromfile(tmp_path / "rows.1.bin", ROW)["offset"].tolist() == [5, 7]
