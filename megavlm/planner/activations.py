@@ -145,11 +145,12 @@ def activation_memory(config: Config, chunk: Chunk, load: RankLoad) -> Activatio
     backward = has_backward(config)
     rows = {"vision": load.tiles * arch.vision.layer_tokens, "language": load.tokens}
     keep_inputs = _keep_inputs(arch, config.training.trainable)
-    layers = {is_trained: _layers(config, is_trained) for is_trained in (False, True)}
+    numbers = chunk.layer_numbers(arch.vision.num_layers)
+    layers = {one: _layers(config, one) for one in {keep_inputs[layer][0] for layer in numbers}}
     width = {"vision": arch.vision.hidden_size, "language": arch.language.hidden_size}
     per_microbatch = 0.0
     once = 0.0
-    for layer in chunk.layer_numbers(arch.vision.num_layers):
+    for layer in numbers:
         part = "vision" if layer < arch.vision.num_layers else "language"
         recompute = parallel.recompute_of(part) if backward[layer] else "nothing"
         draws = adapter_draws(arch, parallel, layer)
