@@ -38,7 +38,7 @@ from megavlm.config.options import (
 )
 from megavlm.config.recipes import recipe
 from megavlm.config.recipes.recipe import Recipe
-from megavlm.config.schema import Architecture, Config, Init
+from megavlm.config.schema import Architecture, Config, Data, Init
 from megavlm.config.verdict import PROGRAM, FindStart
 from megavlm.config.yaml_file import Settings
 
@@ -119,8 +119,8 @@ def to_settings(config: Config) -> dict[str, Any]:
 
 
 def from_yaml(source: str | Path) -> Config:
-    """Read a configuration that ``to_yaml`` wrote; missing fields get the schema's defaults, not
-    those of the tables.
+    """Read a configuration that ``to_yaml`` wrote, of this version or an earlier one; missing
+    fields get the schema's defaults, not those of the tables, or what stood in their place.
 
     Args:
         source: the text, or the path of a file with it.
@@ -131,7 +131,8 @@ def from_yaml(source: str | Path) -> Config:
     """
     where = str(source) if isinstance(source, Path) else "configuration"
     settings = yaml_file.read(source, where)
-    return to_config(_apply(settings, to_namespace(_NO_NAMES)))
+    before = dataclasses.replace(_NO_NAMES, data=Data(strata=1))  # there was nothing else
+    return to_config(_apply(settings, to_namespace(before)))
 
 
 def _parse(arguments: list[str], read_model: ReadModel | None) -> tuple[Config, argparse.Namespace]:

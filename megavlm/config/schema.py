@@ -62,7 +62,10 @@ class Data:
         cache: folder of packs made of annotation files; empty: ``~/.cache/megavlm/packs``.
         shuffle: visit the packs in a seeded order, a new one each epoch; otherwise as stored.
         group: size of a bucket of similar-cost packs that are drawn together, to keep ranks
-            balanced; 0: the global batch size; 1: no buckets.
+            balanced; 0: the global batch size divided by ``strata``; 1: no buckets.
+        strata: equal parts of all packs, by cost, that buckets which follow each other come from,
+            one from each, so that the packs of a step are mixed as all packs are (stratified
+            sampling); 1: a bucket comes from anywhere.
         loss_reduction: weight of each supervised token in the loss: 1 (token), 1/n (sample) or
             1/sqrt(n) (square), if its sample has n supervised tokens.
         loss_weights: weight of each folder of ``train`` in the loss, which is then the sum of
@@ -94,6 +97,7 @@ class Data:
     cache: str = ""
     shuffle: bool = True
     group: int = 0
+    strata: int = 8
     loss_reduction: Literal["token", "sample", "square"] = "square"
     loss_weights: tuple[float, ...] = ()
     template: tuple[str, ...] = (ANY,)
@@ -383,4 +387,5 @@ class Config:
     @property
     def group(self) -> int:
         """Size of a bucket of similar-cost packs that are drawn together."""
-        return self.data.group or self.training.global_batch_size
+        by_default = self.training.global_batch_size // max(self.data.strata, 1)
+        return self.data.group or max(by_default, 1)

@@ -17,7 +17,7 @@ from megavlm.config.options import ALIASES, options
 from megavlm.config.recipes import RECIPES
 from megavlm.config.recipes.internvl import RECIPE, STAGES
 from megavlm.config.recipes.recipe import Recipe, Stage
-from megavlm.config.schema import Config, Optimizer, Training
+from megavlm.config.schema import Config, Data, Optimizer, Training
 
 NAMES = ["--stage", "1", "--model", "tiny"]
 
@@ -361,7 +361,8 @@ def test_yaml_gives_exactly_the_configuration_back(tmp_path: Path):
 
 
 def test_yaml_with_missing_fields_gets_the_schema_and_not_the_tables():
-    assert from_yaml("stage: '2'\nmodel: tiny\n") == Config(stage="2", model="tiny")
+    before = Data(strata=1)  # files that do not say it were written when there was nothing else
+    assert from_yaml("stage: '2'\nmodel: tiny\n") == Config(stage="2", model="tiny", data=before)
     with pytest.raises(ValueError, match="unknown key traning"):
         from_yaml("traning: {steps: 3}")
 

@@ -24,9 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from megavlm.data.loading.order import Plan
 from megavlm.data.packing.best_fit import automatic_tile_cap, pack
-from megavlm.data.packing.cost_order import storage_order
 from megavlm.data.packing.plan import Samples, plan_packs
 from megavlm.data.packing.report import PackingFacts, make_report
 from megavlm.data.packing.report_plot import draw_report
@@ -38,12 +36,20 @@ FEATURES_PER_TILE = 256
 # Chance and number of tiles of records with one image.
 ONE_IMAGE = ((1, 3, 5, 7, 9, 10, 11, 13), (0.12, 0.12, 0.16, 0.18, 0.10, 0.08, 0.08, 0.16))
 BATCH = 512
+KINDS = ("one image", "several images", "text alone", "video")
+SHARES = (0.62, 0.13, 0.20, 0.05)
+
+
+def mixed_kinds(count: int, seed: int = 0) -> np.ndarray:
+    """Return which of ``KINDS`` each sample of ``mix`` is, int8 [count]."""
+    chosen = np.random.default_rng(seed).choice(len(KINDS), size=count, p=SHARES)
+    return chosen.astype(np.int8)
 
 
 def mix(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and tiles of ``count`` samples, int32 [count] each."""
     rng = np.random.default_rng(seed)
-    kind = rng.choice(4, size=count, p=[0.62, 0.13, 0.20, 0.05]).astype(np.int8)
+    kind = rng.choice(len(KINDS), size=count, p=SHARES).astype(np.int8)
     tiles = np.zeros(count, np.int32)
     one, several, video = (np.flatnonzero(kind == index) for index in (0, 1, 3))
     tiles[one] = rng.choice(ONE_IMAGE[0], size=len(one), p=ONE_IMAGE[1])
@@ -51,29 +57,6 @@ def mix(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     tiles[video] = rng.integers(8, 33, size=len(video))
     text = np.clip(rng.lognormal(5.2, 1.0, size=count), 16, 8000).astype(np.int32)
     return np.minimum(tiles * FEATURES_PER_TILE + text, CAPACITY), tiles
-
-
-def balance(tokens: np.ndarray, tiles: np.ndarray, tile_cap: int) -> dict[str, float]:
-    """How far the most expensive pack of a step of 512 is above the step's mean, in the order that
-    training takes, and in a full shuffle.
-    """
-    packing = pack(tokens, tiles, capacity=CAPACITY, tile_cap=tile_cap)
-    per_pack = np.bincount(packing.bin_of, weights=tiles)
-    squared = np.bincount(packing.bin_of, weights=tokens.astype(np.float64) ** 2)
-    stored = np.argsort(storage_order(squared, per_pack))
-    found = {}
-    for name, group in (("ordered", BATCH), ("shuffled", 1)):
-        steps = (
-            Plan(num_packs=packing.bins, seed=1, group=group)
-            .pack_ids(0, packing.bins // BATCH * BATCH)
-            .reshape(-1, BATCH)
-        )
-        for what, cost in (("tiles", per_pack), ("attention", squared)):
-            of_step = cost[stored][steps]
-            found[f"{what}_{name}"] = (
-                float(of_step.max(axis=1).sum() / of_step.mean(axis=1).sum()) - 1.0
-            )
-    return found
 
 
 def peak(count: int) -> None:
@@ -181,15 +164,6 @@ def main() -> None:
             f"{rule.tile_cap or '-':>10}{rule.samples_per_s / 1e6:13.2f}"
         )
     figures = {rule.name: dataclasses.asdict(rule) for rule in found}
-    figures["balance_512"] = balance(tokens, tiles, found[-1].tile_cap)
-    for what in ("tiles", "attention"):
-        ordered, shuffled = (
-            figures["balance_512"][f"{what}_{name}"] for name in ("ordered", "shuffled")
-        )
-        print(
-            f"most expensive pack of a step of {BATCH} over the mean, {what}: {ordered:.2%} in the"
-            f" plan's order, {shuffled:.2%} shuffled"
-        )
     if options.picture:
         draw(tokens, tiles, options.picture)
     if options.many:

@@ -51,7 +51,7 @@ def data_problems(data: Data) -> Iterator[str]:
         if name not in AUGMENTATIONS:
             yield f"--data.augment {name}: no such change; known are {', '.join(AUGMENTATIONS)}"
     yield from at_least(0, "data", data, "workers", "group", "timeout")
-    yield from at_least(1, "data", data, "prefetch")
+    yield from at_least(1, "data", data, "prefetch", "strata")
 
 
 def _loss_weights(data: Data) -> Iterator[str]:

@@ -29,7 +29,7 @@ _BY_SECTION: dict[str, dict[Kind, str]] = {
     "data.": {
         # packs and tokenizer are compared
         "taken": "train valid loss_reduction loss_weights template tiling augment next_image",
-        "refused": "weights sampling batch_shares curriculum shuffle group",
+        "refused": "weights sampling batch_shares curriculum shuffle group strata",
         "free": "packing cache workers prefetch timeout",
     },
     "parallel.": {
@@ -209,7 +209,11 @@ def _reason(key: str) -> str:
 
 
 def _remedy(key: str, old: Config, new: Config) -> str:
-    """Return what to add to a command whose new batch size alone has changed the buckets."""
+    """Return what to add to a command whose new batch size alone has changed the buckets, or whose
+    checkpoints are of a version without strata.
+    """
+    if key == "data.strata" and old.data.strata == 1:
+        return "; a run that an earlier version began had none: add --data.strata 1"
     if key != "data.group" or new.data.group:
         return ""
     return (
@@ -221,6 +225,8 @@ def _remedy(key: str, old: Config, new: Config) -> str:
 def _value(config: Config, key: str) -> Any:
     if key == "data.group":
         return config.group if config.data.shuffle else 0
+    if key == "data.strata":
+        return config.data.strata if config.data.shuffle else 0
     if key == "data.sampling" and config.data.weights:
         return "packs"  # weights go before it
     value: Any = config

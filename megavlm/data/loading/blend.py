@@ -321,6 +321,19 @@ class BlendedDataset:
         return np.searchsorted(self.starts, pack_ids, side="right") - 1
 
 
+def _own_group(group: int, strata: int, share: float, shares: Sequence[float]) -> int:
+    """Return the packs of a group of one dataset."""
+    return max(1, round(group * share / sum(shares))) if strata > 1 else group
+
+
+def _plan_of(dataset: PackedDataset, curriculum: bool, **order: Any) -> Order:
+    """Return the order of one dataset's packs."""
+    levels = dataset.manifest.levels
+    if curriculum and levels:
+        return Curriculum(levels=tuple(level.packs for level in levels), **order)
+    return Plan(num_packs=len(dataset), **order)
+
+
 def open_blend(
     folders: Sequence[str],
     weights: Sequence[float],
@@ -328,6 +341,7 @@ def open_blend(
     seed: int,
     shuffle: bool,
     group: int,
+    strata: int = 1,
     curriculum: bool = False,
     shared_batch: int = 0,
     augment: Sequence[str] = (),
@@ -339,7 +353,8 @@ def open_blend(
     Args:
         folders: of the datasets, whose shards ``check_shards`` has looked at.
         weights: share of the packs that are taken from each; empty: as ``sampling`` says.
-        seed, shuffle, group: of the order, as for ``Plan``.
+        seed, shuffle, group, strata: of the order, as for ``Plan``; with strata the groups of a
+            dataset are its share of ``group``, as the packs are that a step has of it.
         curriculum: whether each dataset's levels of difficulty come one after the other; one
             without levels is of one level.
         shared_batch: packs of a batch, every one of which has the same number of packs of each
@@ -350,19 +365,15 @@ def open_blend(
     options = {"augment": augment, "next_image": next_image, "opened": OpenFiles()}
     options["with_shards"] = False
     datasets = [PackedDataset(folder, **options) for folder in folders]
-    order = {"seed": seed, "shuffle": shuffle, "group": group}
+    samples = [dataset.manifest.totals.samples for dataset in datasets]
+    shares = shares_of(weights, sampling, [len(dataset) for dataset in datasets], samples)
+    order = {"seed": seed, "shuffle": shuffle, "strata": strata}
     plans = tuple(
-        (
-            Curriculum(levels=tuple(level.packs for level in dataset.manifest.levels), **order)
-            if curriculum and dataset.manifest.levels
-            else Plan(num_packs=len(dataset), **order)
-        )
-        for dataset in datasets
+        _plan_of(dataset, curriculum, group=_own_group(group, strata, share, shares), **order)
+        for dataset, share in zip(datasets, shares, strict=True)
     )
     if len(datasets) == 1:
         return datasets[0], plans[0]
-    samples = [dataset.manifest.totals.samples for dataset in datasets]
-    shares = shares_of(weights, sampling, [len(dataset) for dataset in datasets], samples)
     windows = {"block": shared_batch, "window": shared_batch} if shared_batch else {}
     return BlendedDataset(datasets), BlendPlan(
         plans=plans, weights=shares, seed=seed, shuffle=shuffle, **windows

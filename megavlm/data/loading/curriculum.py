@@ -21,14 +21,15 @@ class Curriculum:
 
     Args:
         levels: packs of each level, in the order in which they are stored.
-        seed, shuffle, group: as for ``Plan``, of the packs of a level. A step in which one level
-            ends and the next begins has packs of both.
+        seed, shuffle, group, strata: as for ``Plan``, of the packs of a level. A step in which one
+            level ends and the next begins has packs of both.
     """
 
     levels: tuple[int, ...]
     seed: int = 0
     shuffle: bool = True
     group: int = 1
+    strata: int = 1
 
     @property
     def num_packs(self) -> int:
@@ -50,7 +51,7 @@ class Curriculum:
         """
         flat = np.ravel(positions).astype(np.int64)
         ids = np.empty_like(flat)
-        order = {"shuffle": self.shuffle, "group": self.group}
+        order = {"shuffle": self.shuffle, "group": self.group, "strata": self.strata}
         for level, (start, end) in enumerate(pairwise(self.starts)):
             chosen = (flat >= start) & (flat < end)
             if chosen.any():

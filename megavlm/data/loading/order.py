@@ -11,6 +11,12 @@ Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002).
 Packs are stored so that neighbours cost alike (see ``megavlm/data/packing/cost_order.py``). With a
 ``group`` of several packs, each run of so many positions is taken from one neighbourhood, a window
 of a few groups; groups come in a random order, and windows start elsewhere in every epoch.
+
+Packs that cost alike hold samples of like kinds, so a step of few groups would be a sample of few
+kinds. With several ``strata`` the packs in the order of their cost are cut into as many equal
+parts, and as many groups that follow each other come from one part each, the cheapest first
+(stratified sampling). A step that they make up is mixed as all packs are, and what ranks compute at
+the same time still costs alike.
 """
 
 from __future__ import annotations
@@ -61,6 +67,9 @@ class Plan:
         group: positions ``[k * group, (k + 1) * group)`` hold packs of similar cost; a step's packs
             are one or several groups. 1: any packs. A part of a group where an epoch ends and the
             next begins is exempt.
+        strata: groups that follow each other and come from all over the range of cost; what lies
+            outside whole cycles of them where an epoch ends and the next begins is exempt. 1: each
+            group comes from anywhere.
         start: position at which the first epoch begins.
     """
 
@@ -68,6 +77,7 @@ class Plan:
     seed: int = 0
     shuffle: bool = True
     group: int = 1
+    strata: int = 1
     start: int = 0
 
     def __post_init__(self) -> None:
@@ -75,6 +85,8 @@ class Plan:
             raise ValueError(f"a dataset of {self.num_packs} packs has no order")
         if self.group < 1:
             raise ValueError(f"--data.group {self.group}: must be at least 1")
+        if self.strata < 1:
+            raise ValueError(f"--data.strata {self.strata}: must be at least 1")
 
     def pack_ids(self, consumed: int, count: int) -> np.ndarray:
         """See ``Order.pack_ids``."""
@@ -89,7 +101,7 @@ class Plan:
         )
         if not self.shuffle:
             ids = offsets
-        elif self.group == 1:
+        elif self.group == self.strata == 1:
             ids = permute(offsets, self.num_packs, self.seed, epochs)
         else:
             ids = self._grouped(offsets, epochs)
@@ -97,13 +109,18 @@ class Plan:
 
     def _grouped(self, offsets: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """Return the pack at each position of its epoch, with cost buckets kept together."""
-        lead = (
-            -(self.start + epochs * self.num_packs) % self.group
-        )  # an epoch begins in the middle of a group
-        groups = (self.num_packs - lead) // self.group
+        cycle = self.group * self.strata
+        lead = -(self.start + epochs * self.num_packs) % cycle  # an epoch begins inside a cycle
+        groups = (self.num_packs - lead) // cycle * self.strata
+        if self.strata > 1:
+            groups = np.maximum(groups, 0)
         within = offsets - lead
-        # What lies outside whole groups comes last in the order that is cut into groups.
-        sorted_offsets = np.where(within < 0, groups * self.group + offsets, lead + within)
+        # What lies outside whole cycles comes last in the order that is cut into groups.
+        rest = np.where(within < 0, offsets, lead + within - groups * self.group)
+        if self.strata > 1:
+            outside = (within < 0) | (within >= groups * self.group)
+            rest[outside] = self._shuffle_rest(rest[outside], groups[outside], epochs[outside])
+        sorted_offsets = groups * self.group + rest
         for count in np.unique(groups[(within >= 0) & (within < groups * self.group)]).tolist():
             chosen = (groups == count) & (within >= 0) & (within < count * self.group)
             sorted_offsets[chosen] = self._place_groups(within[chosen], count, epochs[chosen])
@@ -112,17 +129,36 @@ class Plan:
         )
         return (sorted_offsets + shift.astype(np.int64)) % self.num_packs
 
+    def _shuffle_rest(self, rest: np.ndarray, groups: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+        """Permute what lies outside whole cycles of each epoch."""
+        shuffled = np.empty_like(rest)
+        for count in np.unique(groups).tolist():
+            chosen = groups == count
+            size = self.num_packs - count * self.group
+            shuffled[chosen] = permute(rest[chosen], size, self.seed, epochs[chosen])
+        return shuffled
+
     def _place_groups(self, within: np.ndarray, count: int, epochs: np.ndarray) -> np.ndarray:
         """Permute ``count`` groups, and the offsets inside each window of groups."""
-        groups = permute(within // self.group, count, self.seed, epochs)
+        cycles, strata = np.divmod(within // self.group, self.strata)
+        size = count // self.strata
+        keys = epochs
+        if self.strata > 1:
+            keys = _keys(epochs, strata + 2**32)
+        groups = strata * size + permute(cycles, size, self.seed, keys)
         windows, rest = np.divmod(groups, WINDOW_GROUPS)
         offsets = rest * self.group + within % self.group
-        keys = _mix(epochs.astype(np.uint64) + _mix(windows.astype(np.uint64))).astype(np.int64)
+        keys = _keys(epochs, windows)
         sizes = np.minimum(count - windows * WINDOW_GROUPS, WINDOW_GROUPS) * self.group
         for size in np.unique(sizes).tolist():
             chosen = sizes == size
             offsets[chosen] = permute(offsets[chosen], size, self.seed, keys[chosen])
         return windows * WINDOW_GROUPS * self.group + offsets
+
+
+def _keys(epochs: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """Return a number for each epoch and part, which stands for an epoch of the part's own."""
+    return _mix(epochs.astype(np.uint64) + _mix(parts.astype(np.uint64))).astype(np.int64)
 
 
 def permute(offsets: np.ndarray, size: int, seed: int, epochs: np.ndarray) -> np.ndarray:

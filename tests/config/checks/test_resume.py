@@ -15,7 +15,7 @@ from megavlm.config.checks.resume import (
     refusals,
     with_origin,
 )
-from megavlm.config.cli import parse
+from megavlm.config.cli import from_yaml, parse, to_yaml
 from megavlm.config.options import options
 from megavlm.config.schema import Config
 
@@ -93,13 +93,13 @@ def test_settings_without_effect_may_change() -> None:
 
 
 def test_the_batch_may_change_if_the_order_of_the_packs_stays() -> None:
-    old = run("--global-batch-size", "8")
-    [refused] = refusals(old, run("--global-batch-size", "16"), own=None)
+    old = run("--global-batch-size", "64")
+    [refused] = refusals(old, run("--global-batch-size", "128"), own=None)
     assert refused.startswith("--data.group: 8 in the checkpoint, 16 asked for")
     assert refused.endswith("to change the batch size alone, add --data.group 8")
     [refused] = refusals(old, run("--data.group", "4"), own=None)
     assert "add --data.group" not in refused  # the command gives it already
-    assert not refusals(old, run("--global-batch-size", "16", "--data.group", "8"), own=None)
+    assert not refusals(old, run("--global-batch-size", "128", "--data.group", "8"), own=None)
     shared = ["--data.group", "8", "--data.batch_shares", "true"]
     [refused] = refusals(
         run("--global-batch-size", "8", *shared),
@@ -107,6 +107,17 @@ def test_the_batch_may_change_if_the_order_of_the_packs_stays() -> None:
         own=None,
     )
     assert refused.startswith("--training.global_batch_size: 8 in the checkpoint")
+
+
+def test_a_run_that_an_earlier_version_began_keeps_its_order_of_packs() -> None:
+    text = to_yaml(run("--global-batch-size", "64"))
+    old = from_yaml("".join(line for line in text.splitlines(True) if "  strata:" not in line))
+    refused = refusals(old, run("--global-batch-size", "64"), own=None)
+    assert [line.partition(":")[0] for line in refused] == ["--data.group", "--data.strata"]
+    assert "--data.group: 64 in the checkpoint, 8 asked for" in refused[0]
+    assert refused[1].endswith("a run that an earlier version began had none: add --data.strata 1")
+    now = run("--global-batch-size", "64", "--data.strata", "1")
+    assert refusals(old, now, own=None) == []
 
 
 def test_weights_of_4_bits_keep_the_dtype_that_they_were_rounded_from() -> None:

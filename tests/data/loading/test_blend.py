@@ -190,6 +190,18 @@ def test_what_a_blend_is_asked_for_reaches_its_plans_and_its_datasets_in_every_p
         assert len({id(one.reader.files.opened) for one in blend.datasets}) == 1
 
 
+def test_a_group_of_a_dataset_is_its_share_of_a_steps_group(folders):
+    order = dict(seed=5, shuffle=True, group=16)
+    for strata, groups in ((1, (16, 16)), (8, (12, 4))):
+        _, plan = open_blend(folders, (3.0, 1.0), strata=strata, **order)
+        assert plan.plans == (
+            Plan(num_packs=5, seed=5, group=groups[0], strata=strata),
+            Plan(num_packs=9, seed=5, group=groups[1], strata=strata),
+        )
+    _, plan = open_blend(folders, (99.0, 1.0), strata=8, **order)
+    assert [one.group for one in plan.plans] == [16, 1]
+
+
 def test_a_blend_is_opened_without_a_look_at_shards_and_parses_each_manifest_once(
     tmp_path, monkeypatch
 ):

@@ -100,9 +100,10 @@ def test_no_packs():
 
 
 @pytest.mark.parametrize("size", [1, 5, 63, 64, 100, 1000, 4097])
-@pytest.mark.parametrize("group", [2, 3, 16, 64, 5000])
-def test_every_epoch_is_a_permutation_in_groups_too(size, group):
-    plan = Plan(num_packs=size, seed=5, group=group)
+@pytest.mark.parametrize("group", [1, 2, 3, 16, 64, 5000])
+@pytest.mark.parametrize("strata", [1, 2, 8])
+def test_every_epoch_is_a_permutation_in_groups_too(size, group, strata):
+    plan = Plan(num_packs=size, seed=5, group=group, strata=strata)
     for epoch in range(3):
         assert np.array_equal(np.sort(plan.pack_ids(epoch * size, size)), np.arange(size))
 
@@ -126,6 +127,39 @@ def test_groups_are_others_in_every_epoch():
     assert len(first) == 256 and not first & second
 
 
-def test_no_group():
-    with pytest.raises(ValueError, match="--data.group 0"):
-        Plan(num_packs=5, group=0)
+def test_groups_that_follow_each_other_come_from_all_strata():
+    packs = 10_000
+    group = 16
+    strata = 8
+    plan = Plan(num_packs=packs, seed=3, group=group, strata=strata)
+    for epoch in (0, 1):
+        start = -(-epoch * packs // (group * strata)) * group * strata  # of the first whole cycle
+        ids = plan.pack_ids(start, 70 * group * strata).reshape(-1, strata, group)
+        # Where an epoch begins in the stored order differs; all strata are as far apart.
+        places = (ids.min(axis=2) - ids[:, :1].min(axis=2)) % packs / packs
+        assert np.abs(places - np.arange(strata) / strata).max() < 1 / strata + 0.02
+        spread = np.sort((ids - ids[:, :, :1] + packs // 2) % packs, axis=2)
+        assert (spread[..., -1] - spread[..., 0]).max() < 8 * group
+
+
+def test_strata_come_in_another_order_in_each_of_them_and_in_every_epoch():
+    plan = Plan(num_packs=4096, seed=3, group=16, strata=4)
+    first, second = (plan.pack_ids(epoch * 4096, 4096).reshape(-1, 4, 16) for epoch in (0, 1))
+    for number in range(4):
+        assert not np.array_equal(first[:, number].min(axis=1), second[:, number].min(axis=1))
+    order = [np.argsort(np.argsort(first[:, number].min(axis=1))) for number in (1, 2)]
+    assert abs(np.corrcoef(order)[0, 1]) < 0.4
+
+
+def test_packs_that_make_no_whole_cycle_are_shuffled_too():
+    few = Plan(num_packs=40, seed=3, group=8, strata=8)
+    orders = {tuple(few.pack_ids(epoch * 40, 40).tolist()) for epoch in range(20)}
+    assert len(orders) == 20
+    steps = [np.diff(order) for order in orders]
+    assert np.mean([np.mean(np.abs(step) == 1) for step in steps]) < 0.2
+
+
+@pytest.mark.parametrize("name", ["group", "strata"])
+def test_no_group(name):
+    with pytest.raises(ValueError, match=f"--data.{name} 0"):
+        Plan(num_packs=5, **{name: 0})
