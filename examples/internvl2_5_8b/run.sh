@@ -77,6 +77,13 @@ train() {
     trap - TERM INT
 }
 
+# is_done NAME: whether a stage has reached its last step; --training.max_hours may end it before.
+is_done() {
+    [[ "$(cat "$RUNS/$1/latest" 2>/dev/null)" == "$(printf 'step_%08d' "$STEPS")" ]] && return
+    echo "$1 is not at step $STEPS yet: the same command goes on with it" >&2
+    return 1
+}
+
 case "$stage" in
     pack) pack ;;
     1) train stage1 "${start[@]}" ;;
@@ -85,7 +92,9 @@ case "$stage" in
     all)
         : "${STEPS:?how many steps each stage takes; or run the stages one by one: bash run.sh 1}"
         train stage1 "${start[@]}"
+        is_done stage1 || exit 0
         train stage1_5 --checkpoint.load "$RUNS/stage1"
+        is_done stage1_5 || exit 0
         train stage2 --checkpoint.load "$RUNS/stage1_5"
         ;;
     *)

@@ -111,14 +111,6 @@ def test_steps_and_options_reach_the_trainer(shell: dict[str, str]):
     assert config.training.steps == 5500
 
 
-def test_all_stages_ask_how_many_steps_they_take(shell: dict[str, str]):
-    done = subprocess.run(
-        ["bash", str(FOLDER / "run.sh"), "all"], env=shell, capture_output=True, text=True
-    )
-    assert done.returncode != 0 and "STEPS: how many steps" in done.stderr
-    assert not Path(shell["LOG"]).exists()
-
-
 def test_stage_1_starts_from_parts(shell: dict[str, str]):
     folders = {"VISION": "InternViT", "LANGUAGE": "InternLM", "TOKENIZER": "words"}
     subprocess.run(["bash", str(FOLDER / "run.sh"), "1"], env=shell | folders, check=True)
