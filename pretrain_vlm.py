@@ -9,6 +9,7 @@ import sys
 from megavlm.config.stages import parse_stages
 from megavlm.model_source import read_model
 from megavlm.pack_first import pack_annotations, problems
+from megavlm.parallel.environment import set_environment
 from megavlm.start_check import check_start
 from megavlm.train.stop_signal import ignore_save_signal
 
@@ -20,6 +21,8 @@ if __name__ == "__main__":
     # torch and megatron-core. What is imported stays, so nobody has to look for garbage in it, then
     # or in training.
     gc.disable()
+    # Before anybody asks the driver for GPUs.
+    set_environment(runs[0].training.deterministic)
     import torch
 
     if not torch.cuda.is_available():

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megavlm.config import torchrun
 from megavlm.io import open_files
 from megavlm.parallel import adamw, cpu_backend
+from megavlm.parallel.environment import set_environment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,23 +26,6 @@ class Backend:
 
     device: torch.device
     asynchronous: bool
-
-
-def set_environment(deterministic: bool) -> None:
-    """Set the variables that CUDA and its libraries read when they are first used. Call it before.
-
-    Args:
-        deterministic: use only kernels that give the same bits each time.
-    """
-    # megatron-core relies on it to start a collective before the matrix product that is to hide it,
-    # up to Hopper.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    if deterministic:
-        os.environ.update(
-            CUBLAS_WORKSPACE_CONFIG=":4096:8",
-            NCCL_ALGO="Ring",
-            NVTE_ALLOW_NONDETERMINISTIC_ALGO="0",
-        )
 
 
 def meet(timeout_minutes: int) -> dist.Store:

@@ -13,6 +13,7 @@ from megavlm.config.checks.resume import with_origin
 from megavlm.config.schema import Config
 from megavlm.health import out_of_memory
 from megavlm.parallel import backend, process_groups
+from megavlm.parallel.environment import set_environment
 from megavlm.train import failures, resume
 from megavlm.train.agreement import agree_to_start
 from megavlm.train.resume import DamagedError
@@ -40,7 +41,7 @@ def launch(
         can_go_back: raise DamagedError, on every rank, instead of ending the process, unless the
             run has checkpoints of its own.
     """
-    backend.set_environment(config.training.deterministic)
+    set_environment(config.training.deterministic)
     store = store or backend.meet(config.parallel.timeout_minutes)
     with contextlib.ExitStack() as stack:
         start, lock = agree_to_start(config, ahead, store, stack)

@@ -42,7 +42,7 @@ _LOSS_MULTIPLE = 128
 
 
 class PackedDataset:
-    """A folder of packs, memory-mapped; it can be pickled, as worker processes need.
+    """A folder of packs, of which it reads what is asked for; it can be pickled, as workers need.
 
     Args:
         folder: folder that ``tools/pack_dataset.py`` wrote, or the URL of a copy of it in object
