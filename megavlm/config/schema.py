@@ -34,6 +34,8 @@ from megavlm.config.tiling import Tiling
 
 # A value that accepts every template, or every tiling.
 ANY = "any"
+# Of ``--data.strata`` if a step has so many packs.
+STRATA = 8
 # What ``--data.augment`` knows.
 AUGMENTATIONS = ("jpeg", "crop", "half_crop", "flip", "colour")
 
@@ -65,7 +67,8 @@ class Data:
             balanced; 0: the global batch size divided by ``strata``; 1: no buckets.
         strata: equal parts of all packs, by cost, that buckets which follow each other come from,
             one from each, so that the packs of a step are mixed as all packs are (stratified
-            sampling); 1: a bucket comes from anywhere.
+            sampling); 1: a bucket comes from anywhere; 0: 8, or the global batch size if that is
+            less, or 1 if ``group`` is 1.
         loss_reduction: weight of each supervised token in the loss: 1 (token), 1/n (sample) or
             1/sqrt(n) (square), if its sample has n supervised tokens.
         loss_weights: weight of each folder of ``train`` in the loss, which is then the sum of
@@ -97,7 +100,7 @@ class Data:
     cache: str = ""
     shuffle: bool = True
     group: int = 0
-    strata: int = 8
+    strata: int = 0
     loss_reduction: Literal["token", "sample", "square"] = "square"
     loss_weights: tuple[float, ...] = ()
     template: tuple[str, ...] = (ANY,)
@@ -387,5 +390,10 @@ class Config:
     @property
     def group(self) -> int:
         """Size of a bucket of similar-cost packs that are drawn together."""
-        by_default = self.training.global_batch_size // max(self.data.strata, 1)
-        return self.data.group or max(by_default, 1)
+        return self.data.group or max(self.training.global_batch_size // self.strata, 1)
+
+    @property
+    def strata(self) -> int:
+        """Equal parts of the packs, by cost, that buckets which follow each other come from."""
+        by_default = 1 if self.data.group == 1 else min(STRATA, self.training.global_batch_size)
+        return self.data.strata or max(by_default, 1)

@@ -360,6 +360,21 @@ def test_yaml_gives_exactly_the_configuration_back(tmp_path: Path):
     assert yaml.safe_load(to_yaml(config))["stage"] == "1.5"
 
 
+@pytest.mark.parametrize(
+    ("options", "group", "strata"),
+    [
+        ("--global-batch-size 128", 16, 8),
+        ("--global-batch-size 4", 1, 4),
+        ("--global-batch-size 128 --data.group 1", 1, 1),
+        ("--global-batch-size 128 --data.group 1 --data.strata 8", 1, 8),
+        ("--global-batch-size 128 --data.strata 1", 128, 1),
+    ],
+)
+def test_a_step_has_a_bucket_of_each_stratum(options: str, group: int, strata: int):
+    config = parse([*NAMES, *options.split()])
+    assert (config.group, config.strata) == (group, strata)
+
+
 def test_yaml_with_missing_fields_gets_the_schema_and_not_the_tables():
     before = Data(strata=1)  # files that do not say it were written when there was nothing else
     assert from_yaml("stage: '2'\nmodel: tiny\n") == Config(stage="2", model="tiny", data=before)

@@ -149,7 +149,8 @@ def test_folders_in_another_order_are_refused(command: list[str]) -> None:
         ("--checkpoint.save_interval 0", "it would start with random weights"),
         ("--save run --training.steps 9", "it would resume run after step 1 of 9"),
         (
-            "--save run --training.steps 9 --training.global_batch_size 16 --data.group 1",
+            "--save run --training.steps 9 --training.global_batch_size 16 --data.group 1"
+            " --data.strata 4",
             "it would resume run after step 1 of 9",
         ),
         (
@@ -166,7 +167,7 @@ def test_the_last_line_of_a_check_says_what_the_run_would_start_from(
     assert status == 0, said
     first, *warnings, last = said.splitlines()
     assert (first, last) == ("nothing is wrong with the configuration for 1 rank", told)
-    # A step of 8 packs, of a dataset of 4, is the only thing to be warned of.
+    # A step of 16 packs, of a dataset of 4, is the only thing to be warned of.
     assert len(warnings) == options.count("batch_size 16"), said
     assert all("has 4 packs, and a step of --training.global" in line for line in warnings)
 

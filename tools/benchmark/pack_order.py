@@ -29,7 +29,7 @@ ORDERS = {
     "--data.strata 8": {"group": BATCH // 8, "strata": 8},
     f"--data.strata 1 --data.group {BATCH // 8}": {"group": BATCH // 8},
     "--data.strata 1": {"group": BATCH},
-    "--data.strata 1 --data.group 1": {},
+    "--data.group 1": {},
 }
 """What a run of 512 packs a step would say, and what the order is then."""
 RANKS = (8, 16, 32, 64, 128, 256, 512)

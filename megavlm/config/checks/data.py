@@ -39,19 +39,20 @@ def data_problems(data: Data) -> Iterator[str]:
             f"--data.sampling {data.sampling} has no effect: --data.weights says how much is drawn"
             " from each folder; give --data.sampling packs, or leave --data.weights out"
         )
-    if data.group > 1 and not data.shuffle:
-        yield (
-            f"--data.group {data.group} has no effect: --data.shuffle false takes packs as they are"
-            " stored; leave one of them out"
-        )
+    for name in ("group", "strata"):
+        if vars(data)[name] > 1 and not data.shuffle:
+            yield (
+                f"--data.{name} {vars(data)[name]} has no effect: --data.shuffle false takes packs"
+                " as they are stored; leave one of them out"
+            )
     yield from _loss_weights(data)
     for name in data.augment:
         if name == "half_crop" and "crop" in data.augment:
             yield "--data.augment crop,half_crop: an image is cropped in one way; give one of them"
         if name not in AUGMENTATIONS:
             yield f"--data.augment {name}: no such change; known are {', '.join(AUGMENTATIONS)}"
-    yield from at_least(0, "data", data, "workers", "group", "timeout")
-    yield from at_least(1, "data", data, "prefetch", "strata")
+    yield from at_least(0, "data", data, "workers", "group", "strata", "timeout")
+    yield from at_least(1, "data", data, "prefetch")
 
 
 def _loss_weights(data: Data) -> Iterator[str]:

@@ -209,12 +209,16 @@ def _reason(key: str) -> str:
 
 
 def _remedy(key: str, old: Config, new: Config) -> str:
-    """Return what to add to a command whose new batch size alone has changed the buckets, or whose
-    checkpoints are of a version without strata.
+    """Return what to add to a command whose new batch size alone has changed the buckets or the
+    strata, or whose checkpoints are of a version without strata.
     """
-    if key == "data.strata" and old.data.strata == 1:
-        return "; a run that an earlier version began had none: add --data.strata 1"
-    if key != "data.group" or new.data.group:
+    has_other_batch = old.training.global_batch_size != new.training.global_batch_size
+    if key == "data.strata" and not new.data.strata:
+        if old.strata == 1:
+            return "; a run that an earlier version began had none: add --data.strata 1"
+        if has_other_batch:
+            return f"; to change the batch size alone, add --data.strata {old.strata}"
+    if key != "data.group" or new.data.group or not has_other_batch:
         return ""
     return (
         "; it follows --training.global_batch_size unless it is given: to change the batch size"
@@ -226,7 +230,7 @@ def _value(config: Config, key: str) -> Any:
     if key == "data.group":
         return config.group if config.data.shuffle else 0
     if key == "data.strata":
-        return config.data.strata if config.data.shuffle else 0
+        return config.strata if config.data.shuffle else 0
     if key == "data.sampling" and config.data.weights:
         return "packs"  # weights go before it
     value: Any = config

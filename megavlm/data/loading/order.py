@@ -68,8 +68,8 @@ class Plan:
             are one or several groups. 1: any packs. A part of a group where an epoch ends and the
             next begins is exempt.
         strata: groups that follow each other and come from all over the range of cost; what lies
-            outside whole cycles of them where an epoch ends and the next begins is exempt. 1: each
-            group comes from anywhere.
+            outside whole cycles of them where an epoch ends and the next begins is mixed, and in no
+            groups. 1: each group comes from anywhere.
         start: position at which the first epoch begins.
     """
 
@@ -115,19 +115,40 @@ class Plan:
         if self.strata > 1:
             groups = np.maximum(groups, 0)
         within = offsets - lead
-        # What lies outside whole cycles comes last in the order that is cut into groups.
+        outside = (within < 0) | (within >= groups * self.group)
         rest = np.where(within < 0, offsets, lead + within - groups * self.group)
-        if self.strata > 1:
-            outside = (within < 0) | (within >= groups * self.group)
+        for count in np.unique(groups[~outside]).tolist():
+            chosen = (groups == count) & ~outside
+            within[chosen] = self._place_groups(within[chosen], count, epochs[chosen])
+        if self.strata == 1:
+            # What lies outside whole groups comes last in the order that is cut into groups.
+            sorted_offsets = np.where(outside, groups * self.group + rest, within)
+            largest = self.num_packs
+        else:
             rest[outside] = self._shuffle_rest(rest[outside], groups[outside], epochs[outside])
-        sorted_offsets = groups * self.group + rest
-        for count in np.unique(groups[(within >= 0) & (within < groups * self.group)]).tolist():
-            chosen = (groups == count) & (within >= 0) & (within < count * self.group)
-            sorted_offsets[chosen] = self._place_groups(within[chosen], count, epochs[chosen])
+            sorted_offsets = self._spread_rest(np.where(outside, rest, within), groups, outside)
+            # A stratum that is moved beyond the end would be of the cheapest packs and the dearest.
+            largest = self.num_packs // (self.strata * WINDOW_GROUPS)
+            largest = max(1, min(largest, WINDOW_GROUPS * self.group))
         shift = _mix(np.uint64(self.seed % 2**64) + _mix(epochs.astype(np.uint64))) % np.uint64(
-            self.num_packs
+            largest
         )
         return (sorted_offsets + shift.astype(np.int64)) % self.num_packs
+
+    def _spread_rest(
+        self, places: np.ndarray, groups: np.ndarray, outside: np.ndarray
+    ) -> np.ndarray:
+        """Return the places in the stored order of what lies in whole cycles and ``outside``: the
+        latter is evenly spread, so that the steps which it makes up are mixed too.
+        """
+        inside = groups * self.group
+        others = np.maximum(self.num_packs - inside, 1)
+        # The numbers of two complementary Beatty sequences.
+        return np.where(
+            outside,
+            places * self.num_packs // others,
+            -(-(places + 1) * self.num_packs // np.maximum(inside, 1)) - 1,
+        )
 
     def _shuffle_rest(self, rest: np.ndarray, groups: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """Permute what lies outside whole cycles of each epoch."""
@@ -139,21 +160,28 @@ class Plan:
         return shuffled
 
     def _place_groups(self, within: np.ndarray, count: int, epochs: np.ndarray) -> np.ndarray:
-        """Permute ``count`` groups, and the offsets inside each window of groups."""
-        cycles, strata = np.divmod(within // self.group, self.strata)
+        """Permute ``count`` groups, and the offsets inside each window of groups of a stratum."""
+        places, strata = np.divmod(within // self.group, self.strata)
         size = count // self.strata
         keys = epochs
         if self.strata > 1:
-            keys = _keys(epochs, strata + 2**32)
-        groups = strata * size + permute(cycles, size, self.seed, keys)
+            # A rank that has packs at several places would have the dearer ones of all, so the
+            # second half of a cycle goes down in cost where the first goes up.
+            half = self.strata // 2
+            strata = np.where(strata < half, strata, self.strata - 1 - strata + half)
+            keys = _keys(epochs, strata + 2**62)
+        groups = permute(places, size, self.seed, keys)
+        first = strata * size
+        if self.group == 1:
+            return first + groups
         windows, rest = np.divmod(groups, WINDOW_GROUPS)
         offsets = rest * self.group + within % self.group
-        keys = _keys(epochs, windows)
-        sizes = np.minimum(count - windows * WINDOW_GROUPS, WINDOW_GROUPS) * self.group
+        keys = _keys(epochs, strata * 2**32 + windows)
+        sizes = np.minimum(size - windows * WINDOW_GROUPS, WINDOW_GROUPS) * self.group
         for size in np.unique(sizes).tolist():
             chosen = sizes == size
             offsets[chosen] = permute(offsets[chosen], size, self.seed, keys[chosen])
-        return windows * WINDOW_GROUPS * self.group + offsets
+        return (first + windows * WINDOW_GROUPS) * self.group + offsets
 
 
 def _keys(epochs: np.ndarray, parts: np.ndarray) -> np.ndarray:

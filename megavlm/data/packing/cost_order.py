@@ -1,12 +1,12 @@
-"""The order in which packs are stored: neighbours cost alike, so that the packs of one step, taken
-from one neighbourhood, do too.
+"""The order in which packs are stored: neighbours cost alike, so that packs that are taken from one
+neighbourhood, and computed at the same time, do too.
 
 Every rank of a step waits for the slowest. Packs of one length still differ in the vision encoder's
 work (tiles) and in attention's (the sum of squared sample lengths, several times as much for one
 long sample as for many short ones). The packs are cut into strips of like attention cost, and each
-strip runs up or down in tiles, so that the end of one is like the start of the next. ``plan`` takes
-a step's packs from such a neighbourhood, and shuffles neighbourhoods and the packs inside each by
-the run's seed.
+strip runs up or down in tiles, so that the end of one is like the start of the next. ``Plan`` takes
+each group of a step's packs from such a neighbourhood, and shuffles neighbourhoods and the packs
+inside each by the run's seed.
 """
 
 from __future__ import annotations

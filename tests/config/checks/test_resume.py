@@ -100,6 +100,12 @@ def test_the_batch_may_change_if_the_order_of_the_packs_stays() -> None:
     [refused] = refusals(old, run("--data.group", "4"), own=None)
     assert "add --data.group" not in refused  # the command gives it already
     assert not refusals(old, run("--global-batch-size", "128", "--data.group", "8"), own=None)
+    few = run("--global-batch-size", "4")
+    refused = refusals(few, run("--global-batch-size", "64"), own=None)
+    assert refused[0].endswith("alone, add --data.group 1")
+    assert refused[1].endswith("to change the batch size alone, add --data.strata 4")
+    order = ("--data.group", "1", "--data.strata", "4")
+    assert not refusals(few, run("--global-batch-size", "64", *order), own=None)
     shared = ["--data.group", "8", "--data.batch_shares", "true"]
     [refused] = refusals(
         run("--global-batch-size", "8", *shared),
@@ -114,10 +120,15 @@ def test_a_run_that_an_earlier_version_began_keeps_its_order_of_packs() -> None:
     old = from_yaml("".join(line for line in text.splitlines(True) if "  strata:" not in line))
     refused = refusals(old, run("--global-batch-size", "64"), own=None)
     assert [line.partition(":")[0] for line in refused] == ["--data.group", "--data.strata"]
-    assert "--data.group: 64 in the checkpoint, 8 asked for" in refused[0]
+    assert refused[0].startswith("--data.group: 64 in the checkpoint, 8 asked for")
+    assert "global_batch_size" not in refused[0]  # that is as it was
     assert refused[1].endswith("a run that an earlier version began had none: add --data.strata 1")
     now = run("--global-batch-size", "64", "--data.strata", "1")
     assert refusals(old, now, own=None) == []
+    shuffled = ("--global-batch-size", "64", "--data.group", "1")
+    text = to_yaml(run(*shuffled))
+    old = from_yaml("".join(line for line in text.splitlines(True) if "  strata:" not in line))
+    assert refusals(old, run(*shuffled), own=None) == []
 
 
 def test_weights_of_4_bits_keep_the_dtype_that_they_were_rounded_from() -> None:

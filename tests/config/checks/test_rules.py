@@ -180,6 +180,8 @@ WRONG = [
         1,
         ["--data.group 8 has no effect: --data.shuffle false takes packs as they are stored"],
     ),
+    ("--data.shuffle false --data.strata 4", 1, ["--data.strata 4 has no effect"]),
+    ("--data.strata -1", 1, ["--data.strata -1"]),
     (
         "--data.batch_shares true",
         1,

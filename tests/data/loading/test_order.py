@@ -135,11 +135,42 @@ def test_groups_that_follow_each_other_come_from_all_strata():
     for epoch in (0, 1):
         start = -(-epoch * packs // (group * strata)) * group * strata  # of the first whole cycle
         ids = plan.pack_ids(start, 70 * group * strata).reshape(-1, strata, group)
-        # Where an epoch begins in the stored order differs; all strata are as far apart.
-        places = (ids.min(axis=2) - ids[:, :1].min(axis=2)) % packs / packs
-        assert np.abs(places - np.arange(strata) / strata).max() < 1 / strata + 0.02
+        assert are_in_their_strata(ids, packs)
         spread = np.sort((ids - ids[:, :, :1] + packs // 2) % packs, axis=2)
-        assert (spread[..., -1] - spread[..., 0]).max() < 8 * group
+        assert (spread[..., -1] - spread[..., 0]).max() < 8 * group * 1.05
+
+
+@pytest.mark.parametrize("packs", [200, 300, 1500, 20_000])
+def test_every_step_is_mixed_in_small_datasets_and_across_epochs_too(packs):
+    batch = 64
+    plan = Plan(num_packs=packs, seed=3, group=batch // 8, strata=8)
+    steps = plan.pack_ids(0, 3 * packs // batch * batch).reshape(-1, batch) / packs
+    assert np.abs(steps.mean(axis=1) - 0.5).max() < 0.13
+    assert (steps > 0.75).mean(axis=1).max() < 0.4
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8, 16, 32])
+def test_no_rank_has_the_dearer_strata_of_a_step(ranks):
+    batch = 64
+    plan = Plan(num_packs=2**16, seed=3, group=batch // 8, strata=8)
+    costs = plan.pack_ids(0, 2**16).reshape(-1, batch // ranks, ranks) / 2**16
+    of_rank = costs.mean(axis=1).mean(axis=0)
+    assert np.abs(of_rank - 0.5).max() < 0.03
+
+
+def test_a_window_of_groups_does_not_reach_into_another_stratum():
+    plan = Plan(num_packs=1280, seed=3, group=16, strata=8)  # 10 groups in each
+    for epoch in range(3):
+        assert are_in_their_strata(plan.pack_ids(epoch * 1280, 1280).reshape(-1, 8, 16), 1280)
+
+
+def are_in_their_strata(ids: np.ndarray, packs: int) -> bool:
+    """Tell whether groups of cycles, [cycles, 8, group], come from one of 8 strata each, whose
+    bounds differ between epochs by up to an eighth of a stratum.
+    """
+    order = np.array([0, 1, 2, 3, 7, 6, 5, 4])[:, None]
+    past_middle = (ids * 8 / packs - order - 9 / 16 + 4) % 8 - 4
+    return np.abs(past_middle).max() < 9 / 16 + 0.01
 
 
 def test_strata_come_in_another_order_in_each_of_them_and_in_every_epoch():
