@@ -234,8 +234,8 @@ def _counts(piece: Piece, sharding: _Sharding) -> ParameterCounts:
 
 def _is_summed(piece: Piece, sharding: _Sharding, is_cut: bool) -> bool:
     """Return whether tensor-parallel ranks sum the gradients of a weight: each of them has tiles of
-    its own, or tokens of its own; or a connector that is not cut, or embeddings of its own, whose
-    copies must not drift apart.
+    its own, tokens of its own, or heads of its own; or a connector that is not cut, or embeddings
+    of its own, whose copies must not drift apart.
     """
     if sharding.language == 1:
         return False
@@ -244,10 +244,11 @@ def _is_summed(piece: Piece, sharding: _Sharding, is_cut: bool) -> bool:
     if piece.part == "connector":
         is_whole = not sharding.arch.connector_sizes.all_reduced_elements
         return is_whole or piece.key.endswith(".newline")
-    if ".added_" in piece.key:
+    # megatron-core's ``finalize_model_grads`` knows norms of heads by their names.
+    if ".added_" in piece.key or ".q_layernorm." in piece.key or ".k_layernorm." in piece.key:
         return True
     of_tokens = piece.layer is not None or ".final_layernorm." in piece.key
-    # What reads whole heads sums its gradient in the backward pass already.
+    # Norms of the heads of cross-attention sum their gradients in the backward pass already.
     is_of_heads = piece.key.endswith((".query_norm.weight", ".key_norm.weight"))
     return (
         sharding.is_scattered

@@ -114,6 +114,24 @@ def test_frozen_layers_beside_adapters_do_not_gather_their_inputs_again() -> Non
     assert sent[0] - sent[1] == 2 * 16384 / 2 * language.num_layers * (again - adapters)
 
 
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_norms_of_heads_are_summed_by_the_ranks_that_share_the_heads(
+    sequence_parallel: bool,
+) -> None:
+    """megatron-core sums their gradients with or without sequence parallelism, once."""
+    config = run("2", tensor_model_parallel_size=2, sequence_parallel=sequence_parallel)
+    arch = config.architecture
+
+    def sent(qk_norm: bool) -> float:
+        language = dataclasses.replace(arch.language, qk_norm=qk_norm)
+        model = dataclasses.replace(arch, language=language)
+        normed = dataclasses.replace(config, architecture=model)
+        return communication_per_step(normed, make_layout(normed, SIZE), 0, 1).tensor
+
+    norms = 2 * arch.language.num_layers * arch.language.head_size
+    assert sent(True) - sent(False) == 4 * norms
+
+
 def test_the_head_sums_gradients_of_supervised_tokens_alone() -> None:
     config = run("2", tensor_model_parallel_size=2)
     layout = make_layout(config, SIZE)
