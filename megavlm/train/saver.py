@@ -173,7 +173,7 @@ class Saver:
             return ""
         try:
             action()
-        except OSError as error:
+        except Exception as error:  # the others wait to hear of it, whatever it is
             return f"{type(error).__name__}: {error}"
         return ""
 

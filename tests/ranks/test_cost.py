@@ -154,7 +154,7 @@ def test_a_run_tells_its_flops_for_each_rank(ranks: Pool, dataset: Path, tmp_pat
     told = [record for record in told if "loss" in record]
     packs = PackedDataset(dataset)
     cost = training_cost(TINY, ("connector",))
-    order = {"group": config.group, "strata": config.data.strata}
+    order = {"group": config.group, "strata": config.strata}
     plan = Plan(num_packs=len(packs), seed=config.training.seed, **order)
     for step, record in enumerate(told):
         size = {

@@ -61,15 +61,15 @@ def test_what_rank_0_alone_reads_is_no_wait_for_others(
     assert ranks.run(run_on_failing_disk, 2, config, name) == [f"rank 0: {TOLD}"] * 2
 
 
-def fail_in_code(config: Config) -> tuple[str, str]:
-    """Run a job with a mistake that rank 1 alone meets; return what this rank printed, and the
+def fail_in_code(config: Config, number: int, name: str) -> tuple[str, str]:
+    """Run a job with a mistake that one rank alone meets; return what this rank printed, and the
     error that it ends with.
     """
 
     def mistake(*_: object) -> None:
         raise KeyError("no such name")
 
-    with on_rank(1, "megavlm.train.build_job.open_tasks", mistake):
+    with on_rank(number, f"megavlm.train.{name}", mistake):
         return told(config)
 
 
@@ -77,9 +77,17 @@ def test_a_mistake_in_the_code_that_one_rank_meets_is_no_wait_for_others(
     ranks: Pool, dataset: Path, tmp_path: Path
 ) -> None:
     config = make_job(dataset, tmp_path / "run", steps=1)
-    found = ranks.run(fail_in_code, 2, config)
+    found = ranks.run(fail_in_code, 2, config, 1, "build_job.open_tasks")
     assert [error for _, error in found] == ["rank 1: KeyError: 'no such name'"] * 2
     assert ["in mistake" in printed for printed, _ in found] == [False, True]
+
+
+def test_a_mistake_where_a_checkpoint_is_published_is_no_wait_for_others(
+    ranks: Pool, dataset: Path, tmp_path: Path
+) -> None:
+    config = make_job(dataset, tmp_path / "run", steps=1)
+    for _, error in ranks.run(fail_in_code, 2, config, 0, "saver.Saver._publish"):
+        assert "rank 0: KeyError: 'no such name'" in error
 
 
 def leaves(config: Config, error: Exception | None) -> bool:
