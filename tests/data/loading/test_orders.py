@@ -29,6 +29,7 @@ def one_dataset(draw) -> Order:
     order = {
         "seed": draw(st.integers(-3, 3)),
         "group": draw(st.integers(1, 70)),
+        "strata": draw(st.sampled_from([1, 1, 2, 3, 8])),
         "shuffle": draw(st.sampled_from([True, True, False])),
     }
     levels = draw(st.lists(st.integers(1, 150), min_size=1, max_size=4))
@@ -59,6 +60,7 @@ BLENDED = {"plans": (Plan(num_packs=64, seed=1), LEVELS), "weights": (3.0, 1.0),
     [
         (Plan(num_packs=64, seed=42), 93410429),
         (Plan(num_packs=1000, seed=42, group=4), 1202918303),
+        (Plan(num_packs=1000, seed=42, group=4, strata=8), 2069501994),
         (LEVELS, 2866274317),
         (BlendPlan(**BLENDED), 687573153),
         (BlendPlan(**BLENDED, block=8, window=8), 177020452),
