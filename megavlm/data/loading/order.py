@@ -14,9 +14,9 @@ of a few groups; groups come in a random order, and windows start elsewhere in e
 
 Packs that cost alike hold samples of like kinds, so a step of few groups would be a sample of few
 kinds. With several ``strata`` the packs in the order of their cost are cut into as many equal
-parts, and as many groups that follow each other come from one part each, the cheapest first
-(stratified sampling). A step that they make up is mixed as all packs are, and what ranks compute at
-the same time still costs alike.
+parts, and as many groups that follow each other come from one part each (stratified sampling): the
+first half goes up in cost, the second half down. A step that they make up is mixed as all packs
+are, and what ranks compute at the same time still costs alike.
 """
 
 from __future__ import annotations
