@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -68,11 +69,15 @@ class RemoteFiles:
         ValueError: fsspec does not know such URLs, or lacks the package for them.
 
     Reads raise RemoteError if the store does not answer.
+
+    Each process opens the store for itself: clients have a thread, which a fork leaves behind, and
+    fsspec refuses to use one of another process.
     """
 
     def __init__(self, folder: str) -> None:
         self.folder = folder.rstrip("/")
-        self._system, self._root = open_system(self.folder)
+        self._opened = open_system(self.folder)
+        self._process = os.getpid()
 
     def __reduce__(self) -> tuple:
         return type(self), (self.folder,)
@@ -93,23 +98,31 @@ class RemoteFiles:
         """Bytes ``[start, end)`` of a file; fewer where it ends before."""
         if end <= start:
             return b""
-        path = f"{self._root}/{name}"
+        system, path = self._place(name)
         url = f"{self.folder}/{name}"
-        return request(url, lambda: read_range(url, self._system, path, start, end))
+        return request(url, lambda: read_range(url, system, path, start, end))
 
     def copy(self, name: str, to: Path) -> None:
         """Copy a file, or a folder with all that is in it; nothing where there is none."""
-        source = f"{self._root}/{name}"
+        system, source = self._place(name)
         facts = self._facts(name)
         if facts is None:
             return
         if facts["type"] == "directory":
-            request(self.folder, lambda: self._system.get(source + "/", f"{to}/", recursive=True))
+            request(self.folder, lambda: system.get(source + "/", f"{to}/", recursive=True))
         else:
-            request(self.folder, lambda: self._system.get_file(source, str(to)))
+            request(self.folder, lambda: system.get_file(source, str(to)))
 
     def _facts(self, name: str) -> dict[str, Any] | None:
-        return facts_of(f"{self.folder}/{name}", self._system, f"{self._root}/{name}")
+        return facts_of(f"{self.folder}/{name}", *self._place(name))
+
+    def _place(self, name: str) -> tuple[Any, str]:
+        """Return the file system of this process, and the path of a file in it."""
+        if self._process != os.getpid():
+            self._opened = open_system(self.folder)
+            self._process = os.getpid()
+        system, root = self._opened
+        return system, f"{root}/{name}"
 
 
 Files = LocalFiles | RemoteFiles

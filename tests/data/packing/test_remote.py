@@ -15,6 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.loading.loader import batches
+from megavlm.data.loading.order import Plan
 from megavlm.data.packing.asked_job import make_job
 from megavlm.data.packing.command_line import parse
 from megavlm.data.packing.job import pack_dataset
@@ -134,6 +137,19 @@ def test_packs_are_read_from_a_store_that_fails(bucket, tmp_path: Path):
     faulty.faults = {".bin": ["503", "cut"], ".idx": ["cut"]}
     assert Reader("s3://data/packs").check() == Reader(tmp_path / "packs").check()
     assert sum(faulty.seen.values()) == 3
+
+
+def test_loader_workers_read_packs_from_a_store(bucket, tmp_path: Path):
+    """They are forked, and a client of S3 does not survive that."""
+    faulty, store = bucket
+    pack(tmp_path / "packs", "s3://data/lines.jsonl", "--root", "s3://data/images")
+    store.put(f"{tmp_path / 'packs'}/", "data/trained/", recursive=True)
+    faulty.faults = {".bin": ["503"]}
+    local = PackedDataset(tmp_path / "packs")
+    plan = Plan(num_packs=len(local), seed=1)
+    found = list(batches(PackedDataset("s3://data/trained/"), plan, range(3), workers=1))
+    assert found == list(batches(local, plan, range(3)))
+    assert faulty.seen["503"] == 1
 
 
 def test_what_does_not_come_is_rejected_with_its_place_and_read_again_later(bucket, tmp_path: Path):
