@@ -15,6 +15,8 @@ IMAGE_PROCESSOR_NAME = "preprocessor_config.json"
 PROCESSOR_NAME = "processor_config.json"
 # Sizes of a transformer, as most files of Hugging Face call them.
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+# Masks of transformers 5 let tokens see later ones if config.json says so.
+CAUSAL = {"is_causal": True}
 NORMS = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm"}
 
 
@@ -292,5 +294,7 @@ def _of_colours(path: Path, name: str, found: Any) -> tuple[float, ...]:
 
 def whole_inverse(ratio: float) -> int:
     """Patches along a side that become one feature; 0 where they are no whole number."""
+    if ratio <= 0:
+        return 0
     factor = 1 / ratio
     return round(factor) if factor == round(factor) else 0

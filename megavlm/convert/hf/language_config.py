@@ -9,11 +9,13 @@ from typing import Any
 from megavlm.config.schema import Language
 from megavlm.convert.hf import gpt_oss_config, opt_config
 from megavlm.convert.hf.json_files import (
+    CAUSAL,
     SIZES,
     contradictions,
     layer_type_problems,
     layer_types,
     missing,
+    named,
     no_flags,
     no_positive_numbers,
     no_sizes,
@@ -45,6 +47,7 @@ def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
     if not isinstance(kind, str) or kind not in FAMILIES:
         yield f"{section}.model_type is {kind!r}, must be one of {', '.join(FAMILIES)}"
         return
+    yield from contradictions(section, settings, CAUSAL)
     if kind in _OF_THEIR_OWN:
         yield from _OF_THEIR_OWN[kind].problems(settings, section)
         return
@@ -71,15 +74,25 @@ def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
             f"{section}: rotary positions are of type {rotary['rope_type']!r}, must be 'default' or"
             " 'dynamic'"
         )
+    if rotary["rope_type"] == "dynamic":
+        yield from missing(named(section, "rope_scaling"), rotary, "factor")
     rotated = family.facts["rotary_percent"]
     if rotary.get("partial_rotary_factor", rotated) != rotated:
         yield (
             f"{section}.partial_rotary_factor is {rotary['partial_rotary_factor']}, must be"
             f" {rotated}"
         )
+    if not family.has_head_dim:
+        yield from _head_dim_problems(settings, section)
+
+
+def _head_dim_problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
+    """Yield that heads are not as wide as in a family whose files do not state their width."""
     heads = settings.get("num_attention_heads") or 1
     width = settings.get("hidden_size") or 0
-    if not family.has_head_dim and settings.get("head_dim") not in (None, width / heads):
+    if width % heads:
+        yield f"{section}.hidden_size is {width}, must be a multiple of num_attention_heads {heads}"
+    elif settings.get("head_dim") not in (None, width / heads):
         yield (
             f"{section}.head_dim is {settings['head_dim']}, must be hidden_size /"
             f" num_attention_heads = {width / heads:g}"
@@ -190,7 +203,8 @@ def _rotary(settings: Mapping[str, Any]) -> dict[str, Any]:
     partial = scaling.get("partial_rotary_factor", settings.get("partial_rotary_factor"))
     if partial is not None:
         found["partial_rotary_factor"] = partial
-    return found | ({"factor": scaling["factor"]} if "factor" in scaling else {})
+    # Plain positions have no use for a factor.
+    return found | ({"factor": scaling.get("factor")} if kind == "dynamic" else {})
 
 
 def write(language: Language, family: Family, ids: TextIds) -> dict[str, Any]:

@@ -72,6 +72,7 @@ def _problems(settings: dict[str, Any]) -> Iterator[str]:
         yield (
             f"vision_config.norm_type is {vision['norm_type']!r}, must be one of {', '.join(NORMS)}"
         )
+    yield from shared.needed_sizes("vision_config", vision, *shared.SIZES)
     for name in ("image_size", "patch_size"):
         if len(vision[name]) != 2 or vision[name][0] != vision[name][1]:
             yield f"vision_config.{name} is {list(vision[name])}, must be square"

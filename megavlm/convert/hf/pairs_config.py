@@ -26,13 +26,19 @@ _OLD_END = 2
 def read_clip(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
     """Read the architecture of a ``CLIPModel``; see ``native_config.read``."""
     found = json_files.complete("CLIPConfig", raw, folder / FILE_NAME)
-    wrong = [*_problems(found), *json_files.needed_sizes("", found, "projection_dim")]
-    json_files.refuse(folder / FILE_NAME, [*wrong, *_no_end(found["text_config"])])
+    text = found["text_config"]
+    wrong = [
+        *_problems(found),
+        *json_files.needed_sizes("", found, "projection_dim"),
+        *json_files.contradictions("text_config", text, json_files.CAUSAL),
+        *_no_end(text),
+    ]
+    json_files.refuse(folder / FILE_NAME, wrong)
     return Architecture(
         objective="contrastive",
         vision=_vision("clip", found["vision_config"], folder),
         connector=Connector(kind="class_token"),
-        language=_language("clip_text", found["text_config"]),
+        language=_language("clip_text", text),
         contrastive=Contrastive(size=found["projection_dim"]),
     )
 

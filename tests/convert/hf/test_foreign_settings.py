@@ -6,22 +6,25 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from transformers import PreTrainedConfig
 
 from megavlm.config.schema import Architecture, Language, Vision
-from megavlm.convert.hf import fuyu_config, language_config, preprocessing
+from megavlm.convert.hf import fuyu_config, language_config, native_config, preprocessing
 from megavlm.convert.hf.json_files import read_config, refuse, write_json
 from megavlm.convert.hf.model_config import architecture_from_hf
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.hf.vision_part import vision_from_hf
 from megavlm.convert.weights.families import FAMILIES
 from megavlm.data.text.templates import FORMATS
+from tests.convert.models import SMALL, ids_with
 
 STRANGE = ([1, 2], "x", None, -1, 1.5)
 INTERNVIT = {
@@ -153,6 +156,44 @@ def test_the_sentence_names_the_setting(tmp_path: Path) -> None:
         "text_config.hidden_size is 0, must be a whole number of at least 1",
         "text_config.rope_parameters is [1], must be an object",
     ]
+
+
+@pytest.mark.parametrize("config", LANGUAGE_MODELS, ids=lambda config: config.model_type)
+def test_tokens_that_see_later_ones_are_refused(config: PreTrainedConfig) -> None:
+    settings = config.to_dict() | FAMILIES[config.model_type].settings
+    for value in (False, None):  # to transformers, null is no truth either
+        found = list(language_config.problems(settings | {"is_causal": value}, "text_config"))
+        assert f"text_config.is_causal is {value}, must be True" in found
+    assert list(language_config.problems(settings | {"is_causal": True}, "text_config")) == list(
+        language_config.problems(settings, "text_config")
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        (("downsample_ratio",), 0.0, "downsample_ratio is 0.0, must be 1 / a whole number"),
+        (("downsample_ratio",), -0.5, "downsample_ratio is -0.5, must be 1 / a whole number"),
+        (("vision_config", "num_hidden_layers"), 0, "vision_config.num_hidden_layers is 0, must"),
+        (("vision_config", "intermediate_size"), 0, "vision_config.intermediate_size is 0, must"),
+        (
+            ("text_config", "hidden_size"),
+            49,
+            "text_config.hidden_size is 49, must be a multiple of num_attention_heads 6",
+        ),
+    ],
+)
+def test_sizes_that_cannot_be_are_named(
+    tmp_path: Path, path: tuple[str, ...], value: Any, told: str
+) -> None:
+    settings = native_config.write(SMALL, ids_with(5), torch.float32)
+    section = settings
+    for name in path[:-1]:
+        section = section[name]
+    section[path[-1]] = value
+    write_json(tmp_path / "config.json", settings)
+    with pytest.raises(ValueError, match=f"/config.json: [^/]*{re.escape(told)}"):
+        architecture_from_hf(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["image_mean", "image_std"])

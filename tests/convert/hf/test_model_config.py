@@ -12,7 +12,7 @@ from transformers import InternVLConfig
 
 from megavlm.config.models import MODELS
 from megavlm.config.schema import Architecture, Connector
-from megavlm.convert.hf import native_config
+from megavlm.convert.hf import language_config, native_config
 from megavlm.convert.hf.hub_formats import dialect_of
 from megavlm.convert.hf.json_files import write_json
 from megavlm.convert.hf.model_config import architecture_from_hf, differences
@@ -73,6 +73,20 @@ def test_the_rotary_base_of_older_files_is_read(tmp_path: Path) -> None:
     del settings["text_config"]["rope_parameters"]
     write_json(tmp_path / "config.json", settings)
     assert architecture_from_hf(tmp_path).language.rotary_base == 12345.0
+
+
+def test_a_factor_stretches_dynamic_positions_alone(tmp_path: Path) -> None:
+    settings = settings_of(SMALL)
+    for kind, expected in (("default", 1.0), ("dynamic", 3.0)):
+        positions = {"rope_type": kind, "rope_theta": 1e4, "factor": 3.0}
+        settings["text_config"]["rope_parameters"] = positions
+        write_json(tmp_path / "config.json", settings)
+        found = architecture_from_hf(tmp_path)
+        assert found.language.rotary_dynamic_factor == expected
+    del positions["factor"]
+    assert list(language_config.problems(settings["text_config"], "text_config")) == [
+        "text_config.rope_scaling.factor is missing"
+    ]
 
 
 def test_models_of_other_kinds_are_refused_with_all_reasons(tmp_path: Path) -> None:

@@ -65,6 +65,14 @@ def test_a_tokenizer_that_does_not_end_texts_is_refused(tmp_path: Path) -> None:
         pairs_config.check_clip_tokenizer(tmp_path / "goes_on")
 
 
+def test_a_clip_whose_tokens_see_later_ones_is_refused(tmp_path: Path) -> None:
+    settings = CLIPConfig().to_dict()
+    settings["text_config"] |= {"is_causal": False}
+    write_json(tmp_path / FILE_NAME, settings)
+    with pytest.raises(ValueError, match=r"text_config.is_causal is False, must be True"):
+        architecture_from_hf(tmp_path)
+
+
 def test_a_clip_whose_texts_have_no_end_is_refused(tmp_path: Path) -> None:
     settings = CLIPConfig().to_dict()
     settings["text_config"]["vocab_size"] = 1000  # and the end is 49407, as usual
