@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megavlm.config.schema import Architecture, Language
+from megavlm.convert.weights.families import FAMILIES
 from tests.convert.models import load_all
 
 _VISION = (
@@ -136,8 +137,9 @@ def _language_settings(architecture: Architecture) -> dict:
         "rope_theta": language.rotary_base,
         "tie_word_embeddings": language.tied_head,
         "vocab_size": language.vocab_size,
-        **({"head_dim": language.head_size} if language.kv_channels else {}),
+        **({"head_dim": language.head_size} if FAMILIES[language.family].has_head_dim else {}),
         **({"bias": False} if language.family == "internlm2" else {}),
+        **({"sliding_window": None} if language.family == "mistral" else {}),
         **(_expert_settings(language) if language.num_experts else {}),
     }
 

@@ -25,6 +25,7 @@ VISION_TYPES = ("blip_2_vision_model", "instructblip_vision_model")
 WHOLE_TYPES = (MODEL_TYPE, "instructblip")
 _FIXED_VISION = {"hidden_act": "gelu", "num_channels": 3}
 _FIXED_QFORMER = {"hidden_act": "gelu"}
+_SIZES_OF_QFORMER = (*shared.SIZES, "cross_attention_frequency")
 _WITHOUT_TEXT = {"use_qformer_text_input": False}
 
 
@@ -41,7 +42,7 @@ def vision_settings(raw: Mapping[str, Any]) -> dict[str, Any]:
 def vision_problems(found: Mapping[str, Any], section: str) -> Iterator[str]:
     """Yield settings of the vision encoder that our model does not support."""
     yield from shared.contradictions(section, found, _FIXED_VISION)
-    yield from shared.no_sizes(section, found, "image_size", "patch_size")
+    yield from shared.no_sizes(section, found, "image_size", "patch_size", *shared.SIZES)
 
 
 def read_vision(found: Mapping[str, Any], folder: Path) -> Vision:
@@ -110,8 +111,14 @@ def read_settings(
     path = folder / shared.FILE_NAME
     settings = shared.complete(form, raw, path)
     wanted = {**_FIXED_QFORMER, **qformer}
-    wrong = shared.contradictions("qformer_config", settings["qformer_config"], wanted)
-    shared.refuse(path, [*vision_problems(vision_settings(raw), "vision_config"), *wrong])
+    found = settings["qformer_config"]
+    wrong = [
+        *vision_problems(vision_settings(raw), "vision_config"),
+        *shared.contradictions("qformer_config", found, wanted),
+        *shared.no_sizes("qformer_config", found, *_SIZES_OF_QFORMER),
+        *shared.no_sizes("", settings, "num_query_tokens"),
+    ]
+    shared.refuse(path, wrong)
     return settings
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from megavlm.config.schema import Language
 from megavlm.convert.hf.json_files import (
     SIZES,
+    compressed_rotary_problems,
     contradictions,
     layer_type_problems,
     layer_types,
@@ -40,7 +41,6 @@ _YARN = {
     "mscale_all_dim": None,
     "partial_rotary_factor": 1.0,
 }
-_NEEDED_OF_YARN = ("factor", "original_max_position_embeddings")
 
 
 def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
@@ -64,7 +64,11 @@ def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
     if scaling.get("rope_theta", settings.get("rope_theta")) is None:
         yield f"{section}.rope_theta is missing".lstrip(".")
     if kind == "yarn":
-        yield from missing(name, scaling, *_NEEDED_OF_YARN)
+        yield from compressed_rotary_problems(section, scaling)
+        length = "original_max_position_embeddings"
+        yield from missing(name, scaling, length)
+        # transformers takes the one beside rope_scaling, if there are two.
+        yield from contradictions(section, settings, {length: scaling.get(length)})
         yield from contradictions(name, scaling, _YARN)
 
 

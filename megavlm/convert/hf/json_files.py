@@ -87,7 +87,13 @@ def read_complete(path: Path) -> dict[str, Any]:
     """Read a config.json with what it leaves out, if transformers has the class; errors as of
     ``read_config`` and ``complete``.
     """
-    raw = read_config(path)
+    return completed(read_config(path), path)
+
+
+def completed(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return settings, or those of a part, with what the file leaves out, if transformers has the
+    class that ``model_type`` names; errors as of ``complete``.
+    """
     classes = class_of_transformers("CONFIG_MAPPING")
     kind = raw.get("model_type")
     return complete(classes[kind].__name__, raw, path) if kind in classes else raw
@@ -180,6 +186,20 @@ def rotary_problems(section: str, found: Mapping[str, Any]) -> Iterator[str]:
             yield from no_positive_numbers(named(section, name), scaling, *numbers)
         elif scaling is not None:
             yield f"{named(section, name)} is {scaling!r}, must be an object"
+
+
+def compressed_rotary_problems(section: str, scaling: Mapping[str, Any]) -> Iterator[str]:
+    """Yield that rotary positions are stretched by less than 1, or by a number that is not told.
+
+    Args:
+        section: name of the language model's settings.
+        scaling: settings of rotary positions of a type that stretches them.
+    """
+    name = named(section, "rope_scaling")
+    yield from missing(name, scaling, "factor")
+    factor = scaling.get("factor")
+    if factor is not None and factor < 1:
+        yield f"{named(name, 'factor')} is {factor}, must be at least 1"
 
 
 def rotary_settings(found: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -11,11 +11,11 @@ from megavlm.convert.hf import gpt_oss_config, opt_config
 from megavlm.convert.hf.json_files import (
     CAUSAL,
     SIZES,
+    compressed_rotary_problems,
     contradictions,
     layer_type_problems,
     layer_types,
     missing,
-    named,
     no_flags,
     no_positive_numbers,
     no_sizes,
@@ -75,7 +75,7 @@ def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
             " 'dynamic'"
         )
     if rotary["rope_type"] == "dynamic":
-        yield from missing(named(section, "rope_scaling"), rotary, "factor")
+        yield from compressed_rotary_problems(section, rotary)
     rotated = family.facts["rotary_percent"]
     if rotary.get("partial_rotary_factor", rotated) != rotated:
         yield (
@@ -109,7 +109,9 @@ def _unreadable(
 ) -> Iterator[str]:
     """Yield settings whose values are of another kind than ``read`` takes."""
     yield from no_sizes(section, settings, *_NEEDED, *_STATED_BY_SOME)
-    yield from no_sizes(section, settings, *of_experts, least=0)
+    shared = family.expert_names.get("shared_expert_ffn_hidden_size", "")
+    yield from no_sizes(section, settings, *(name for name in of_experts if name != shared))
+    yield from no_sizes(section, settings, shared, least=0)
     yield from no_sizes(section, settings, *_needed_of(family))
     caps = [family.stated[field] for field in _NULLABLE if field in family.stated]
     yield from no_positive_numbers(section, settings, *caps)

@@ -17,14 +17,21 @@ import transformers
 from transformers import PreTrainedConfig
 
 from megavlm.config.schema import Architecture, Language, Vision
-from megavlm.convert.hf import fuyu_config, language_config, native_config, preprocessing
+from megavlm.convert.hf import (
+    blip2_config,
+    fuyu_config,
+    language_config,
+    native_config,
+    preprocessing,
+)
 from megavlm.convert.hf.json_files import read_config, refuse, write_json
 from megavlm.convert.hf.model_config import architecture_from_hf
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.hf.vision_part import vision_from_hf
 from megavlm.convert.weights.families import FAMILIES
 from megavlm.data.text.templates import FORMATS
-from tests.convert.models import SMALL, ids_with
+from tests.convert.blip2_models import OPT
+from tests.convert.models import KINDS, SMALL, ids_with
 
 STRANGE = ([1, 2], "x", None, -1, 1.5)
 INTERNVIT = {
@@ -169,30 +176,38 @@ def test_tokens_that_see_later_ones_are_refused(config: PreTrainedConfig) -> Non
     )
 
 
+NATIVE = native_config.write(SMALL, ids_with(5), torch.float32)
+BLIP2 = blip2_config.write(OPT, ids_with(5), torch.float32)
+EXPERTS = native_config.write(KINDS["qwen3_moe"], ids_with(5), torch.float32)
+
+
 @pytest.mark.parametrize(
-    ("path", "value", "told"),
+    ("settings", "path", "value", "told"),
     [
-        (("downsample_ratio",), 0.0, "downsample_ratio is 0.0, must be 1 / a whole number"),
-        (("downsample_ratio",), -0.5, "downsample_ratio is -0.5, must be 1 / a whole number"),
-        (("vision_config", "num_hidden_layers"), 0, "vision_config.num_hidden_layers is 0, must"),
-        (("vision_config", "intermediate_size"), 0, "vision_config.intermediate_size is 0, must"),
-        (
-            ("text_config", "hidden_size"),
-            49,
-            "text_config.hidden_size is 49, must be a multiple of num_attention_heads 6",
-        ),
+        (NATIVE, "downsample_ratio", 0.0, "is 0.0, must be 1 / a whole number"),
+        (NATIVE, "downsample_ratio", -0.5, "is -0.5, must be 1 / a whole number"),
+        (NATIVE, "vision_config.num_hidden_layers", 0, "is 0, must"),
+        (NATIVE, "vision_config.intermediate_size", 0, "is 0, must"),
+        (NATIVE, "text_config.hidden_size", 49, "is 49, must be a multiple of num_attention_head"),
+        (EXPERTS, "text_config.num_experts", 0, "is 0, must"),
+        (EXPERTS, "text_config.moe_intermediate_size", 0, "is 0, must"),
+        (BLIP2, "vision_config.num_hidden_layers", 0, "is 0, must"),
+        (BLIP2, "qformer_config.intermediate_size", 0, "is 0, must"),
+        (BLIP2, "qformer_config.cross_attention_frequency", 0, "is 0, must"),
+        (BLIP2, "num_query_tokens", 0, "is 0, must"),
     ],
 )
 def test_sizes_that_cannot_be_are_named(
-    tmp_path: Path, path: tuple[str, ...], value: Any, told: str
+    tmp_path: Path, settings: dict[str, Any], path: str, value: Any, told: str
 ) -> None:
-    settings = native_config.write(SMALL, ids_with(5), torch.float32)
-    section = settings
-    for name in path[:-1]:
-        section = section[name]
-    section[path[-1]] = value
-    write_json(tmp_path / "config.json", settings)
-    with pytest.raises(ValueError, match=f"/config.json: [^/]*{re.escape(told)}"):
+    changed = copy.deepcopy(settings)
+    section = changed
+    *outer, name = path.split(".")
+    for part in outer:
+        section = section[part]
+    section[name] = value
+    write_json(tmp_path / "config.json", changed)
+    with pytest.raises(ValueError, match=f"/config.json: [^/]*{re.escape(path)} {told}"):
         architecture_from_hf(tmp_path)
 
 

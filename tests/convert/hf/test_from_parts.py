@@ -14,12 +14,15 @@ from megavlm.config.connectors import LLAVA
 from megavlm.config.schema import Architecture, Config, Init, Language, Training
 from megavlm.convert.hf import convert, from_parts, language_config
 from megavlm.convert.hf.lazy_tensors import FullTensor
-from megavlm.convert.weights.families import family_of
+from megavlm.convert.hf.model_config import architecture_from_hf
+from megavlm.convert.hf.token_ids import TextIds
+from megavlm.convert.weights.families import FAMILIES, family_of
 from megavlm.convert.weights.tables import EMBEDDING_KEY, HEAD_KEY, rows
 from megavlm.data.text.chat_tokens import ChatTemplate
 from megavlm.data.text.tokenizer import SPECIAL_TOKENS
 from megavlm.planner.flops import pieces
-from tests.convert.models import KINDS, SMALL, language, load_all
+from tests.convert.chat import chat_settings
+from tests.convert.models import BARE_GEMMA2, KINDS, SMALL, language, load_all
 from tests.convert.part_folders import WORDS, make_language, make_parts, make_tokenizer, make_vision
 
 WHOLE = (slice(None),)
@@ -55,6 +58,30 @@ def test_parts_of_a_model_are_that_model(tmp_path: Path, kind: str) -> None:
             assert torch.equal(
                 found(row.key, row.shape)[WHOLE], expected(row.key, row.shape)[WHOLE]
             ), row.key
+
+
+def test_what_a_file_leaves_out_is_as_transformers_has_it(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    init = Init(language=str(tmp_path))
+    settings = language_config.write(
+        language(**BARE_GEMMA2).language, FAMILIES["gemma2"], TextIds(begin=0, end=1, pad=2)
+    )
+    for name in ("attn_logit_softcapping", "final_logit_softcapping", "head_dim"):
+        del settings[name]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    found = from_parts.language_from_hf(init)
+    assert (found.attention_softcap, found.final_softcap, found.head_size) == (50.0, 30.0, 256)
+    settings = language_config.write(
+        KINDS["mistral"].language, FAMILIES["mistral"], TextIds(begin=0, end=1, pad=2)
+    )
+    del settings["sliding_window"]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="sliding_window is 4096, must be None"):
+        from_parts.language_from_hf(init)
+    chat = chat_settings(SMALL)
+    (tmp_path / "config.json").write_text(json.dumps(chat | {"llm_config": settings}))
+    with pytest.raises(ValueError, match="llm_config.sliding_window is 4096, must be None"):
+        architecture_from_hf(tmp_path)
 
 
 def test_two_folders_make_a_model_without_a_name(tmp_path: Path) -> None:

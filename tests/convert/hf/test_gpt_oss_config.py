@@ -25,6 +25,9 @@ KINDS_OF_LAYERS = ["full_attention", "sliding_attention"]
         ({"rope_parameters": dict.fromkeys(KINDS_OF_LAYERS, ROTARY)}, "the same in all"),
         ({"rope_parameters": ROTARY | {"rope_theta": None}}, "rope_theta is missing"),
         ({"rope_parameters": ROTARY | {"beta_fast": 16}}, "beta_fast is 16"),
+        ({"rope_parameters": ROTARY | {"factor": 0.5}}, "factor is 0.5, must be at least 1"),
+        ({"rope_parameters": ROTARY | {"factor": None}}, "rope_scaling.factor is missing"),
+        ({"original_max_position_embeddings": 8}, "original_max_position_embeddings is 8, must be"),
     ],
 )
 def test_what_is_not_computed_here_is_named(changes: dict[str, Any], told: str) -> None:
