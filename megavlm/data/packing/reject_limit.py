@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megavlm.data.packing.job_state import SHOWN_REJECTS, reject_lines
-from megavlm.data.packing.scan import HOPELESS_RECORDS, Scan
+from megavlm.data.packing.scan import Scan
 from megavlm.data.packing.settings import Job
 from megavlm.data.packing.write_shards import WrittenShard
 from megavlm.data.records.reject import Reject, count_unwanted
@@ -31,8 +31,7 @@ def check_scan(job: Job, scan: Scan) -> None:
         raise ValueError(f"no records in {', '.join(source.path for source in job.sources)}{none}")
     rejected = count_unwanted(scan.rejects)
     if len(scan.rows) == 0 or rejected > job.max_rejects * scan.records:
-        hopeless = len(scan.rows) == 0 and scan.records >= HOPELESS_RECORDS
-        first = "the first " if hopeless else ""
+        first = "" if scan.complete else "the first "
         raise _too_many(job, scan, rejected, f"{first}{scan.records}", scan.first_rejects, ())
 
 

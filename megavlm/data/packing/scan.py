@@ -22,6 +22,7 @@ from megavlm.data.packing.encode import Images
 from megavlm.data.packing.executors import EncoderSettings, Executor, build_encoder, ordered_map
 from megavlm.data.packing.job_state import reject_lines, save_state
 from megavlm.data.packing.scan_state import (
+    MOST_UNREAD_KEYS,
     ROW,
     STATE_NAME,
     ScanState,
@@ -47,8 +48,6 @@ LARGE_FILE_BYTES = 2**23
 # instead of after hours.
 HOPELESS_RECORDS = 2000
 SAVE_INTERVAL_SECONDS = 10.0
-# More names of unread keys than this are records' data, not keys.
-MOST_UNREAD_KEYS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,14 +93,16 @@ class Scan:
     Args:
         rows: of type ``ROW``, one for each sample that can be packed.
         sources: counts of each source.
-        first_rejects: the first few rejected records.
+        first_rejects: the first few rejected records; those that a filter left out come last.
         rejects_path: the list of all of them, one JSON object a line.
+        complete: whether all records were read.
     """
 
     rows: RecordFile
     sources: tuple[SourceCounts, ...]
     first_rejects: tuple[Reject, ...]
     rejects_path: Path
+    complete: bool
 
     @property
     def records(self) -> int:
@@ -158,6 +159,7 @@ def scan_records(
         sources=tuple(state.sources),
         first_rejects=tuple(state.first_rejects),
         rejects_path=folder / state.rejects_name,
+        complete=state.complete,
     )
 
 

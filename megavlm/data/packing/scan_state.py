@@ -4,6 +4,7 @@ good. A crash at any moment loses the work since the last save and nothing else.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from megavlm.data.packing.job_state import (
     read_rejects,
     reject_lines,
 )
-from megavlm.data.records.reject import REPAIRABLE, Reject
+from megavlm.data.records.reject import FILTERS, REPAIRABLE, Reject
 from megavlm.io import atomic
 
 ROW = np.dtype(
@@ -33,6 +34,9 @@ ROW = np.dtype(
 )
 STATE_NAME = "scan.json"
 ROWS_PER_CHUNK = 2**20
+# More names of unread keys than this are records' data, not keys. A state with all of them would
+# grow with the records.
+MOST_UNREAD_KEYS = 200
 
 
 @dataclass(kw_only=True)
@@ -54,13 +58,15 @@ class SourceCounts:
     unread: dict[str, int] = field(default_factory=dict)
 
     def add(self, other: SourceCounts) -> None:
-        """Add other counts of the same source."""
+        """Add other counts of the same source; of the keys, the most frequent stay."""
         self.records += other.records
         self.images += other.images
         self.deep_images += other.deep_images
         for own, more in ((self.rejects, other.rejects), (self.unread, other.unread)):
             for name, count in more.items():
                 own[name] = own.get(name, 0) + count
+        if len(self.unread) > MOST_UNREAD_KEYS:
+            self.unread = dict(Counter(self.unread).most_common(MOST_UNREAD_KEYS))
 
 
 @dataclass(kw_only=True)
@@ -73,7 +79,7 @@ class ScanState:
         bytes: of the annotation files that are done.
         rows: number of good rows in ``rows_name``.
         rejects_bytes: number of good bytes in ``rejects_name``.
-        first_rejects: the first few rejected records.
+        first_rejects: the first few rejected records; those that a filter left out come last.
         complete: whether all is done.
         generation: how often rejected records were read again with success; names the files.
     """
@@ -108,7 +114,15 @@ def count_measured(
 ) -> None:
     """Add the counts of a task to a state."""
     state.sources[source].add(counts)
-    state.first_rejects += rejects[: SHOWN_REJECTS - len(state.first_rejects)]
+    if rejects:
+        state.first_rejects = _to_show([*state.first_rejects, *rejects])
+
+
+def _to_show(rejects: Sequence[Reject]) -> list[Reject]:
+    """Return the first few rejected records, and of those that a filter left out as many as there
+    is room for: they are as they were asked to be, and do not end a job.
+    """
+    return sorted(rejects, key=lambda each: each.reason in FILTERS)[:SHOWN_REJECTS]
 
 
 def read_state(folder: Path, sources: int) -> ScanState:
@@ -148,7 +162,7 @@ def merge_repaired(
     content = reject_lines(left)
     atomic.write_bytes(folder / state.rejects_name, content)
     state.rejects_bytes = len(content)
-    state.first_rejects = left[:SHOWN_REJECTS]
+    state.first_rejects = _to_show(left)
     with open(old, "rb") as before, open(folder / state.rows_name, "wb") as after:
         done = 0
         kept = state.rows
