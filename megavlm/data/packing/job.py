@@ -41,7 +41,7 @@ from megavlm.data.packing.write_shards import (
     ShardTask,
     WrittenShard,
     find_written,
-    remove_markers,
+    remove_shards,
     write_shard,
 )
 from megavlm.data.records.reject import Reject, count_unwanted
@@ -217,14 +217,14 @@ def _scan(job: Job, settings: EncoderSettings, folder: Path) -> Scan:
     scan_folder = folder / SCAN_NAME
     scan_folder.mkdir(exist_ok=True)
     if atomic.read_json(scan_folder / STATE_NAME) is None:
-        remove_markers(folder)  # of shards that may have been made of other rows
+        remove_shards(folder)  # that may have been made of other rows
     ways = {
         "images": Images.DECODE if job.scan_pixels else Images.HEADER,
         "workers": job.workers,
         "executor": job.executor,
     }
     repaired = read_rejects_again(
-        job.sources, settings, scan_folder, on_change=lambda: remove_markers(folder), **ways
+        job.sources, settings, scan_folder, on_change=lambda: remove_shards(folder), **ways
     )
     if repaired:
         print(f"{repaired} records that were rejected can be read now", file=sys.stderr)

@@ -199,10 +199,14 @@ def find_written(folder: Path, number: int) -> WrittenShard | None:
     return written
 
 
-def remove_markers(folder: Path) -> None:
-    """Remove the markers of all shards; a packing that resumes then writes them again."""
-    for path in Path(folder).glob("packs-*.json"):
-        path.unlink()
+def remove_shards(folder: Path) -> None:
+    """Remove all shards of a stopped packing, since they were made of other rows. There may now be
+    fewer: one that stayed would be in the dataset's folder, and no part of it.
+    """
+    # The markers first: a shard without one is written again.
+    for pattern in ("packs-*.json", "packs-*.records", "packs-*.bin"):
+        for path in Path(folder).glob(pattern):
+            path.unlink()
 
 
 def encode_rows(

@@ -119,6 +119,27 @@ def test_shards_that_were_written_before_a_repair_are_written_again(folder: Path
     assert bytes_of(folder / "out") == bytes_of(folder / "fresh")
 
 
+def test_no_shard_of_other_rows_is_left(folder: Path, monkeypatch):
+    """An image is gone when the scan begins anew, and there is a shard less."""
+    monkeypatch.setattr("megavlm.data.packing.plan.LEAST_PACKS_PER_SHARD", 1)
+    save(folder / "1.png")
+    save(folder / "2.png")
+    wanted = job(folder, max_rejects=0.5, capacity=256)
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(packing, "complete", stop)
+        pack_dataset(wanted)
+    assert len(list((folder / "out.partial").glob("packs-*.bin"))) == 4
+    (folder / "out.partial" / "scan" / "scan.json").write_bytes(b"")  # a power cut
+    (folder / "2.png").unlink()
+    assert pack_dataset(wanted).packs == 3
+    pack_dataset(job(folder, "fresh", max_rejects=0.5, capacity=256))
+    assert bytes_of(folder / "out") == bytes_of(folder / "fresh")
+
+
 def test_a_changed_annotation_file_is_named(folder: Path):
     with pytest.raises(ValueError, match="2 of 4 records"):
         pack_dataset(job(folder))
