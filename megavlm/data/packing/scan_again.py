@@ -1,9 +1,10 @@
 """Records that a scan rejected for a missing or damaged media file, read again: the file may have
-been restored since.
+been restored since, or the record be left out for another reason.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -35,7 +36,8 @@ def read_rejects_again(
     executor: Executor,
     on_change: Callable[[], None],
 ) -> int:
-    """Read the repairable rejects of a scan that was stopped, and add those that pass to its rows.
+    """Read the repairable rejects of a scan that was stopped, add those that pass to its rows, and
+    note why others are left out now.
 
     Args:
         sources: annotation files.
@@ -65,32 +67,30 @@ def read_rejects_again(
         )
         for reject in rejects
     ]
-    rows = []
-    repaired = set()
-    passed = []
-    for reject, measured in zip(
-        rejects, ordered_map(measure, tasks, workers, executor), strict=True
-    ):
-        if len(measured.rows):
-            rows.append(measured.rows)
-            repaired.add((reject.source, reject.offset))
-            passed.append((reject, measured.counts))
-    if not repaired:
+    changed = [
+        (reject, measured)
+        for reject, measured in zip(
+            rejects, ordered_map(measure, tasks, workers, executor), strict=True
+        )
+        if measured.rejects != [reject]
+    ]
+    if not changed:
         return 0
-    on_change()
-    merge_repaired(folder, state, np.concatenate(rows), repaired)
-    for reject, counts in passed:
-        _count_passed(state.sources[reject.source], reject, counts)
+    passed = sum(not measured.rejects for _, measured in changed)
+    if passed:
+        on_change()
+    rows = np.concatenate([measured.rows for _, measured in changed])
+    now = {(reject.source, reject.offset): measured.rejects for reject, measured in changed}
+    merge_repaired(folder, state, rows, now)
+    for reject, measured in changed:
+        _count_again(state.sources[reject.source], reject, measured.counts)
     save_state(folder / STATE_NAME, state)
-    return len(repaired)
+    return passed
 
 
-def _count_passed(own: SourceCounts, reject: Reject, counts: SourceCounts) -> None:
-    """Turn a rejected record into one that passes, in the counts of its source."""
-    passed = SourceCounts(
-        images=counts.images, deep_images=counts.deep_images, unread=counts.unread
-    )
-    own.add(passed)
-    own.rejects[reject.reason] -= 1
-    if not own.rejects[reject.reason]:
-        del own.rejects[reject.reason]
+def _count_again(own: SourceCounts, before: Reject, counts: SourceCounts) -> None:
+    """Count a rejected record as what it is now, in the counts of its source."""
+    own.rejects[before.reason] -= 1
+    if not own.rejects[before.reason]:
+        del own.rejects[before.reason]
+    own.add(dataclasses.replace(counts, records=0))

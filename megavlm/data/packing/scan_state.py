@@ -5,7 +5,7 @@ good. A crash at any moment loses the work since the last save and nothing else.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -144,21 +144,24 @@ def repairable_rejects(folder: Path, state: ScanState) -> list[Reject]:
 
 
 def merge_repaired(
-    folder: Path, state: ScanState, rows: np.ndarray, repaired: set[tuple[int, int]]
+    folder: Path,
+    state: ScanState,
+    rows: np.ndarray,
+    now: Mapping[tuple[int, int], Sequence[Reject]],
 ) -> None:
     """Write the next generation of files: with the rows of repaired records in their places, and
-    without their rejects. The state must be saved afterwards.
+    with the rejects as they are now. The state must be saved afterwards.
 
     Args:
         folder: of the scan.
         state: of the scan; its counts are brought up to date by the caller.
         rows: of type ``ROW``, in the order of the files.
-        repaired: source and offset of the records.
+        now: why a record is left out now, by source and offset; empty: it is repaired.
     """
     old = folder / state.rows_name
     rejects = read_rejects(folder / state.rejects_name, state.rejects_bytes)
     state.generation += 1
-    left = [each for each in rejects if (each.source, each.offset) not in repaired]
+    left = [one for each in rejects for one in now.get((each.source, each.offset), [each])]
     content = reject_lines(left)
     atomic.write_bytes(folder / state.rejects_name, content)
     state.rejects_bytes = len(content)

@@ -76,6 +76,31 @@ def test_missing_and_damaged_images_are_read_again(folder: Path):
     assert bytes_of(folder / "out") == bytes_of(folder / "fresh")
 
 
+def test_records_that_are_left_out_for_another_reason_now_say_so(folder: Path):
+    """Restored images may be damaged, or such that a filter does not want them."""
+    facts = {
+        "annotation": str(folder / "a.jsonl"),
+        "root": str(folder),
+        "filter": {"min_side": 20},
+    }
+    (folder / "meta.json").write_text(json.dumps({"a": facts}))
+    sources = read_meta(folder / "meta.json")
+    with pytest.raises(ValueError, match=r"^2 of 4 records .*(\n.*2: missing_image.*)"):
+        pack_dataset(job(folder, sources=sources))
+    (folder / "1.png").write_bytes(b"no image")
+    save(folder / "2.png", np.zeros((19, 20), np.uint8))
+    with pytest.raises(ValueError, match=r"^1 of 4 .* filter left 1 out.*(\n.*2: unreadable_ima)"):
+        pack_dataset(job(folder, sources=sources))
+    report = pack_dataset(job(folder, sources=sources, max_rejects=0.25))
+    assert report.rejects == {"filtered_size": 1, "unreadable_image": 1}
+    lines = (folder / "out" / "rejects.jsonl").read_text().splitlines()
+    reasons = [(each["line"], each["reason"]) for each in map(json.loads, lines)]
+    assert reasons == [(2, "unreadable_image"), (3, "filtered_size")]
+    pack_dataset(job(folder, "fresh", sources=sources, max_rejects=0.25))
+    assert bytes_of(folder / "out") == bytes_of(folder / "fresh")
+    assert (folder / "fresh" / "rejects.jsonl").read_text().splitlines() == lines
+
+
 def test_media_that_change_between_the_passes_are_read_again(folder: Path, monkeypatch):
     frames = folder / "frames"
     frames.mkdir()

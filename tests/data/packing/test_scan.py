@@ -11,6 +11,7 @@ import pytest
 
 from megavlm.data.packing import job as packing
 from megavlm.data.packing import scan
+from megavlm.data.packing.executors import ordered_map
 from megavlm.data.packing.job import pack_dataset
 from megavlm.data.packing.scan_state import MOST_UNREAD_KEYS
 from megavlm.data.records.meta_file import read_meta
@@ -130,3 +131,32 @@ def test_progress_goes_on_where_a_stopped_packing_was(
     assert runs["writing"][1][2][-1] == f"{stored / 1e6:,.0f} MB, 0 rejected"
     pack_dataset(job(tmp_path, "whole", **settings))
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+
+
+def test_what_was_written_after_the_last_save_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [chat(), "{}"] * 5
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+
+    def stopping(function, tasks, workers, executor="processes"):
+        for number, task in enumerate(tasks):
+            if number == 8:
+                raise Stop
+            yield function(task)
+            monkeypatch.setattr(scan, "SAVE_INTERVAL_SECONDS", 0.0 if number < 3 else 1e9)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scan, "RECORDS_PER_TASK", 1)
+        patch.setattr(scan, "ordered_map", stopping)
+        with pytest.raises(Stop):
+            pack_dataset(job(tmp_path, max_rejects=0.5))
+        state = json.loads((tmp_path / "out.partial" / "scan" / "scan.json").read_text())
+        assert state["tasks"] == 4
+        assert len((tmp_path / "out.partial" / "scan" / "rows.0.bin").read_bytes()) == 4 * 32
+        patch.setattr(scan, "ordered_map", ordered_map)
+        pack_dataset(job(tmp_path, max_rejects=0.5))
+    pack_dataset(job(tmp_path, "whole", max_rejects=0.5))
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+    rejects = [(tmp_path / name / "rejects.jsonl").read_text() for name in ("out", "whole")]
+    assert rejects[0] == rejects[1] and rejects[0].count("\n") == 5

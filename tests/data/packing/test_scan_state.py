@@ -114,8 +114,10 @@ def test_repaired_records_go_to_their_places(
     rejects = [reject(*place) for place in [(0, 5), (0, 7), (1, 5), (1, 10), (1, 30), (1, 40)]]
     state = scanned(tmp_path, rejects)
     repaired = [(0, 5, 0), (0, 5, 1), (1, 10, 0), (1, 30, 0)]
-    merge_repaired(tmp_path, state, rows(repaired), {(0, 5), (1, 10), (1, 30)})
-    left = [rejects[1], rejects[2], rejects[5]]
+    other = dataclasses.replace(rejects[2], reason="unreadable_image")
+    now = {(0, 5): [], (1, 5): [other], (1, 10): [], (1, 30): []}
+    merge_repaired(tmp_path, state, rows(repaired), now)
+    left = [rejects[1], other, rejects[5]]
     assert (state.generation, state.rows, state.first_rejects) == (1, 9, left)
     assert (tmp_path / "rejects.1.jsonl").read_bytes() == reject_lines(left)
     assert "é.jsonl".encode() in reject_lines(left), "names are to be read by people"
@@ -131,6 +133,6 @@ def test_repaired_records_go_to_their_places(
 def test_records_are_repaired_of_which_none_passed_before(tmp_path: Path) -> None:
     state = scanned(tmp_path, [reject(0, 5), reject(1, 7)])
     state.rows = 0
-    merge_repaired(tmp_path, state, rows([(0, 5, 0), (1, 7, 0)]), {(0, 5), (1, 7)})
+    merge_repaired(tmp_path, state, rows([(0, 5, 0), (1, 7, 0)]), {(0, 5): [], (1, 7): []})
     assert (state.rows, state.first_rejects, state.rejects_bytes) == (2, [], 0)
     assert np.fromfile(tmp_path / "rows.1.bin", ROW)["offset"].tolist() == [5, 7]
