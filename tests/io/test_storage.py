@@ -14,7 +14,7 @@ from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.loader import batches
 from megavlm.data.loading.order import Plan
 from megavlm.io.open_files import OpenFiles
-from megavlm.io.storage import LocalFiles, open_folder
+from megavlm.io.storage import LocalFiles, file_states, open_folder
 from tests.data.samples import make_dataset
 
 
@@ -62,6 +62,35 @@ def test_copies(folder, bucket, tmp_path):
         assert (target / "tokenizer" / "words.txt").read_text() == "a b"
         assert (target / "manifest.json").read_bytes() == (folder / "manifest.json").read_bytes()
         assert not (target / "nowhere").exists()
+
+
+def test_a_slash_at_the_end_of_a_folder_means_nothing(folder, bucket):
+    files = open_folder(f"{bucket}//")
+    content = (folder / "manifest.json").read_bytes()
+    assert files.exists("manifest.json") and not files.exists("tokenizer")
+    assert files.size("manifest.json") == len(content)
+    assert files.read("manifest.json", 3, 10**9) == content[3:]
+    assert files.read("manifest.json", 3, 3) == b""
+    with pytest.raises(FileNotFoundError, match=r"^memory://bucket/packs/nothing: there is no"):
+        files.size("nothing")
+
+
+def test_the_states_of_files_tell_of_every_change(tmp_path):
+    (tmp_path / "inner").mkdir()
+    first = tmp_path / "a.txt"
+    second = tmp_path / "inner" / "b.txt"
+    for path in (first, second):
+        path.write_text("content")
+        os.utime(path, ns=(1, 1_000_000_007))
+    before = file_states(tmp_path)
+    assert before == {"a.txt": [7, 1_000_000_007], "inner/b.txt": [7, 1_000_000_007]}
+    assert list(before) == sorted(before)
+    second.write_text("another")
+    os.utime(second, ns=(1, 1_000_000_008))
+    assert file_states(tmp_path) == before | {"inner/b.txt": [7, 1_000_000_008]}
+    first.write_text("longer content")
+    os.utime(first, ns=(1, 1_000_000_007))
+    assert file_states(tmp_path)["a.txt"] == [14, 1_000_000_007]
 
 
 def test_what_is_not_there():

@@ -27,7 +27,7 @@ from megavlm.data.images.transforms import decode_changed
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.tiles import TileDecoder
 from megavlm.data.store.manifest import read_manifest
-from tests.data.samples import make_dataset
+from tests.data.samples import make_dataset, make_sample, write_packs
 
 ALL = ("jpeg", "crop", "flip", "colour")
 
@@ -150,6 +150,22 @@ def test_images_of_marked_sources_are_changed_while_training(tmp_path):
         and not np.array_equal(tiles[0], tiles[3])
     )
     assert np.array_equal(PackedDataset(tmp_path).batch(0, 0).tiles, plain)  # nothing is asked for
+
+
+def test_images_of_a_pack_are_changed_each_in_its_own_way(tmp_path):
+    facts = dict(vocab_size=512, context_token_id=500, tile_size=32, features_per_tile=4)
+    sample = make_sample(
+        np.random.default_rng(0), images=1, text_tokens=5, line=1, grids=((1, 1),), **facts
+    )
+    write_packs(tmp_path, [[sample, sample, sample]], capacity=64, **facts)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["sources"][0]["augment"] = True
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    plain = PackedDataset(tmp_path).batch(0, 0).tiles
+    assert np.array_equal(plain[0], plain[1])
+    changed = PackedDataset(tmp_path, augment=ALL).batch(0, 0).tiles
+    for first, second in ((0, 1), (1, 2), (0, 2)):
+        assert not np.array_equal(changed[first], changed[second])
 
 
 def test_padding_fills_up_to_a_square(encoded, tmp_path):
