@@ -114,6 +114,7 @@ def pack_dataset(job: Job) -> Report:
         (folder / "report.txt").write_text(report.text() + "\n", encoding="utf-8")
         _save(tokenizer, words, folder)  # again, in case it was removed in these hours
         publish(folder, Path(job.out), (SCAN_NAME, SOURCES_NAME, *WORK_FILES))
+    job.rejects_path.unlink(missing_ok=True)  # of a run before, which had too many of them
     return report
 
 

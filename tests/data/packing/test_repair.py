@@ -72,6 +72,7 @@ def test_missing_and_damaged_images_are_read_again(folder: Path):
     report = pack_dataset(job(folder))
     assert (report.records, report.packed_records, report.rejected) == (4, 4, 0)
     assert (folder / "out" / "rejects.jsonl").read_text() == ""
+    assert not (folder / "out.rejects.jsonl").exists(), "the list of a run that failed is old"
     pack_dataset(job(folder, "fresh"))
     assert bytes_of(folder / "out") == bytes_of(folder / "fresh")
 
