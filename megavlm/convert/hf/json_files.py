@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,14 @@ SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention
 # Masks of transformers 5 let tokens see later ones if config.json says so.
 CAUSAL = {"is_causal": True}
 NORMS = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm"}
+_CLASS_NAMES = ("image_processor_type", "feature_extractor_type")
+_CLASS_ENDS = re.compile(r"(ImageProcessor(Fast|Pil)?|FeatureExtractor)$")
+# By classes of image processors: the row of ``PIXELS`` that they have by default.
+_PIXELS_OF = {
+    **dict.fromkeys(("CLIP", "Blip", "GotOcr2", "Idefics"), "clip"),
+    **dict.fromkeys(("Llava", "LlavaNext", "LlavaOnevision"), "clip"),
+    **dict.fromkeys(("Siglip", "Fuyu"), "siglip"),
+}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -237,13 +246,20 @@ def image_processor(folder: Path) -> dict[str, Any]:
         found = found.get("image_processor", {})
     if not isinstance(found, dict):
         raise ValueError(f"{path}: image_processor is {found!r}, must be an object")
+    refuse(path, list(no_texts("", found, *_CLASS_NAMES)))
     return found
+
+
+def class_of_image_processor(found: Mapping[str, Any]) -> str:
+    """Return the class of an image processor that its settings name, if they do."""
+    return next((found[name] for name in _CLASS_NAMES if found.get(name)), "")
 
 
 def normalisation(
     folder: Path, usual: tuple[tuple[float, ...], tuple[float, ...]] = PIXELS["imagenet"]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of pixels; ``usual`` if the folder says nothing.
+    """Mean and standard deviation of pixels; if the folder does not say, those of the class that it
+    names, or else ``usual``.
 
     Raises:
         ValueError: the folder says what cannot be one, or that pixels are not normalised.
@@ -251,7 +267,8 @@ def normalisation(
     found = image_processor(folder)
     path = image_processor_file(folder)
     refuse(path, list(_other_scaling(found)))
-    mean, std = usual
+    kind = _CLASS_ENDS.sub("", class_of_image_processor(found))
+    mean, std = PIXELS[_PIXELS_OF[kind]] if kind in _PIXELS_OF else usual
     return (
         _of_colours(path, "image_mean", found.get("image_mean", mean)),
         _of_colours(path, "image_std", found.get("image_std", std)),
@@ -279,8 +296,8 @@ def other_resizing(found: Mapping[str, Any], *names: str) -> Iterator[str]:
     """Yield settings by which an image processor resizes images otherwise than in one of the named
     ways.
     """
-    if found.get("do_resize") is False:
-        yield "do_resize is False, must be True"
+    if not found.get("do_resize", True):
+        yield f"do_resize is {found['do_resize']}, must be True"
     resample = found.get("resample")
     if resample is not None and resample not in [RESAMPLES[name] for name in names]:
         ways = " or ".join(f"{RESAMPLES[name]} ({name})" for name in names)
@@ -295,7 +312,7 @@ def _other_scaling(found: Mapping[str, Any]) -> Iterator[str]:
     mean and standard deviation.
     """
     for name in ("do_rescale", "do_normalize"):
-        if found.get(name) not in (None, True):
+        if found.get(name, True) is not True:
             yield f"{name} is {found[name]!r}, must be True"
     factor = found.get("rescale_factor")
     if factor is not None and (

@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.convert.hf.json_files import (
+    class_of_image_processor,
     image_processor,
     image_processor_file,
     named,
     no_flags,
     no_sizes,
-    no_texts,
     refuse,
 )
 
 # What the names of classes begin with that crop unless they are told not to.
 _CROPPING = ("clip", "llava")
 _PADDING = "llava"
+# To these, a size that is a number is that of both sides; to others, of the shorter edge.
+_SQUARING = ("blip", "vit")
 
 
 def read_tiling(folder: Path, kind: str) -> str:
@@ -33,15 +35,13 @@ def read_tiling(folder: Path, kind: str) -> str:
     """
     found = image_processor(folder)
     path = image_processor_file(folder)
-    names = ("image_processor_type", "feature_extractor_type")
     flags = ("do_resize", "do_center_crop", "do_pad")
-    refuse(path, [*no_texts("", found, *names), *no_flags("", found, *flags)])
-    kind = next((found[name] for name in names if found.get(name)), kind).lower()
-    crops = found.get("do_center_crop")
-    if crops is None:
-        crops = kind.startswith(_CROPPING)
+    refuse(path, list(no_flags("", found, *flags)))
+    kind = (class_of_image_processor(found) or kind).lower()
+    # To transformers, null is no truth.
+    crops = bool(found.get("do_center_crop", kind.startswith(_CROPPING)))
     pads = bool(found.get("do_pad")) and kind.startswith(_PADDING)
-    size = _sides(found.get("size"), is_edge=crops)
+    size = _sides(found.get("size"), is_edge=not kind.startswith(_SQUARING))
     cut = _sides(found.get("crop_size"), is_edge=False) if crops else {}
     wrong = [*_no_square("size", size), *_no_square("crop_size", cut)]
     refuse(path, [*wrong, *_uneven(size, cut, crops=crops, pads=pads)])
@@ -73,6 +73,9 @@ def _uneven(
     size: Mapping[str, Any], cut: Mapping[str, Any], *, crops: bool, pads: bool
 ) -> Iterator[str]:
     """Yield why images do not become squares, or lose an edge on the way."""
+    if crops and bool(size) != bool(cut):
+        given, absent = ("size", "crop_size") if size else ("crop_size", "size")
+        yield f"{absent} is missing beside {given}, must be the same, not transformers' default"
     sides = {*size.values(), *cut.values()} - {None}
     if crops and len(sides) > 1:
         yield (

@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, PaliGemmaConfig
 from megavlm.config.vision import PIXELS, RESAMPLES
 from megavlm.convert.hf import one_tile
 from megavlm.convert.hf.hub_formats import HUB_FORMATS
-from megavlm.convert.hf.json_files import pixel_fields, write_json
+from megavlm.convert.hf.json_files import class_of_transformers, pixel_fields, write_json
 from megavlm.convert.hf.limits import limits
 from megavlm.convert.hf.model_config import architecture_from_hf
 from megavlm.convert.hf.preprocessing import Usage
@@ -51,6 +51,8 @@ def as_file(kind: str, settings: dict[str, Any]) -> dict[str, Any]:
         ("Siglip", {"size": SQUARE}, "stretch"),
         ("Siglip", CROPPED | {"do_center_crop": True}, "crop"),
         ("Blip", {"size": SQUARE}, "stretch"),
+        ("Blip", OLD | {"do_center_crop": True}, "stretch"),
+        ("CLIP", {"size": SQUARE, "do_center_crop": None}, "stretch"),
         ("Llava", CROPPED | {"do_pad": True}, "pad"),
     ],
 )
@@ -79,6 +81,10 @@ def test_tiles_are_those_of_transformers(
     [
         ({"size": {"shortest_edge": 18}, "crop_size": SQUARE}, "must be the same"),
         ({"size": EDGE, "do_center_crop": False}, "images would not become squares"),
+        ({"size": EDGE, "do_center_crop": None}, "images would not become squares"),
+        ({"size": SIDE, "do_center_crop": False}, "images would not become squares"),
+        ({"crop_size": SQUARE}, "size is missing beside crop_size"),
+        ({"size": EDGE}, "crop_size is missing beside size"),
         ({"size": {"height": 16, "width": 18}}, "must be a square"),
         ({"size": {"longest_edge": 16}}, "must have height and width, or shortest_edge"),
         ({"size": {"shortest_edge": "x"}}, "size.shortest_edge is 'x'"),
@@ -118,6 +124,9 @@ def test_formats_of_one_tile_read_their_image_processor(
     [
         ({"resample": 0}, r"resample is 0, must be 2 \(bilinear\) or 3 \(bicubic\)"),
         ({"do_resize": False}, "do_resize is False, must be True"),
+        ({"do_resize": None}, "do_resize is None, must be True"),
+        ({"do_rescale": None}, "do_rescale is None, must be True"),
+        ({"do_normalize": None}, "do_normalize is None, must be True"),
     ],
 )
 def test_other_resizing_is_refused(tmp_path: Path, settings: dict[str, Any], told: str) -> None:
@@ -136,6 +145,17 @@ def test_a_model_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
         write_json(source / "preprocessor_config.json", settings)
         with pytest.raises(ValueError, match=told):
             architecture_from_hf(source)
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "Blip", "GotOcr2", "Idefics", "Siglip", "Fuyu"])
+def test_colours_that_are_not_stated_are_those_of_the_class(tmp_path: Path, kind: str) -> None:
+    for name in (f"{kind}ImageProcessor", f"{kind}ImageProcessorFast"):
+        write_json(tmp_path / "preprocessor_config.json", {"image_processor_type": name})
+        found = pixel_fields(tmp_path)
+        theirs = class_of_transformers(f"{kind}ImageProcessor")()
+        for field, colours in (("mean", theirs.image_mean), ("std", theirs.image_std)):
+            expected = np.broadcast_to(colours, 3)
+            assert found[f"pixel_{field}"] == pytest.approx(tuple(expected), abs=1e-8)
 
 
 def test_a_paligemma_without_an_image_processor_has_the_pixels_of_siglip(tmp_path: Path) -> None:
