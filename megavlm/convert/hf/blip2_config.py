@@ -59,7 +59,7 @@ def read_vision(found: Mapping[str, Any], folder: Path) -> Vision:
         num_attention_heads=found["num_attention_heads"],
         layernorm_epsilon=found["layer_norm_eps"],
         qkv_bias=found["qkv_bias"],
-        **shared.pixel_fields(folder, PIXELS["clip"]),
+        **shared.pixel_fields(folder, PIXELS["clip"], found["image_size"]),
     )
 
 

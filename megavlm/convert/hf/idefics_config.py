@@ -55,7 +55,7 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
         vision=clip_vision.read(
             vision | {"hidden_size": vision["embed_dim"]},
             family="clip",
-            pixels=shared.pixel_fields(folder, PIXELS["clip"]),
+            pixels=shared.pixel_fields(folder, PIXELS["clip"], vision["image_size"]),
         ),
         connector=Connector(
             kind="resampler",

@@ -276,18 +276,29 @@ def normalisation(
 
 
 def pixel_fields(
-    folder: Path, usual: tuple[tuple[float, ...], tuple[float, ...]] = PIXELS["imagenet"]
+    folder: Path,
+    usual: tuple[tuple[float, ...], tuple[float, ...]] = PIXELS["imagenet"],
+    side: int | None = None,
 ) -> dict[str, Any]:
     """Return the fields of ``Vision`` that say how images are resized and normalised: ``usual``,
     and bicubic, if the folder says nothing.
 
+    Args:
+        folder: of the model.
+        usual: mean and standard deviation.
+        side: of the model's tiles in pixels, if its class of transformers reads no others.
+
     Raises:
-        ValueError: as of ``normalisation``, or images are not resized, or neither way.
+        ValueError: as of ``normalisation``, or images are not resized, or neither way, or to
+            another side.
     """
     mean, std = normalisation(folder, usual)
     settings = image_processor(folder)
     number = settings.get("resample")
-    refuse(image_processor_file(folder), list(other_resizing(settings, *RESAMPLES)))
+    wrong = [*other_resizing(settings, *RESAMPLES)]
+    if side is not None:
+        wrong += _other_sides(settings, side)
+    refuse(image_processor_file(folder), wrong)
     found = [name for name, known in RESAMPLES.items() if known == number]
     return dict(pixel_mean=mean, pixel_std=std, resample=found[0] if found else "bicubic")
 
@@ -305,6 +316,16 @@ def other_resizing(found: Mapping[str, Any], *names: str) -> Iterator[str]:
             f"resample is {resample!r}, must be {ways}, as images are resized here; change the file"
             " to use the model so"
         )
+
+
+def _other_sides(found: Mapping[str, Any], side: int) -> Iterator[str]:
+    """Yield sizes of an image processor whose tiles have another side than the model's."""
+    crops = found.get("do_center_crop", True)
+    for name in ("size", "image_size", *(("crop_size",) if crops else ())):
+        size = found.get(name)
+        sides = size.values() if isinstance(size, Mapping) else (size,)
+        if not {*sides} <= {None, side}:
+            yield f"{name} is {size!r}, must be that of tiles, image_size {side} of {FILE_NAME}"
 
 
 def _other_scaling(found: Mapping[str, Any]) -> Iterator[str]:

@@ -66,7 +66,7 @@ def architecture_of(
         vision=clip_vision.read(
             vision,
             family=family,
-            pixels=shared.pixel_fields(folder, PIXELS[family]),
+            pixels=shared.pixel_fields(folder, PIXELS[family], vision["image_size"]),
             unused_layers=vision["num_hidden_layers"]
             - _layers(vision, settings["vision_feature_layer"]),
             unused_head=family == "siglip" and vision.get("vision_use_head", True),

@@ -64,6 +64,8 @@ def _problems(settings: dict[str, Any]) -> Iterator[str]:
 def _other_grids(settings: dict[str, Any], folder: Path, usual: list[list[int]]) -> Iterator[str]:
     """Yield in what the image processor makes other grids than the model reads."""
     processor = shared.image_processor(folder)
+    if processor.get("crop_size") is not None and processor.get("size") is None:
+        yield "size is missing beside crop_size, must be the same, not transformers' default"
     # Where its file does not say, transformers takes the usual ones, whatever config.json says.
     grids = settings[PINPOINTS]
     if processor and processor.get(PINPOINTS, usual) != grids:

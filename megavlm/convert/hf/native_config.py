@@ -54,7 +54,7 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
     settings = shared.complete("InternVLConfig", raw, path)
     shared.refuse(path, list(_problems(settings)))
     return Architecture(
-        vision=_vision(settings["vision_config"], shared.pixel_fields(folder)),
+        vision=_vision(settings["vision_config"], folder),
         language=language_config.read_bare(
             settings["text_config"], tied_head=settings["tie_word_embeddings"] and not has_head
         ),
@@ -86,10 +86,11 @@ def _problems(settings: dict[str, Any]) -> Iterator[str]:
         yield f"downsample_ratio is {settings['downsample_ratio']}, must be 1 / a whole number"
 
 
-def _vision(settings: dict[str, Any], pixels: dict[str, Any]) -> Vision:
+def _vision(settings: dict[str, Any], folder: Path) -> Vision:
     """Read the vision encoder."""
+    side = settings["image_size"][0]
     return Vision(
-        image_size=settings["image_size"][0],
+        image_size=side,
         patch_size=settings["patch_size"][0],
         num_layers=settings["num_hidden_layers"],
         hidden_size=settings["hidden_size"],
@@ -100,7 +101,7 @@ def _vision(settings: dict[str, Any], pixels: dict[str, Any]) -> Vision:
         qkv_bias=settings["attention_bias"],
         qk_norm=settings["use_qk_norm"],
         layer_scale=settings["layer_scale_init_value"],
-        **pixels,
+        **shared.pixel_fields(folder, side=side),
     )
 
 

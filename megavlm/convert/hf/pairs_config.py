@@ -81,7 +81,7 @@ def _no_end(text: dict[str, Any]) -> Iterator[str]:
 
 
 def _vision(family: str, found: dict[str, Any], folder: Path) -> Vision:
-    pixels = json_files.pixel_fields(folder, PIXELS[family])
+    pixels = json_files.pixel_fields(folder, PIXELS[family], found["image_size"])
     return clip_vision.read(found, family=family, pixels=pixels)
 
 

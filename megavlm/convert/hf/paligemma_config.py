@@ -41,12 +41,13 @@ def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Archite
     path = folder / FILE_NAME
     settings = shared.complete("PaliGemmaConfig", raw, path)
     text = settings["text_config"]
+    vision = settings["vision_config"]
     shared.refuse(path, list(_problems(settings)))
     return Architecture(
         vision=clip_vision.read(
-            settings["vision_config"],
+            vision,
             family="siglip",
-            pixels=shared.pixel_fields(folder, PIXELS["siglip"]),
+            pixels=shared.pixel_fields(folder, PIXELS["siglip"], vision["image_size"]),
             final_norm=True,
         ),
         connector=Connector(kind="linear", pixel_shuffle=1, norm=False),

@@ -99,9 +99,12 @@ def of_chat(folder: Path) -> Usage:
 
 def of_native(folder: Path) -> Usage:
     """Read the settings from a folder of transformers. Raises ValueError: they cannot be."""
-    return _tiles(
-        image_processor_file(folder), image_processor(folder), "min_patches", "max_patches"
-    )
+    path = image_processor_file(folder)
+    found = image_processor(folder)
+    usage = _tiles(path, found, "min_patches", "max_patches")
+    if not usage.thumbnail:
+        refuse(path, [f"{_THUMBNAIL} is False, must be True: transformers makes one all the same"])
+    return usage
 
 
 def _tiles(path: Path, found: dict[str, Any], least: str, most: str) -> Usage:

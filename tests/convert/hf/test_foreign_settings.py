@@ -266,6 +266,12 @@ def test_no_system_message_is_that_of_the_template(tmp_path: Path) -> None:
         assert preprocessing.of_chat(tmp_path).system_message == found
 
 
+def test_thumbnails_that_transformers_makes_all_the_same_are_not_left_out(tmp_path: Path) -> None:
+    write_json(tmp_path / "preprocessor_config.json", {"use_thumbnail": False})
+    with pytest.raises(ValueError, match="/preprocessor_config.json: [^/]*use_thumbnail is False"):
+        preprocessing.of_native(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("read", "file", "strange"),
     [

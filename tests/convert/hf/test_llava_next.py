@@ -150,6 +150,22 @@ def test_grids_that_the_image_processor_has_otherwise_are_refused(tmp_path: Path
         architecture_from_hf(source)
 
 
+def test_sizes_that_the_image_processor_has_otherwise_are_refused(tmp_path: Path) -> None:
+    source = make_llava_next(tmp_path / "hf")
+    path = source / "preprocessor_config.json"
+    settings = read_json(path)
+    tile = {"height": 16, "width": 16}
+    write_json(path, settings | {"size": {"shortest_edge": 16}, "crop_size": tile})
+    assert architecture_from_hf(source) == SMALL
+    for changes, told in (
+        ({"crop_size": tile}, "size is missing beside crop_size"),
+        ({"size": {"shortest_edge": 20}, "crop_size": tile}, "size is .* image_size 16 of config"),
+    ):
+        write_json(path, settings | changes)
+        with pytest.raises(ValueError, match=rf"preprocessor_config.json: .*\n.*{told}"):
+            architecture_from_hf(source)
+
+
 @pytest.mark.parametrize("given", ["", "4x1"])
 def test_packs_have_the_grids_of_the_model(
     tmp_path: Path, words: Path, monkeypatch: pytest.MonkeyPatch, given: str

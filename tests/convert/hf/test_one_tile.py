@@ -147,6 +147,30 @@ def test_a_model_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
             architecture_from_hf(source)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"size": {"height": 14, "width": 14}},
+        {"size": {"shortest_edge": 14}},
+        {"size": 14},
+        {"image_size": 14},
+        {"size": EDGE, "crop_size": {"height": 14, "width": 14}},
+    ],
+)
+def test_tiles_of_another_side_than_the_models_are_refused(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    write_json(tmp_path / "preprocessor_config.json", settings)
+    *_, name = settings
+    told = rf"preprocessor_config.json.*\n.*{name} is .*must be that of tiles, image_size {SIDE}"
+    with pytest.raises(ValueError, match=told):
+        pixel_fields(tmp_path, side=SIDE)
+    pixel_fields(tmp_path)
+    right = {"size": EDGE, "crop_size": {"height": 14, "width": 14}, "do_center_crop": False}
+    write_json(tmp_path / "preprocessor_config.json", right)
+    pixel_fields(tmp_path, side=SIDE)
+
+
 @pytest.mark.parametrize("kind", ["CLIP", "Blip", "GotOcr2", "Idefics", "Siglip", "Fuyu"])
 def test_colours_that_are_not_stated_are_those_of_the_class(tmp_path: Path, kind: str) -> None:
     for name in (f"{kind}ImageProcessor", f"{kind}ImageProcessorFast"):
