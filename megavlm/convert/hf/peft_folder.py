@@ -15,7 +15,12 @@ from torch import Tensor
 from megavlm.config.lora import LINEARS, Lora
 from megavlm.config.schema import Architecture
 from megavlm.convert.hf.hub_formats import HUB_FORMATS
-from megavlm.convert.hf.json_files import read_json
+from megavlm.convert.hf.json_files import (
+    missing,
+    needed_sizes,
+    no_positive_numbers,
+    read_json,
+)
 from megavlm.convert.weights.adapters import factor_keys, magnitude_key, moves_rows
 from megavlm.convert.weights.mapping import Row
 from megavlm.convert.weights.tables import Dialect, rows, unused_rows
@@ -35,6 +40,14 @@ _MUST_BE: dict[str, Sequence[Any]] = {
     # Other kinds change the weights of the base too, or adapt some tokens only.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
     "alora_invocation_tokens": (None,),
+    "kasa_config": (None,),
+    # Layers that are repeated, or adapters that are computed otherwise or weighed by a router.
+    "layer_replication": (None, []),
+    "arrow_config": (None,),
+    "monteclora_config": (None,),
+    "use_bdlora": (None, False),
+    "use_qalora": (False, None),
+    "lora_bias": (False, None),
 }
 _ADAPTER = re.compile(rf"\.(lora_[AB]\.weight|{NORMS})$")
 _LAYER = re.compile(r"\.layers\.\d+\.")
@@ -153,6 +166,13 @@ def _read_settings(folder: Path) -> dict[str, Any]:
             raise ValueError(
                 f"{folder / CONFIG}: {name} is {settings[name]!r}; only {allowed[0]!r} is supported"
             )
+    wrong = [
+        *needed_sizes("", settings, "r"),
+        *missing("", settings, "lora_alpha"),
+        *no_positive_numbers("", settings, "lora_alpha"),
+    ]
+    if wrong:
+        raise ValueError(f"{folder / CONFIG}: {'; '.join(wrong)}")
     return settings
 
 

@@ -261,10 +261,10 @@ def test_what_is_no_adapter_of_the_model_is_refused(base: Path, tmp_path: Path) 
     (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     with pytest.raises(ValueError, match="lora_magnitude_vector: is missing, must be"):
         convert.import_(base, tmp_path / "wrong", adapters=folder)
-    pissa = json.dumps(config | {"init_lora_weights": "pissa"})  # changes the base too
-    (folder / "adapter_config.json").write_text(pissa)
-    with pytest.raises(ValueError, match="init_lora_weights is 'pissa'"):
-        convert.import_(base, tmp_path / "wrong", adapters=folder)
+    for key, value in (("init_lora_weights", "pissa"), ("layer_replication", [[0, 2]]), ("r", 0)):
+        (folder / "adapter_config.json").write_text(json.dumps(config | {key: value}))
+        with pytest.raises(ValueError, match=f"adapter_config.json: {key} is "):
+            convert.import_(base, tmp_path / "wrong", adapters=folder)
     (folder / "adapter_config.json").write_text(json.dumps(config))
     tensors = load_file(folder / "adapter_model.safetensors")
     save_file(tensors | {"base_model.model.x": torch.ones(1)}, folder / "adapter_model.safetensors")
