@@ -54,10 +54,9 @@ _NEEDED_OF_VISION = (*_SIZES_OF_VISION, *_FLAGS_OF_VISION, "norm_type", "layer_n
 def read(raw: dict[str, Any], folder: Path, *, has_head: bool | None) -> Architecture:
     """Read the architecture; arguments and errors as in the native dialect."""
     path = folder / shared.FILE_NAME
-    language = raw.get("llm_config")
-    if isinstance(language, dict) and isinstance(language.get("model_type"), str):
-        language = shared.completed(language, path)
-    shared.refuse(path, list(_problems(raw | {"llm_config": language})))
+    shared.refuse(path, list(_problems(raw)))
+    language = shared.completed(raw["llm_config"], path)
+    shared.refuse(path, list(language_config.problems(language, "llm_config")))
     vision = raw["vision_config"]
     says_tied = bool(raw.get("tie_word_embeddings", language.get("tie_word_embeddings", False)))
     return Architecture(

@@ -130,6 +130,7 @@ def _language(folder: Path) -> Language:
             f"--init.language {path}: model_type is {raw.get('model_type')!r}, must be one of"
             f" {', '.join(FAMILIES)}"
         )
+    json_files.refuse(path, list(language_config.problems(raw, "")))
     settings = json_files.completed(raw, path)
     json_files.refuse(path, list(language_config.problems(settings, "")))
     found = language_config.read(settings, tied_head=False)

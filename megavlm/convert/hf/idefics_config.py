@@ -36,6 +36,12 @@ _FIXED: dict[str, dict[str, Any]] = {
     "": {"tie_word_embeddings": False, "use_resampler": True},
     "vision_config": {"num_channels": 3},
 }
+_RESAMPLER = (
+    "resampler_n_latents",
+    "resampler_depth",
+    "resampler_n_heads",
+    "resampler_head_dim",
+)
 _GATES = {"float": "scalar", "vector": "vector"}
 _LLAMA = FAMILIES["llama"]
 
@@ -91,6 +97,7 @@ def _problems(settings: dict[str, Any], text: dict[str, Any]) -> Iterator[str]:
     for section, fixed in _FIXED.items():
         yield from shared.contradictions(section, settings[section] if section else settings, fixed)
     yield from clip_vision.problems(vision, "vision_config")
+    yield from shared.no_sizes("perceiver_config", settings["perceiver_config"], *_RESAMPLER)
     if settings["alpha_type"] not in _GATES:
         yield f"alpha_type is {settings['alpha_type']!r}, must be {' or '.join(_GATES)}"
     every = settings["cross_layer_interval"]

@@ -20,6 +20,7 @@ from megavlm.config.schema import Architecture, Language, Vision
 from megavlm.convert.hf import (
     blip2_config,
     fuyu_config,
+    idefics_config,
     language_config,
     native_config,
     preprocessing,
@@ -31,6 +32,7 @@ from megavlm.convert.hf.vision_part import vision_from_hf
 from megavlm.convert.weights.families import FAMILIES
 from megavlm.data.text.templates import FORMATS
 from tests.convert.blip2_models import OPT
+from tests.convert.idefics_models import FLAMINGO
 from tests.convert.models import KINDS, SMALL, ids_with
 
 STRANGE = ([1, 2], "x", None, -1, 1.5)
@@ -178,6 +180,7 @@ def test_tokens_that_see_later_ones_are_refused(config: PreTrainedConfig) -> Non
 
 NATIVE = native_config.write(SMALL, ids_with(5), torch.float32)
 BLIP2 = blip2_config.write(OPT, ids_with(5), torch.float32)
+IDEFICS = idefics_config.write(FLAMINGO, ids_with(0), torch.float32)
 EXPERTS = native_config.write(KINDS["qwen3_moe"], ids_with(5), torch.float32)
 
 
@@ -195,6 +198,8 @@ EXPERTS = native_config.write(KINDS["qwen3_moe"], ids_with(5), torch.float32)
         (BLIP2, "qformer_config.intermediate_size", 0, "is 0, must"),
         (BLIP2, "qformer_config.cross_attention_frequency", 0, "is 0, must"),
         (BLIP2, "num_query_tokens", 0, "is 0, must"),
+        (IDEFICS, "perceiver_config.resampler_n_latents", 0, "is 0, must"),
+        (IDEFICS, "perceiver_config.resampler_n_heads", 0, "is 0, must"),
     ],
 )
 def test_sizes_that_cannot_be_are_named(

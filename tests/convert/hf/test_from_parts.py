@@ -78,6 +78,11 @@ def test_what_a_file_leaves_out_is_as_transformers_has_it(tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="sliding_window is 4096, must be None"):
         from_parts.language_from_hf(init)
+    # What transformers cannot read is named all the same.
+    strange = settings | {"rope_parameters": {"type": "su"}, "sliding_window": 262144}
+    (tmp_path / "config.json").write_text(json.dumps(strange))
+    with pytest.raises(ValueError, match=r"(?s)window is 262144, .*positions are of type 'su'"):
+        from_parts.language_from_hf(init)
     chat = chat_settings(SMALL)
     (tmp_path / "config.json").write_text(json.dumps(chat | {"llm_config": settings}))
     with pytest.raises(ValueError, match="llm_config.sliding_window is 4096, must be None"):
