@@ -10,6 +10,7 @@ from megavlm.convert.hf.json_files import (
     SIZES,
     compressed_rotary_problems,
     contradictions,
+    group_problems,
     layer_type_problems,
     layer_types,
     missing,
@@ -51,6 +52,8 @@ def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
         yield from unreadable
         return
     yield from contradictions(section, settings, gpt_oss.FAMILY.settings)
+    if settings.get("num_attention_heads"):
+        yield from group_problems(section, settings)
     yield from layer_type_problems(section, settings)
     scaling = _scaling(settings)
     name = f"{section}.rope_scaling".lstrip(".")

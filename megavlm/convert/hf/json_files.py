@@ -197,6 +197,17 @@ def rotary_problems(section: str, found: Mapping[str, Any]) -> Iterator[str]:
             yield f"{named(section, name)} is {scaling!r}, must be an object"
 
 
+def group_problems(section: str, found: Mapping[str, Any]) -> Iterator[str]:
+    """Yield that query heads do not divide over the key-value heads, if the file states these."""
+    heads = found["num_attention_heads"]
+    groups = found.get("num_key_value_heads") or heads
+    if heads % groups:
+        yield (
+            f"{named(section, 'num_attention_heads')} is {heads}, must be a multiple of"
+            f" num_key_value_heads {groups}"
+        )
+
+
 def compressed_rotary_problems(section: str, scaling: Mapping[str, Any]) -> Iterator[str]:
     """Yield that rotary positions are stretched by less than 1, or by a number that is not told.
 

@@ -13,6 +13,7 @@ from megavlm.convert.hf.json_files import (
     SIZES,
     compressed_rotary_problems,
     contradictions,
+    group_problems,
     layer_type_problems,
     layer_types,
     missing,
@@ -84,6 +85,8 @@ def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
         )
     if not family.has_head_dim:
         yield from _head_dim_problems(settings, section)
+    if family.has_groups and settings.get("num_attention_heads"):
+        yield from group_problems(section, settings)
 
 
 def _head_dim_problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:

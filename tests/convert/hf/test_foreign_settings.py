@@ -192,6 +192,7 @@ EXPERTS = native_config.write(KINDS["qwen3_moe"], ids_with(5), torch.float32)
         (NATIVE, "vision_config.num_hidden_layers", 0, "is 0, must"),
         (NATIVE, "vision_config.intermediate_size", 0, "is 0, must"),
         (NATIVE, "text_config.hidden_size", 49, "is 49, must be a multiple of num_attention_head"),
+        (NATIVE, "text_config.num_attention_heads", 3, "is 3, must be a multiple of num_key_value"),
         (EXPERTS, "text_config.num_experts", 0, "is 0, must"),
         (EXPERTS, "text_config.moe_intermediate_size", 0, "is 0, must"),
         (BLIP2, "vision_config.num_hidden_layers", 0, "is 0, must"),

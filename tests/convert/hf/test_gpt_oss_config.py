@@ -27,6 +27,7 @@ KINDS_OF_LAYERS = ["full_attention", "sliding_attention"]
         ({"rope_parameters": ROTARY | {"beta_fast": 16}}, "beta_fast is 16"),
         ({"rope_parameters": ROTARY | {"factor": 0.5}}, "factor is 0.5, must be at least 1"),
         ({"rope_parameters": ROTARY | {"factor": None}}, "rope_scaling.factor is missing"),
+        ({"num_key_value_heads": 4}, "num_attention_heads is 6, must be a multiple of num_key"),
         ({"original_max_position_embeddings": 8}, "original_max_position_embeddings is 8, must be"),
     ],
 )
