@@ -13,6 +13,7 @@ import pytest
 
 from megavlm.data.packing import job as packing
 from megavlm.data.packing import write_shards
+from megavlm.data.packing.encode import Encoder
 from megavlm.data.packing.job import pack_dataset
 from megavlm.data.packing.windows import Windows
 from megavlm.data.packing.write_shards import Documents
@@ -20,6 +21,7 @@ from megavlm.data.records.meta_file import single_source
 from megavlm.data.records.raw_record import RawRecord
 from megavlm.data.sample import Image, Sample
 from megavlm.data.store.reader import Reader
+from megavlm.data.text.tokenizer import load_tokenizer
 from tests.data.packing.test_repair import bytes_of, chat, job, save
 
 
@@ -80,6 +82,33 @@ def test_a_document_with_a_damaged_image_is_left_out_whole(tmp_path: Path) -> No
         line for pack in map(whole.read, range(len(whole))) for line in pack.provenance["line"]
     ]
     assert lines.count(1) == lines.count(2) == lines.count(3) == report.samples // 2
+
+
+def test_documents_are_encoded_once_and_those_of_two_files_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = Encoder.encode_raw
+    encoded = []
+
+    def counted(self, raw, annotations, **how):
+        encoded.append(annotations.name)
+        return encode(self, raw, annotations, **how)
+
+    monkeypatch.setattr(Encoder, "encode_raw", counted)
+    words = {"a": "one", "b": "two"}
+    for name, word in words.items():
+        (tmp_path / f"{name}.jsonl").write_text(
+            json.dumps({"texts": [f"{word} " * 60], "images": [None]})
+        )
+    sources = [single_source(tmp_path / f"{name}.jsonl", tmp_path)[0] for name in words]
+    pack_dataset(job(tmp_path, sources=tuple(sources), capacity=64, windows=Windows(tokens=20)))
+    assert sorted(encoded) == ["a", "b"]
+    tokenizer = load_tokenizer(str(tmp_path / "out" / "tokenizer"))
+    reader = Reader(tmp_path / "out")
+    for pack in map(reader.read, range(len(reader))):
+        samples = np.split(pack.tokens, np.cumsum(pack.lengths)[:-1])
+        for source, tokens in zip(pack.provenance["source"], samples, strict=True):
+            assert list(words.values())[source] in tokenizer.decode(tokens)
 
 
 def test_levels_lose_the_packs_of_which_no_sample_is_left(
