@@ -15,6 +15,7 @@ from megavlm.data.packing import job as packing
 from megavlm.data.packing import write_shards
 from megavlm.data.packing.encode import Encoder
 from megavlm.data.packing.job import pack_dataset
+from megavlm.data.packing.plan import plan_packs
 from megavlm.data.packing.windows import Windows
 from megavlm.data.packing.write_shards import Documents
 from megavlm.data.records.meta_file import single_source
@@ -109,6 +110,33 @@ def test_documents_are_encoded_once_and_those_of_two_files_told_apart(
         samples = np.split(pack.tokens, np.cumsum(pack.lengths)[:-1])
         for source, tokens in zip(pack.provenance["source"], samples, strict=True):
             assert list(words.values())[source] in tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason", "told"),
+    [
+        ("x" * 30, "changed", "a.jsonl:3: malformed_json: "),
+        ("", "changed", "now: gone"),
+        (chat(image="none.png"), "missing_image", "none.png"),
+    ],
+    ids=["damaged", "gone", "other"],
+)
+def test_a_record_that_is_no_sample_any_more_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, reason: str, told: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    before = f"{chat()}\n{chat()}\n"
+    path.write_text(before + chat())
+
+    def plan(*samples, **settings):
+        path.write_text(before + line)
+        return plan_packs(*samples, **settings)
+
+    monkeypatch.setattr(packing, "plan_packs", plan)
+    report = pack_dataset(job(tmp_path, max_rejects=0.5))
+    [reject] = [json.loads(one) for one in (tmp_path / "out" / "rejects.jsonl").open()]
+    assert (report.packed_records, reject["line"]) == (2, 3)
+    assert reject["reason"] == reason and told in reject["detail"]
 
 
 def test_levels_lose_the_packs_of_which_no_sample_is_left(
