@@ -210,3 +210,27 @@ def test_a_packing_ends_as_soon_as_too_many_records_are_rejected(
     with pytest.raises(ValueError, match=r"^8 of 8 .* and one must be left") as caught:
         pack_dataset(job(tmp_path, capacity=256, max_rejects=1.0))
     assert len(str(caught.value).splitlines()) == 6, "five of them are shown"
+
+
+def test_the_manifest_tells_what_was_wanted(tmp_path: Path) -> None:
+    save(tmp_path / "0.png")
+    (tmp_path / "a.jsonl").write_text("\n".join([chat(image="0.png")] * 3))
+    (source,) = single_source(tmp_path / "a.jsonl", tmp_path)
+    sources = (replace(source, repeat_time=2, augment=True), replace(source, name="b"))
+    pack_dataset(job(tmp_path, sources=sources, tile_multiple=7))
+    manifest = Reader(tmp_path / "out").manifest
+    told = [(each.repeat_time, each.augment, each.samples) for each in manifest.sources]
+    assert manifest.tile_cap % 7 == 0 and sum(samples for *_, samples in told) == 9
+    assert [each[:2] for each in told] == [(2, True), (1, False)]
+    tokenizer = load_tokenizer(str(tmp_path / "out" / "tokenizer"))
+    assert manifest.vocab_size == max(tokenizer.get_vocab().values()) + 1
+
+
+def test_a_share_of_which_no_record_is_left_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join([chat()] * 3))
+    (source,) = single_source(tmp_path / "a.jsonl", tmp_path)
+    with pytest.raises(ValueError, match=r"^no records in .*a.jsonl, of which repeat_time below 1"):
+        pack_dataset(job(tmp_path, sources=(replace(source, repeat_time=0.3),)))
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"^no records in .*a.jsonl$"):
+        pack_dataset(job(tmp_path, "empty", sources=single_source(tmp_path / "a.jsonl", tmp_path)))
