@@ -160,3 +160,21 @@ def test_what_was_written_after_the_last_save_is_measured_again(
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
     rejects = [(tmp_path / name / "rejects.jsonl").read_text() for name in ("out", "whole")]
     assert rejects[0] == rejects[1] and rejects[0].count("\n") == 5
+
+
+@pytest.mark.parametrize(
+    ("length", "repeat", "is_right"), [(5, 1, True), (4, 1, False), (6, 2, False), (9, 0.5, True)]
+)
+def test_the_files_of_a_source_have_its_length_together(
+    tmp_path: Path, length: int, repeat: float, is_right: bool
+) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join([chat()] * 3))
+    (tmp_path / "a-1.jsonl").write_text("\n".join([chat()] * 2))
+    facts = {"annotation": str(tmp_path / "a*.jsonl"), "length": length, "repeat_time": repeat}
+    (tmp_path / "meta.json").write_text(json.dumps({"a": facts}))
+    wanted = job(tmp_path, sources=read_meta(tmp_path / "meta.json"))
+    if is_right:
+        assert pack_dataset(wanted).records == (5 if repeat == 1 else 2)
+        return
+    with pytest.raises(ValueError, match=f"'a' has 5 records, but its length is {length}"):
+        pack_dataset(wanted)
