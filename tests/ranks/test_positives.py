@@ -263,9 +263,13 @@ def test_any_text_of_an_image_counts_and_an_image_is_searched_once(
         ("image_to_text", similar, is_own),
         ("text_to_image", similar.T, is_own.T),
     ):
+        best = np.where(own, rows, -np.inf).max(axis=1, keepdims=True)
+        others = np.where(own, -np.inf, rows)
+        # Equal texts are as near, but for a rounding that depends on the processor.
+        is_near = abs(others - best) <= 1e-6
+        before = (others > best + 1e-6).sum(axis=1) + is_near.sum(axis=1) / 2
         for cut in (1, 5, 10):
-            nearest = np.argsort(-rows, axis=1)[:, :cut]
-            hits = np.take_along_axis(own, nearest, axis=1).any(axis=1)
-            assert figures[f"recall/{direction}_at_{cut}"] == pytest.approx(hits.mean())
+            hits = (before < cut).mean()
+            assert figures[f"recall/{direction}_at_{cut}"] == pytest.approx(hits)
     two = ranks.run(measure_recalls, 2, config)
     assert [found for found, _ in two] == [figures, figures]
