@@ -107,15 +107,20 @@ class Pool:
         if failed:
             exit_codes = self.close()
             if answer is None:
-                answer = f"the process died, exit code {exit_codes[rank]}"
+                stack = self._crash_file(rank).read_text()
+                answer = f"the process died, exit code {exit_codes[rank]}\n{stack}"
             raise AssertionError(f"rank {rank}: {answer}")
         return answer
 
     def _start_worker(self) -> None:
         ours, theirs = multiprocessing.Pipe()
-        process = start_process(_serve, theirs)
+        process = start_process(_serve, theirs, self._crash_file(len(self._workers)))
         theirs.close()
         self._workers.append((process, ours))
+
+    def _crash_file(self, rank: int) -> Path:
+        """Return where a worker writes its stacks if a signal ends it."""
+        return Path(self._folder.name) / f"crash-{rank}"
 
     def close(self) -> list[int | None]:
         """End all workers; return their exit codes."""
@@ -130,7 +135,7 @@ class Pool:
         return [process.exitcode for process, _ in workers]
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, crash_file: Path) -> None:
     import faulthandler
     import gc
     import warnings
@@ -141,7 +146,8 @@ def _serve(connection: Connection) -> None:
     from megavlm.parallel import process_groups
 
     warnings.filterwarnings("ignore")
-    faulthandler.enable()
+    crashes = crash_file.open("w")
+    faulthandler.enable(crashes)
     torch.set_num_threads(1)
     groups: list[dist.ProcessGroup] = []
     while True:
