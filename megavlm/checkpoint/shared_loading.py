@@ -2,8 +2,8 @@
 what all of them need, and sends it to the others.
 
 megatron-core lets every rank read all that it needs itself, so that what is read of the storage
-grows with the number of replicas: weights, master weights and moments of 8 billion parameters are
-112 GB, which 1,024 data-parallel ranks would read 1,024 times.
+grows with the number of replicas: the weights of 8 billion parameters are 16 GB, which 1,024
+data-parallel ranks would read 1,024 times.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megavlm.checkpoint.rank_errors import RankError
 
+OWNED = ("optimizer", "ema")
+"""First keys, in what is saved and loaded, of tensors that one of the replicas has for all."""
 _OF_EXPERTS = ".mlp.experts."
 
 
@@ -39,6 +41,11 @@ class Replicas:
 
     dense: dist.ProcessGroup
     experts: dist.ProcessGroup
+
+
+def is_of_experts(key: str) -> bool:
+    """Return whether a checkpoint key is that of an expert's weight."""
+    return _OF_EXPERTS in key
 
 
 class SharedLoading(TorchDistLoadShardedStrategy):
@@ -62,10 +69,11 @@ class SharedLoading(TorchDistLoadShardedStrategy):
             RankError: a rank cannot read its share; every rank raises it.
         """
         entries = [one for one in nested_values(sharded_state_dict) if isinstance(one, ShardedBase)]
-        shards = [one for one in entries if isinstance(one, ShardedTensor)]
+        common = {name: value for name, value in sharded_state_dict.items() if name not in OWNED}
+        shards = [one for one in nested_values(common) if isinstance(one, ShardedTensor)]
         kinds = (
-            ([one for one in shards if _OF_EXPERTS not in one.key], self._replicas.dense),
-            ([one for one in shards if _OF_EXPERTS in one.key], self._replicas.experts),
+            ([one for one in shards if not is_of_experts(one.key)], self._replicas.dense),
+            ([one for one in shards if is_of_experts(one.key)], self._replicas.experts),
         )
         plans = [
             (shard, owner, group)
@@ -85,7 +93,7 @@ class SharedLoading(TorchDistLoadShardedStrategy):
         for shard, owner, group in plans:
             if shard.data is None:
                 shard.init_data("cpu")
-            _send(values.setdefault(id(shard), shard.data.detach()), owner, group)
+            send(values.setdefault(id(shard), shard.data.detach()), owner, group)
         return dict_list_map_inplace(lambda one: values.get(id(one), one), sharded_state_dict)
 
 
@@ -115,14 +123,14 @@ def _owners(shards: Sequence[ShardedTensor], group: dist.ProcessGroup) -> list[i
 
 
 def spread(sizes: Sequence[int], ranks: int) -> list[int]:
-    """Divide shards among ranks so that all read about as much; a pure function.
+    """Divide tensors among ranks so that all have about as much; a pure function.
 
     Args:
-        sizes: bytes of each shard.
+        sizes: of each tensor.
         ranks: their number.
 
     Returns:
-        The rank of each shard.
+        The rank of each tensor.
     """
     loads = [(0, rank) for rank in range(ranks)]
     owners = [0] * len(sizes)
@@ -145,10 +153,17 @@ def _is_common(shards: Sequence[ShardedTensor], group: dist.ProcessGroup) -> boo
     return most == -negated_least
 
 
-def _send(tensor: Tensor, owner: int, group: dist.ProcessGroup) -> None:
+def send(tensor: Tensor, owner: int, group: dist.ProcessGroup) -> None:
     """Give all ranks of a group the values that one of them has read, as bytes. Collective; one
     tensor at a time is on the device.
+
+    Args:
+        tensor: the values, or room for them.
+        owner: the rank of the group that has them.
+        group: the ranks.
     """
+    if group.size() == 1:
+        return
     moved = tensor.to(_device(group)).contiguous()
     dist.broadcast(moved.view(-1).view(torch.uint8), group_src=owner, group=group)
     if moved is not tensor:

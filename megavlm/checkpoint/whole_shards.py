@@ -25,6 +25,8 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
 
+from megavlm.checkpoint.shared_loading import OWNED
+
 
 class ShardError(RuntimeError):
     """Shards that do not make whole tensors; every rank raises it."""
@@ -41,11 +43,10 @@ def check(tensors: ShardedStateDict) -> None:
         ShardError: on every rank, what is wrong.
     """
     apply_factories(tensors)
-    entries = [one for one in nested_values(tensors) if isinstance(one, ShardedBase)]
-    written = [one.without_data() for one in entries if is_main_replica(one.replica_id)]
+    written = [one.without_data() for one in _entries(tensors) if is_main_replica(one.replica_id)]
     told = _on_first(zlib.compress(pickle.dumps(written), 1))
     shards = [pickle.loads(zlib.decompress(each)) for each in told]
-    missing = _all_keys(entries) - {one.key for of_rank in shards for one in of_rank}
+    missing = _all_keys(tensors) - {one.key for of_rank in shards for one in of_rank}
     problem = _problem(shards, missing) if dist.get_rank() == 0 else ""
     verdict = [problem]
     dist.broadcast_object_list(verdict)
@@ -64,16 +65,24 @@ def _problem(shards: Sequence[Sequence[ShardedBase]], missing: set[str]) -> str:
     return ""
 
 
-def _all_keys(entries: Sequence[ShardedBase]) -> set[str]:
+def _all_keys(tensors: ShardedStateDict) -> set[str]:
     """Return the keys of all ranks' entries on the first rank, nothing on others. Replicas have the
-    same ones, so the first of them tells them for all. Collective.
+    same ones, so the first of them tells them for all; but for those that one of them has for all,
+    which are told if another rank is to write them. Collective.
     """
-    keys = sorted({one.key for one in entries})
+    common = {name: value for name, value in tensors.items() if name not in OWNED}
+    keys = sorted({one.key for one in _entries(common)})
     digests = _on_first(hashlib.sha256("\n".join(keys).encode()).digest())
     tellers = [[digests.index(digest) for digest in dict.fromkeys(digests)]]
     dist.broadcast_object_list(tellers)
-    told = _on_first(keys if dist.get_rank() in tellers[0] else [])
+    owned = {name: value for name, value in tensors.items() if name in OWNED}
+    others = [one.key for one in _entries(owned) if not is_main_replica(one.replica_id)]
+    told = _on_first((keys if dist.get_rank() in tellers[0] else []) + others)
     return set().union(*told)
+
+
+def _entries(tensors: ShardedStateDict) -> list[ShardedBase]:
+    return [one for one in nested_values(tensors) if isinstance(one, ShardedBase)]
 
 
 def _on_first(value: Any) -> list[Any]:

@@ -1,24 +1,26 @@
 """An exponential moving average of the trained parameters (Polyak and Juditsky, 1992).
 
 Each data-parallel rank averages its own shard of the master weights. A checkpoint holds the whole
-averages, at any layout: for a moment they take the place of the master weights, and megatron-core
-gathers them as it gathers those.
+averages, at any layout: for a moment they take the place of the master weights, and are gathered as
+those are.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedBase
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megavlm.config.averages import Ema
+from megavlm.train import optimizer_state
+from megavlm.train.optimizer_state import MASTER
 
 PREFIX = "ema."
 """Begins the keys of averages in a checkpoint, before those of the parameters."""
@@ -85,31 +87,61 @@ class Averages:
             chunk.start_param_sync(force_sync=True)
 
     def take_master_weights(self) -> None:
-        """Begin the averages anew, or take what was loaded in the place of the master weights."""
+        """Begin the averages anew."""
         for average, parameter in zip(self.shards, _masters(self.optimizer), strict=True):
             average.copy_(parameter.detach())
 
-    def sharded(self, state_of: Callable[[], dict[Any, Any]]) -> dict[str, ShardedBase]:
-        """Return the averages as megatron-core saves them. Collective.
+    def take(self, whole: Mapping[str, Tensor]) -> None:
+        """Take averages that were loaded. Collective.
 
         Args:
-            state_of: returns the sharded state of the optimizer.
+            whole: those of the parameters that this rank owns, by place as of ``entries``.
         """
+        shards = {
+            id(master): shard
+            for master, shard in zip(_masters(self.optimizer), self.shards, strict=True)
+        }
+        for number, part in enumerate(self.optimizer.chained_optimizers):
+            own = {
+                int(place.split()[1]): {MASTER: tensor}
+                for place, tensor in whole.items()
+                if place.split()[0] == str(number)
+            }
+            for parameter, tensors in optimizer_state.scatter(part, own, [MASTER]):
+                shards[id(optimizer_state.master_of(part, parameter))].copy_(tensors[MASTER])
+
+    def sharded(self, weights: ShardedStateDict) -> dict[str, ShardedBase]:
+        """Return the averages of the parameters that this rank owns, as megatron-core saves them.
+        Collective.
+
+        Args:
+            weights: the model's part of what is saved.
+        """
+        parts = self.optimizer.chained_optimizers
         with self.in_master_weights():
-            return entries(state_of(), self.optimizer)
+            states = [optimizer_state.sharded(part, weights, [MASTER]) for part in parts]
+        return {
+            f"{number} {index}": _named(tensors[MASTER])
+            for number, state in enumerate(states)
+            for index, tensors in state.items()
+        }
 
 
 def entries(state: dict[Any, Any], optimizer: MegatronOptimizer) -> dict[str, ShardedBase]:
-    """Return the entries of master weights in an optimizer's state under the keys of averages, by
-    number of the part of the optimizer and of the parameter.
+    """Return entries like those of the master weights in an optimizer's state, under the keys of
+    averages, by number of the part of the optimizer and of the parameter.
     """
     found = {}
     for place, tensors in parameter_states(state, optimizer):
-        if "param" in tensors:
-            entry = tensors["param"]
-            key = PREFIX + entry.key.rpartition(_STATE)[2]
-            found[place] = replace(entry, key=key, data=entry.data.clone())
+        if MASTER in tensors:
+            entry = _named(tensors[MASTER])
+            found[place] = replace(entry, data=entry.data.clone())
     return found
+
+
+def _named(entry: ShardedBase) -> ShardedBase:
+    """Return the entry of a master weight under the key of its average."""
+    return replace(entry, key=PREFIX + entry.key.rpartition(_STATE)[2])
 
 
 def _masters(optimizer: MegatronOptimizer) -> list[Tensor]:

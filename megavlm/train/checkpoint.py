@@ -34,7 +34,7 @@ from megavlm.model.precision import dtype_of
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.train import averages, master_weights, router_state
 from megavlm.train.architecture_differences import architecture_differences
-from megavlm.train.averages import Averages, parameter_states
+from megavlm.train.averages import Averages
 from megavlm.train.master_weights import Master, MismatchError
 from megavlm.train.optimizer import load_state, oldest
 
@@ -87,31 +87,20 @@ def sharded(
         MismatchError: what would be saved is wrong: its master weights are not the weights.
     """
     weights = sharded_weights(chunks)
-
-    def state_of() -> dict[Any, Any]:
-        state = optimizer.sharded_state_dict(
-            weights, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT
-        )
-        for part in filter(None, optimizer_parts(state, optimizer)):
-            # megatron-core 0.19 orders the settings of a group otherwise after a resume, and the
-            # file of a resumed run is to equal that of one that was not interrupted.
-            groups = part["optimizer"]["param_groups"]
-            part["optimizer"]["param_groups"] = [dict(sorted(group.items())) for group in groups]
-        return state
-
-    means = {}
-    with master_weights.library_warnings() as warnings:
-        if averaged is not None and not is_loading:
-            # First, while the host does not hold the optimizer's state: its copy with averages in
-            # it is gone before the state is gathered.
-            means = {"ema": averaged.sharded(state_of)}
-        state = state_of()
+    state = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT)
+    for part in filter(None, optimizer_parts(state, optimizer)):
+        # megatron-core 0.19 orders the settings of a group otherwise after a resume, and the file
+        # of a resumed run is to equal that of one that was not interrupted.
+        groups = part["optimizer"]["param_groups"]
+        part["optimizer"]["param_groups"] = [dict(sorted(group.items())) for group in groups]
     found = [] if is_loading else master_weights.masters(weights, state, optimizer)
-    wrong = master_weights.differences(found, state, lambda key: None)
-    master_weights.refuse(wrong, warnings)
+    master_weights.refuse(master_weights.differences(found, state, lambda key: None))
     scales = {"scales": _scales(chunks)} if "delayed" in fp8.recipes.values() else {}
-    if averaged is not None and is_loading:
-        means = {"ema": averages.entries(state, optimizer)}
+    means = {}
+    if averaged is not None:
+        means["ema"] = (
+            averages.entries(state, optimizer) if is_loading else averaged.sharded(weights)
+        )
     return {"model": weights, "optimizer": state} | scales | means | router_state.entries(chunks)
 
 
@@ -139,6 +128,11 @@ def _scales(chunks: Sequence[VisionLanguageModel]) -> ShardedStateDict:
     }
 
 
+def replicas_of(collection: ProcessGroupCollection) -> Replicas:
+    """Return which ranks hold the same weights as this one."""
+    return Replicas(dense=collection.dp_cp, experts=collection.expt_dp)
+
+
 def load_shards(
     checkpoint: Checkpoint, wanted: dict[str, Any], collection: ProcessGroupCollection
 ) -> dict[str, Any]:
@@ -147,17 +141,18 @@ def load_shards(
     Args:
         checkpoint: where they are; in format 1 keys say ``projector`` for the connector.
         wanted: the tensors, as ``sharded`` names them; their keys may be changed.
-        collection: groups of this rank; replicas read together.
+        collection: groups of this rank; replicas read together but the state of the optimizer, of
+            which each asks for what it owns.
     """
     if checkpoint.state.format == 1:
         dict_list_map_inplace(_name_as_in_format_1, wanted)
-    replicas = Replicas(dense=collection.dp_cp, experts=collection.expt_dp)
+    strategy = SharedLoading(replicas_of(collection))
     # What is asked for is what the chunks have, so it needs no check, for which every rank would
     # hear of the shards of all others.
     return dist_checkpointing.load(
         wanted,
         str(checkpoint.folder / SHARDS),
-        sharded_strategy=SharedLoading(replicas),
+        sharded_strategy=strategy,
         validate_access_integrity=False,
     )
 
@@ -280,7 +275,10 @@ def load_optimizer(
     refuse_mismatch(checkpoint, found, loaded["optimizer"])
     # Moments are stored for each parameter. Its group is that of this run, which may be divided
     # otherwise; all groups have seen the same number of updates.
-    stored = [part["optimizer"] for part in optimizer_parts(loaded["optimizer"], optimizer)]
+    parts = optimizer_parts(loaded["optimizer"], optimizer)
+    stored = [part["optimizer"] for part in parts]
+    for part in parts:
+        part.setdefault("param_state", {})  # of a rank that owns nothing
     # The file has the groups of rank 0, and Transformer Engine's AdamW counts no update of a group
     # without parameters: the count is missing if rank 0 trains nothing.
     counts = [
@@ -293,24 +291,10 @@ def load_optimizer(
     for part, own in zip(stored, groups, strict=True):
         part["param_groups"] = [group | {"step": updates} for group in own]
     if averaged is not None:
-        _take_averages(averaged, loaded)
+        averaged.take(loaded.get("ema", {}))
     # In float32 the master weights are the weights, and the checkpoint's weights may have 16 bits:
     # the master weights come last.
     load_state(optimizer, loaded["optimizer"])
-
-
-def _take_averages(averaged: Averages, loaded: dict[str, Any]) -> None:
-    """Let megatron-core cut the averages into this rank's shards, where it puts master weights."""
-    masters = {}
-    for place, tensors in parameter_states(loaded["optimizer"], averaged.optimizer):
-        if place in loaded["ema"]:
-            masters[place] = tensors["param"]
-            tensors["param"] = loaded["ema"][place]
-    averaged.optimizer.load_state_dict(loaded["optimizer"])
-    averaged.take_master_weights()
-    for place, tensors in parameter_states(loaded["optimizer"], averaged.optimizer):
-        if place in masters:
-            tensors["param"] = masters[place]
 
 
 def refuse_mismatch(

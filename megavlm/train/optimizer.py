@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from megavlm.config.schema import Config
 from megavlm.model.precision import dtype_of
 from megavlm.model.vlm import VisionLanguageModel
-from megavlm.train import parameter_groups
+from megavlm.train import optimizer_state, parameter_groups
 from megavlm.train.muon import Muon
 from megavlm.train.parameter_groups import age_of, frozen_steps_of, multiplier_of
 from megavlm.train.plain_moments import sgd_step
@@ -81,25 +81,9 @@ def wrap_chunks(
         )
         for index, chunk in enumerate(chunks)
     ]
-    count_padding(ddp_chunks)
     for chunk in ddp_chunks:
         _wait_in_owners_only(chunk)
     return ddp_chunks
-
-
-def count_padding(ddp_chunks: Sequence[DistributedDataParallel]) -> None:
-    """Make the padding of each gradient bucket count as part of it.
-
-    ``DistributedOptimizer.sharded_param_state_fully_reshardable`` joins the buckets without their
-    padding, and then cuts the parameters out at offsets that include it, which is wrong behind the
-    first bucket that has padding. If the padding counts, it is joined too, and the offsets are
-    right. megatron-core reads these two numbers for nothing else.
-    """
-    for chunk in ddp_chunks:
-        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
-            for bucket in buffer.buckets:
-                bucket.numel_unpadded = bucket.grad_data.numel()
-            buffer.numel_unpadded = buffer.numel
 
 
 def _wait_in_owners_only(chunk: DistributedDataParallel) -> None:
@@ -173,6 +157,7 @@ def build_optimizer(
     # ``ChainedOptimizer._synchronize_steps`` reads the parameter groups that it does not have.
     parts = [part for part in built.chained_optimizers if not part.is_stub_optimizer]
     for part in parts:
+        optimizer_state.own_whole_tensors(part)
         # ``step`` is called by megatron-core's ``step_with_ready_grads``.
         if optimizer.moments == "bfloat16":
             part.optimizer.step = partial(step_in_slices, part.optimizer)

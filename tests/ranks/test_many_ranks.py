@@ -141,6 +141,39 @@ def test_a_save_tells_and_a_load_reads_the_same_however_many_replicas_there_are(
     assert many <= few < max(found[2][0]["told"]) / 2
 
 
+def keys_told_with_owners() -> int:
+    """Check shards of which each rank owns some beside those that all hold; return how many keys
+    this rank tells the first one.
+    """
+    import torch
+    import torch.distributed as dist
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    from megavlm.checkpoint import whole_shards
+
+    rank = dist.get_rank()
+    world = dist.get_world_size()
+    common = {name: one for name, one in _entries(rank, world).items() if "dense" in name}
+    owned = {
+        number: ShardedTensor.from_rank_offsets(f"optimizer.state.{number}", torch.zeros(4))
+        for number in range(rank, SHARDS, world)
+    }
+    told: list[int] = []
+    gather = whole_shards._on_first
+
+    def noted(value: Any) -> list[Any]:
+        told.append(len(value) if isinstance(value, list) else 0)
+        return gather(value)
+
+    with mock.patch.object(whole_shards, "_on_first", noted):
+        whole_shards.check({"model": common, "optimizer": owned})
+    return sum(told)
+
+
+def test_owners_of_state_tell_no_keys_that_replicas_have_in_common(ranks: Pool) -> None:
+    assert ranks.run(keys_told_with_owners, 4) == [SHARDS, 0, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("fault", "words"), [("twice", "whole tensors"), ("nobody", "no rank would write layers.3.")]
 )

@@ -34,7 +34,10 @@ def on_ranks(function: Callable, size: int, *args: Any) -> list[Any]:
         for _, sender in pipes:
             sender.close()
         try:
-            return [receiver.recv() for receiver, _ in pipes]
+            answers = [receiver.recv() for receiver, _ in pipes]
+            for process in ranks:  # which leave together, or one would complain of another
+                process.join()
+            return answers
         except EOFError:
             raise RuntimeError(f"a rank of {function.__name__} failed") from None
         finally:
