@@ -14,6 +14,8 @@ from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor, nn
 
+from megavlm.checkpoint.rank_errors import raised_on_all
+from megavlm.checkpoint.shared_loading import is_of_experts, send, spread
 from megavlm.config.lora import MAGNITUDE
 from megavlm.config.schema import Architecture, Config
 from megavlm.model.vision_attention import unpadded_shape
@@ -83,7 +85,9 @@ def fill(
     full_tensor: FullTensor,
     wanted: Callable[[str], bool] = lambda key: True,
 ) -> list[str]:
-    """Fill the weights of these chunks, each with its part of the whole tensor.
+    """Fill the weights of these chunks, each with its part of the whole tensor. Collective: of
+    ranks that are replicas of each other each takes a share of the parts, and sends it to the
+    others.
 
     Args:
         chunks: this rank's.
@@ -94,17 +98,25 @@ def fill(
 
     Returns:
         The keys that were filled.
+
+    Raises:
+        RankError: a rank cannot read a tensor; every rank raises it.
     """
-    keys = []
-    for shard in (shard for chunk in chunks for shard in _shards(chunk)):
-        if not wanted(shard.key):
-            continue
-        full = full_tensor(shard.key, tuple(shard.global_shape))
-        part = full[shard.global_slice()]
-        shard.data.zero_()
-        shard.data[tuple(slice(0, size) for size in part.shape)].copy_(part)
-        keys.append(shard.key)
-    return keys
+    shards = [one for chunk in chunks for one in _shards(chunk) if wanted(one.key)]
+    collection = chunks[0].groups.collection
+    sent = []
+    for group, of_experts in ((collection.dp_cp, False), (collection.expt_dp, True)):
+        own = [shard for shard in shards if is_of_experts(shard.key) == of_experts]
+        owners = spread([shard.data.nbytes for shard in own], group.size())
+        sent += [(shard, owner, group) for shard, owner in zip(own, owners, strict=True)]
+    with raised_on_all():
+        for shard in (shard for shard, owner, group in sent if owner == group.rank()):
+            part = full_tensor(shard.key, tuple(shard.global_shape))[shard.global_slice()]
+            shard.data.zero_()
+            shard.data[tuple(slice(0, size) for size in part.shape)].copy_(part)
+    for shard, owner, group in sent:
+        send(shard.data, owner, group)
+    return [shard.key for shard in shards]
 
 
 def fresh_tensor(config: Config) -> FullTensor:
