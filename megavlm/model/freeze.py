@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from megavlm.checkpoint.shared_loading import is_of_experts
 from megavlm.config.freeze_mask import PARTS, matches
 from megavlm.config.schema import Training
 from megavlm.config.unfreezing import frozen_steps
@@ -71,9 +72,16 @@ def apply(
     first_trained = min(
         number for number, sizes in numbered if any(trained for _, trained in sizes.values())
     )
+    train_experts = {
+        number
+        for number, sizes in numbered
+        if any(trained and is_of_experts(key) for key, (_, trained) in sizes.items())
+    }
     for chunk in chunks:
         chunk.trains_vision = bool(waiting["vision"])
         chunk.first_trained = first_trained
+        shares = max(chunk.groups.collection.ep.size(), chunk.groups.collection.expt_tp.size()) > 1
+        chunk.shares_trained_experts = shares and chunk.number in train_experts
     return Trained(
         weights=_by_part(merged, trained_only=True),
         total=_by_part(merged, trained_only=False),

@@ -88,10 +88,11 @@ class VisionLanguageModel(MegatronModule):
         self.groups = groups
 
         self.connector = self.language = None
-        # Set by the freeze mask: whether anything in the vision encoder is trained, and the first
-        # chunk that trains anything.
+        # Set by the freeze mask: whether anything in the vision encoder is trained, the first chunk
+        # that trains anything, and whether any rank trains an expert that this chunk shares.
         self.trains_vision = True
         self.first_trained = 0
+        self.shares_trained_experts = False
         collection = groups.collection
         self.vision = self._vision(config, layout, chunk, kernels)
         if chunk.has_connector:
@@ -300,7 +301,8 @@ class VisionLanguageModel(MegatronModule):
     def _read(
         self, hidden: Tensor, batch: Batch, with_loss: bool, only_loss_positions: bool
     ) -> Tensor:
-        hidden = ask_for_gradient(hidden, self.config)
+        shares = self.shares_trained_experts
+        hidden = ask_for_gradient(hidden, self.config, helps_others=shares)
         received = memory = None
         if rows := self._memory_rows(batch):
             hidden, received = hidden.split([len(hidden) - rows, rows])

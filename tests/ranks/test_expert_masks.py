@@ -40,3 +40,20 @@ def test_routers_alone_train_like_one_process(ranks: Pool, dataset: Path) -> Non
     layout = Layout(expert=2, pipeline=2, data=2).settings
     curves = ranks.run(train_curve, 4, expert_config(dataset, **settings, **layout))
     assert max(compare(curves, expected).values()) <= LIMIT
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(expert=2, data=2), Layout(expert=2, pipeline=2, data=2)],
+    ids=str,
+)
+def test_one_expert_trains_like_one_process_where_another_rank_trains_none(
+    ranks: Pool, dataset: Path, layout: Layout
+) -> None:
+    settings = dict(trainable=(f"{EXPERTS}.1.*",), steps=3)
+    [expected] = ranks.run(train_curve, 1, expert_config(dataset, **settings))
+    assert expected.grad_norms[0] > 0
+    curves = ranks.run(
+        train_curve, layout.ranks, expert_config(dataset, **settings, **layout.settings)
+    )
+    assert max(compare(curves, expected).values()) <= LIMIT
