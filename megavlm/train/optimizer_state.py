@@ -30,8 +30,8 @@ from megavlm.checkpoint.shared_loading import spread
 
 MASTER = "param"
 _TENSORS = (MASTER, "exp_avg", "exp_avg_sq")
-# Values that ranks exchange at a time: 256 MiB on the device.
-_PIECE = 1 << 26
+# Values that ranks exchange at a time: 64 MiB on the device.
+_PIECE = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
