@@ -335,7 +335,7 @@ def _other_sides(found: Mapping[str, Any], side: int) -> Iterator[str]:
     for name in ("size", "image_size", *(("crop_size",) if crops else ())):
         size = found.get(name)
         sides = size.values() if isinstance(size, Mapping) else (size,)
-        if not {*sides} <= {None, side}:
+        if any(each not in (None, side) for each in sides):
             yield f"{name} is {size!r}, must be that of tiles, image_size {side} of {FILE_NAME}"
 
 

@@ -43,8 +43,8 @@ def read_tiling(folder: Path, kind: str) -> str:
     pads = bool(found.get("do_pad")) and kind.startswith(_PADDING)
     size = _sides(found.get("size"), is_edge=not kind.startswith(_SQUARING))
     cut = _sides(found.get("crop_size"), is_edge=False) if crops else {}
-    wrong = [*_no_square("size", size), *_no_square("crop_size", cut)]
-    refuse(path, [*wrong, *_uneven(size, cut, crops=crops, pads=pads)])
+    refuse(path, [*_no_square("size", size), *_no_square("crop_size", cut)])
+    refuse(path, list(_uneven(size, cut, crops=crops, pads=pads)))
     if pads:
         return "pad"
     return "crop" if crops and "height" not in size else "stretch"

@@ -88,6 +88,7 @@ def test_tiles_are_those_of_transformers(
         ({"size": {"height": 16, "width": 18}}, "must be a square"),
         ({"size": {"longest_edge": 16}}, "must have height and width, or shortest_edge"),
         ({"size": {"shortest_edge": "x"}}, "size.shortest_edge is 'x'"),
+        ({"size": [16, 16]}, r"size.shortest_edge is \[16, 16\], must be a whole number"),
         ({"do_center_crop": "no"}, "do_center_crop is 'no', must be true or false"),
     ],
 )
@@ -153,6 +154,7 @@ def test_a_model_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
         {"size": {"height": 14, "width": 14}},
         {"size": {"shortest_edge": 14}},
         {"size": 14},
+        {"size": [SIDE, SIDE]},
         {"image_size": 14},
         {"size": EDGE, "crop_size": {"height": 14, "width": 14}},
     ],
@@ -171,7 +173,10 @@ def test_tiles_of_another_side_than_the_models_are_refused(
     pixel_fields(tmp_path, side=SIDE)
 
 
-@pytest.mark.parametrize("kind", ["CLIP", "Blip", "GotOcr2", "Idefics", "Siglip", "Fuyu"])
+@pytest.mark.parametrize(
+    "kind",
+    ["CLIP", "Blip", "GotOcr2", "Idefics", "Llava", "LlavaNext", "LlavaOnevision", "Siglip", "Fuyu"],
+)
 def test_colours_that_are_not_stated_are_those_of_the_class(tmp_path: Path, kind: str) -> None:
     for name in (f"{kind}ImageProcessor", f"{kind}ImageProcessorFast"):
         write_json(tmp_path / "preprocessor_config.json", {"image_processor_type": name})
