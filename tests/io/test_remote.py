@@ -195,7 +195,8 @@ def test_timeouts_are_set_unless_they_are_given(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(remote, "READ_SECONDS", 4)
     monkeypatch.setitem(conf, "s3", {"config_kwargs": {"read_timeout": 9}})
     for protocol in ("s3a", "http", "https"):
-        monkeypatch.delitem(conf, protocol, raising=False)
+        monkeypatch.setitem(conf, protocol, {})  # remembers what was there
+        del conf[protocol]
     remote._set_timeouts.cache_clear()
     for protocol in ("s3", "s3a", "http", "https", "memory"):
         remote._set_timeouts(protocol)
@@ -206,6 +207,4 @@ def test_timeouts_are_set_unless_they_are_given(monkeypatch: pytest.MonkeyPatch)
         limit = conf[protocol]["client_kwargs"]["timeout"]
         assert (limit.total, limit.sock_connect, limit.sock_read) == (None, 3, 4)
     assert "memory" not in conf
-    for protocol in ("s3a", "http", "https"):
-        monkeypatch.delitem(conf, protocol)
     remote._set_timeouts.cache_clear()
