@@ -175,7 +175,7 @@ def test_tiles_of_another_side_than_the_models_are_refused(
 
 @pytest.mark.parametrize(
     "kind",
-    ["CLIP", "Blip", "GotOcr2", "Idefics", "Llava", "LlavaNext", "LlavaOnevision", "Siglip", "Fuyu"],
+    "CLIP Llava LlavaNext LlavaOnevision Blip GotOcr2 Idefics Siglip Fuyu".split(),
 )
 def test_colours_that_are_not_stated_are_those_of_the_class(tmp_path: Path, kind: str) -> None:
     for name in (f"{kind}ImageProcessor", f"{kind}ImageProcessorFast"):
