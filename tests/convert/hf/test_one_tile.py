@@ -24,6 +24,7 @@ from megavlm.data.images.transforms import decode_changed
 from tests.convert.fuyu_models import make_fuyu
 
 SIDE = 16
+LLAVA = ("Llava", "LlavaNext", "LlavaOnevision")
 SQUARE = {"height": SIDE, "width": SIDE}
 EDGE = {"shortest_edge": SIDE}
 MEAN = (0.25, 0.5, 0.75)
@@ -173,10 +174,7 @@ def test_tiles_of_another_side_than_the_models_are_refused(
     pixel_fields(tmp_path, side=SIDE)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    "CLIP Llava LlavaNext LlavaOnevision Blip GotOcr2 Idefics Siglip Fuyu".split(),
-)
+@pytest.mark.parametrize("kind", ["CLIP", *LLAVA, "Blip", "GotOcr2", "Idefics", "Siglip", "Fuyu"])
 def test_colours_that_are_not_stated_are_those_of_the_class(tmp_path: Path, kind: str) -> None:
     for name in (f"{kind}ImageProcessor", f"{kind}ImageProcessorFast"):
         write_json(tmp_path / "preprocessor_config.json", {"image_processor_type": name})
