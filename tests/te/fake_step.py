@@ -117,7 +117,32 @@ def run(config: Any, waits: Any, planted: Sequence[Any], packs_a_step: int) -> d
         waits.watching = False
         results = (result.loss, result.grad_norm)
         stray += [f"result {n}" for n, one in enumerate(results) if one.device.type != "cuda"]
+    if "delayed" not in config.fp8.recipes.values():  # its state is pickled, a fake one cannot be
+        stray += save_and_load(job)
     return {"stray": stray, "weights": sum(weight.numel() for _, weight in weights)}
+
+
+def save_and_load(job: Any) -> list[str]:
+    """Gather the optimizer's state as a save does, and give it back as a resume does; return the
+    names of what is on the wrong device.
+    """
+    from megavlm.train import checkpoint
+
+    weights = checkpoint.sharded_weights(job.chunks)
+    stray = []
+    for part in job.optimizer.chained_optimizers:
+        state = part.sharded_param_state_fully_reshardable(weights)
+        entries = [entry for entries in state.values() for entry in entries.values()]
+        stray += [entry.key for entry in entries if entry.data.device.type != "cpu"]
+        part.load_parameter_state_from_fully_reshardable(
+            {
+                number: {name: entry.data for name, entry in entries.items()}
+                for number, entries in state.items()
+            }
+        )
+        shards = [shard for group in part.optimizer.param_groups for shard in group["params"]]
+        stray += [f"a shard of {len(shard)}" for shard in shards if shard.device.type != "cuda"]
+    return stray
 
 
 class Reader:
