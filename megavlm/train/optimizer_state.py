@@ -84,8 +84,6 @@ def sharded(
         names: of the tensors, master weights or moments.
         is_loading: leave room for the values instead of gathering them.
     """
-    if part.is_stub_optimizer:
-        return {}
     entries = {
         id(entry.data): entry
         for entry in nested_values(weights)
