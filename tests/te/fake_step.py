@@ -131,6 +131,8 @@ def save_and_load(job: Any) -> list[str]:
     weights = checkpoint.sharded_weights(job.chunks)
     stray = []
     for part in job.optimizer.chained_optimizers:
+        if part.is_stub_optimizer:  # as the other ranks are not there to say what they train
+            continue
         state = part.sharded_param_state_fully_reshardable(weights)
         entries = [entry for entries in state.values() for entry in entries.values()]
         stray += [entry.key for entry in entries if entry.data.device.type != "cpu"]
