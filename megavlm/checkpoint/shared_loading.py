@@ -13,13 +13,19 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedBase,
+    ShardedStateDict,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -41,6 +47,26 @@ class Replicas:
 
     dense: dist.ProcessGroup
     experts: dist.ProcessGroup
+
+    @classmethod
+    def of(cls, collection: ProcessGroupCollection) -> Self:
+        """Return which ranks hold the same weights as this one."""
+        return cls(dense=collection.dp_cp, experts=collection.expt_dp)
+
+    def divide(
+        self, entries: Sequence[ShardedTensor | ShardedTensorFactory]
+    ) -> list[tuple[int, dist.ProcessGroup]]:
+        """Divide weights, which all replicas have in the same order, by their bytes.
+
+        Returns:
+            The owner of each weight, and the ranks that have it.
+        """
+        divided: dict[int, tuple[int, dist.ProcessGroup]] = {}
+        for group, of_experts in ((self.dense, False), (self.experts, True)):
+            own = [one for one in entries if is_of_experts(one.key) == of_experts]
+            owners = spread([one.data.nbytes for one in own], group.size())
+            divided |= {id(one): (owner, group) for one, owner in zip(own, owners, strict=True)}
+        return [divided[id(one)] for one in entries]
 
 
 def is_of_experts(key: str) -> bool:

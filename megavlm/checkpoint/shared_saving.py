@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 
-from megavlm.checkpoint.shared_loading import Replicas, is_of_experts, spread
+from megavlm.checkpoint.shared_loading import Replicas
 
 
 def share(weights: ShardedStateDict, replicas: Replicas) -> ShardedStateDict:
@@ -19,13 +19,10 @@ def share(weights: ShardedStateDict, replicas: Replicas) -> ShardedStateDict:
             which it is, and the one with 0 writes.
         replicas: of this rank; all of them have the same weights.
     """
-    shared = {}
-    for group, of_experts in ((replicas.dense, False), (replicas.experts, True)):
-        entries = {
-            name: entry for name, entry in weights.items() if is_of_experts(entry.key) == of_experts
-        }
-        sizes = [entry.data.nbytes for entry in entries.values()]
-        for (name, entry), owner in zip(entries.items(), spread(sizes, group.size()), strict=True):
-            number = (group.rank() - owner) % group.size()
-            shared[name] = replace(entry, replica_id=(*entry.replica_id[:2], number))
-    return {name: shared[name] for name in weights}
+    owners = replicas.divide(list(weights.values()))
+    return {
+        name: replace(
+            entry, replica_id=(*entry.replica_id[:2], (group.rank() - owner) % group.size())
+        )
+        for (name, entry), (owner, group) in zip(weights.items(), owners, strict=True)
+    }

@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import Tensor, nn
 
 from megavlm.checkpoint.rank_errors import raised_on_all
-from megavlm.checkpoint.shared_loading import is_of_experts, send, spread
+from megavlm.checkpoint.shared_loading import Replicas, send
 from megavlm.config.lora import MAGNITUDE
 from megavlm.config.schema import Architecture, Config
 from megavlm.model.vision_attention import unpadded_shape
@@ -103,18 +103,15 @@ def fill(
         RankError: a rank cannot read a tensor; every rank raises it.
     """
     shards = [one for chunk in chunks for one in _shards(chunk) if wanted(one.key)]
-    collection = chunks[0].groups.collection
-    sent = []
-    for group, of_experts in ((collection.dp_cp, False), (collection.expt_dp, True)):
-        own = [shard for shard in shards if is_of_experts(shard.key) == of_experts]
-        owners = spread([shard.data.nbytes for shard in own], group.size())
-        sent += [(shard, owner, group) for shard, owner in zip(own, owners, strict=True)]
+    owners = Replicas.of(chunks[0].groups.collection).divide(shards)
     with raised_on_all():
-        for shard in (shard for shard, owner, group in sent if owner == group.rank()):
+        for shard, (owner, group) in zip(shards, owners, strict=True):
+            if owner != group.rank():
+                continue
             part = full_tensor(shard.key, tuple(shard.global_shape))[shard.global_slice()]
             shard.data.zero_()
             shard.data[tuple(slice(0, size) for size in part.shape)].copy_(part)
-    for shard, owner, group in sent:
+    for shard, (owner, group) in zip(shards, owners, strict=True):
         send(shard.data, owner, group)
     return [shard.key for shard in shards]
 

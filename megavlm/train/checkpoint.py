@@ -128,11 +128,6 @@ def _scales(chunks: Sequence[VisionLanguageModel]) -> ShardedStateDict:
     }
 
 
-def replicas_of(collection: ProcessGroupCollection) -> Replicas:
-    """Return which ranks hold the same weights as this one."""
-    return Replicas(dense=collection.dp_cp, experts=collection.expt_dp)
-
-
 def load_shards(
     checkpoint: Checkpoint, wanted: dict[str, Any], collection: ProcessGroupCollection
 ) -> dict[str, Any]:
@@ -146,7 +141,7 @@ def load_shards(
     """
     if checkpoint.state.format == 1:
         dict_list_map_inplace(_name_as_in_format_1, wanted)
-    strategy = SharedLoading(replicas_of(collection))
+    strategy = SharedLoading(Replicas.of(collection))
     # What is asked for is what the chunks have, so it needs no check, for which every rank would
     # hear of the shards of all others.
     return dist_checkpointing.load(

@@ -23,6 +23,7 @@ from megavlm.checkpoint import checksums, directory, train_state
 from megavlm.checkpoint.async_writer import Writing
 from megavlm.checkpoint.lock import FILE_NAME as LOCK_NAME
 from megavlm.checkpoint.rank_errors import gather_errors, raised_on_all
+from megavlm.checkpoint.shared_loading import Replicas
 from megavlm.checkpoint.shared_saving import share
 from megavlm.checkpoint.step_folder import CONFIG_NAME, SHARDS, TOKENIZER
 from megavlm.checkpoint.train_state import State
@@ -102,7 +103,7 @@ class Saver:
                 )
                 kept = share(
                     checkpoint.held(state, config, tensors["model"]),
-                    checkpoint.replicas_of(job.groups.collection),
+                    Replicas.of(job.groups.collection),
                 )
                 tensors["model"] = checkpoint.dequantised(kept, job.chunks)
                 self._writing = Writing(tensors, self._growing / SHARDS, beside=self._beside)

@@ -63,6 +63,7 @@ def on_rank(folder: str, by_owners: bool) -> dict[str, float]:
     """Save a checkpoint and load it again, on every rank; megabytes and seconds of this one."""
     from megavlm.checkpoint import shared_saving, step_folder, train_state
     from megavlm.checkpoint.async_writer import Writing
+    from megavlm.checkpoint.shared_loading import Replicas
     from megavlm.config.cli import parse, to_yaml
     from megavlm.model.weights import fill
     from megavlm.parallel import backend, process_groups
@@ -86,7 +87,7 @@ def on_rank(folder: str, by_owners: bool) -> dict[str, float]:
         def save() -> None:
             tensors = checkpoint.sharded(*of_run, is_loading=False)
             if by_owners:
-                replicas = checkpoint.replicas_of(groups.collection)
+                replicas = Replicas.of(groups.collection)
                 tensors["model"] = shared_saving.share(tensors["model"], replicas)
             (step / "shards").mkdir(parents=True, exist_ok=True)
             writings.append(Writing(tensors, step / "shards", beside=False))
