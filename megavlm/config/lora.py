@@ -140,13 +140,6 @@ def dropout_problems(lora: Lora, parallel: Any) -> Iterator[str]:
             f"{flag}: with --parallel.context_parallel_size {parallel.context_parallel_size} an"
             " adapter does not know the positions of its tokens; use 0, or no context parallelism"
         )
-    if parallel.recompute != "none" and parallel.pipeline_model_parallel_size > 1:
-        yield (
-            f"{flag}: with --parallel.recompute {parallel.recompute} and"
-            " --parallel.pipeline_model_parallel_size"
-            f" {parallel.pipeline_model_parallel_size} a layer is computed again after other"
-            " microbatches, whose draws it would use; use --parallel.recompute none, or 1"
-        )
 
 
 def lora_problems(lora: Lora, trainable: Sequence[str], keys: Collection[str]) -> Iterator[str]:

@@ -38,7 +38,7 @@ from torch.nn.functional import linear
 
 from megavlm.config.lora import LINEARS, SMALLEST_NORM, stacked
 from megavlm.config.schema import Architecture
-from megavlm.model.lora_dropout import Location, adapter_salt, drop
+from megavlm.model.lora_dropout import Location, adapter_salt, current_draw, drop
 
 _COLUMN = ("linear_qkv.weight", "linear_fc1.weight")
 
@@ -52,6 +52,7 @@ class LowRankAdapter(nn.Module):
         architecture: the model, with the settings.
         config: megatron-core's configuration of the part.
         group: tensor-parallel ranks that share the layer.
+        tile_rank: which share of a pack's tiles this rank reads.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class LowRankAdapter(nn.Module):
         architecture: Architecture,
         config: TransformerConfig,
         group: ProcessGroup,
+        tile_rank: int = 0,
     ):
         super().__init__()
         lora = architecture.lora
@@ -69,9 +71,7 @@ class LowRankAdapter(nn.Module):
         self.scale = lora.scale
         self.dropout = lora.dropout
         self.salt = adapter_salt(key)
-        self.is_vision = key.startswith("vision.")
-        self.draw = 0  # of the pack at hand, and of its tiles the first on this rank
-        self.first_tile = 0
+        self.tile_rank = tile_rank
         self.group = group
         self.is_column = key.endswith(_COLUMN)
         self.is_gated = config.gated_linear_unit and key.endswith("linear_fc1.weight")
@@ -177,9 +177,9 @@ class LowRankAdapter(nn.Module):
         own = self.group.rank()
         has_rows = self.is_column and self.is_scattered
         return Location(
-            draw=self.draw,
+            draw=current_draw(),
             first_row=own * hidden.shape[0] if has_rows else 0,
-            first_tile=self.first_tile,
+            first_tile=self.tile_rank * hidden.shape[1],
             first_feature=0 if self.is_column else own * hidden.shape[2],
         )
 
@@ -212,6 +212,7 @@ def attach(
     architecture: Architecture,
     config: TransformerConfig,
     group: ProcessGroup,
+    tile_rank: int = 0,
 ) -> None:
     """Give the linear layers of a part their adapters, but for those of experts
     (``model/expert_adapters``).
@@ -222,6 +223,7 @@ def attach(
         architecture: the model, with the settings.
         config: megatron-core's configuration of the part.
         group: tensor-parallel ranks that share each layer.
+        tile_rank: see ``LowRankAdapter``.
     """
     layers = [layer for layer in part.modules() if isinstance(layer, TransformerLayer)]
     for layer in layers:
@@ -229,7 +231,7 @@ def attach(
             key = f"{stack}.{layer.layer_number - 1}.{name}.weight"
             if architecture.lora.adapts(key):
                 target = layer.get_submodule(name)
-                adapter = LowRankAdapter(key, target.weight, architecture, config, group)
+                adapter = LowRankAdapter(key, target.weight, architecture, config, group, tile_rank)
                 add_adapter(target, adapter)
 
 
@@ -263,17 +265,3 @@ def start_magnitudes(chunks: Sequence[nn.Module]) -> None:
                 if not lora.magnitude.any():
                     # Heads that only pad have rows of zeros.
                     lora.magnitude.copy_(torch.where(norms > 2 * SMALLEST_NORM, norms, 0))
-
-
-def set_draw(part: nn.Module, draw: int, first_tile: int) -> None:
-    """Tell the adapters of a chunk which pack comes next.
-
-    Args:
-        part: the chunk.
-        draw: random number of the pack.
-        first_tile: of this rank's tiles in the pack.
-    """
-    for module in part.modules():
-        if isinstance(module, LowRankAdapter):
-            module.draw = draw
-            module.first_tile = first_tile if module.is_vision else 0

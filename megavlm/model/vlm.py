@@ -26,7 +26,8 @@ from megavlm.model.expert_adapters import attach_to_experts
 from megavlm.model.fusion import as_rows, from_rows, place_newlines
 from megavlm.model.kernels import Kernels, choose_kernels
 from megavlm.model.language import LanguageModel
-from megavlm.model.lora import LowRankAdapter, attach, set_draw
+from megavlm.model.lora import LowRankAdapter, attach
+from megavlm.model.lora_dropout import begin_pack
 from megavlm.model.objective import build_objective
 from megavlm.model.patches import Patches
 from megavlm.model.recompute import ask_for_gradient
@@ -132,7 +133,8 @@ class VisionLanguageModel(MegatronModule):
         vision = VisionEncoder(
             encoder, arch.vision, chunk, drop_path, kernels, groups, self.vp_stage
         )
-        attach(vision, "vision.encoder.layers", arch, encoder, groups.tp)
+        tile_rank = self.groups.rank_slice.tile_rank
+        attach(vision, "vision.encoder.layers", arch, encoder, groups.tp, tile_rank)
         return vision
 
     def set_input_tensor(self, received: Tensor | list[Tensor]) -> None:
@@ -261,8 +263,7 @@ class VisionLanguageModel(MegatronModule):
 
     def _run(self, batch: Batch, with_loss: bool, only_loss_positions: bool) -> Tensor:
         if self.architecture.lora.dropout:
-            first_tile = self.groups.rank_slice.tile_rank * batch.num_tiles
-            set_draw(self, batch.draw, first_tile)
+            begin_pack(batch.draw)
         hidden = self.input_tensor
         if self.vision is not None:
             hidden = self._encode(hidden, batch)

@@ -34,6 +34,8 @@ _MODULES = (
     "utils",
 )
 _FACTORIES = ("tensor", "zeros", "ones", "empty")
+# Stands in for the device's random state, which is another one than the CPU's on a GPU too.
+_DEVICE_STATE = torch.Generator()
 
 
 class _NoStream:
@@ -91,9 +93,9 @@ def _replace_cuda_questions() -> None:
     cuda = torch.cuda
     cuda.current_device = lambda: _CPU
     cuda.synchronize = lambda *args, **kwargs: None
-    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    cuda.manual_seed = torch.manual_seed
+    cuda.get_rng_state = lambda *args, **kwargs: _DEVICE_STATE.get_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: _DEVICE_STATE.set_state(state)
+    cuda.manual_seed = _DEVICE_STATE.manual_seed
     cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: _NoStream()
     cuda.Stream = cuda.Event = _NoStream
     cuda.stream = lambda stream: contextlib.nullcontext()
@@ -111,13 +113,12 @@ def _replace_cuda_questions() -> None:
 
 
 def _replace_random_states(random: ModuleType) -> None:
-    # Here the CPU's random state is the device's, so it does change where megatron-core warns that
-    # it should not.
+    # Weights that are made on the CPU draw from its state, of which megatron-core would warn.
     logging.getLogger(random.__name__).setLevel(logging.ERROR)
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
-        torch.get_rng_state()
+        _DEVICE_STATE.get_state()
     )
-    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: _DEVICE_STATE.set_state(
         state
     )
 

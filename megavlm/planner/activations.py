@@ -17,7 +17,7 @@ from functools import lru_cache
 from megavlm.config.cross_attention import is_cross_attention, memory_rows
 from megavlm.config.freeze_mask import matches_any, trains
 from megavlm.config.schema import Architecture, Config, Language, Parallel, Vision
-from megavlm.planner.adapters import adapter_draws, dora_outputs
+from megavlm.planner.adapters import dora_outputs, dropped_copies
 from megavlm.planner.flops import pieces
 from megavlm.planner.layout import Chunk
 from megavlm.planner.parameters import parameters_on_rank
@@ -25,9 +25,6 @@ from megavlm.planner.partition import PackSize, layer_costs, layer_of
 
 _TILES = 4
 NUMBER_BYTES = {"bfloat16": 2, "float32": 4}
-# Of dropout on the inputs of adapters: the mask, and the integers that it is drawn from.
-_MASK_BYTES = 1
-_DRAW_BYTES = 16
 _DEQUANTISED_BYTES = 8
 _ANY_PACK = PackSize(tokens=1.0, squared_lengths=1.0, tiles=1.0)
 
@@ -153,18 +150,15 @@ def activation_memory(config: Config, chunk: Chunk, load: RankLoad) -> Activatio
     for layer in numbers:
         part = "vision" if layer < arch.vision.num_layers else "language"
         recompute = parallel.recompute_of(part) if backward[layer] else "nothing"
-        draws = adapter_draws(arch, parallel, layer)
         outputs = dora_outputs(arch, parallel, layer)
         (whole, inside) = (
-            size * (elements + output) + _MASK_BYTES * mask
-            for elements, output, mask in zip(
-                layers[keep_inputs[layer][0]][part], outputs, draws.masks, strict=True
-            )
+            size * (elements + output)
+            for elements, output in zip(layers[keep_inputs[layer][0]][part], outputs, strict=True)
         )
-        whole += size * draws.copies
+        whole += size * dropped_copies(arch, parallel, layer)
         kept, transient = _kept((whole, inside), size * width[part], recompute)
         per_microbatch += kept * rows[part]
-        once = max(once, (transient + draws.largest * _DRAW_BYTES) * rows[part])
+        once = max(once, transient * rows[part])
     of_blocks = _blocks(config, chunk, load)
     per_microbatch += of_blocks.per_microbatch + size * _around_layers(config, chunk, load)
     once = max(once, of_blocks.once)

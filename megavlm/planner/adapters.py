@@ -1,28 +1,11 @@
-"""What adapters keep of a microbatch on a rank: draws of dropout, and outputs for DoRA."""
+"""What adapters keep of a microbatch on a rank: for dropout, and outputs for DoRA."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from megavlm.config.lora import LINEARS
 from megavlm.config.schema import Architecture, Parallel
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterDraws:
-    """Numbers a token that dropout on the inputs of a layer's adapters draws.
-
-    Args:
-        masks: in the whole layer, and inside its MLP.
-        copies: of these, those whose input is kept beside what dropout leaves of it: attention
-            needs its output itself.
-        largest: of one adapter.
-    """
-
-    masks: tuple[float, float]
-    copies: float
-    largest: float
 
 
 class _LayerPlace(NamedTuple):
@@ -62,19 +45,18 @@ def _adapted(arch: Architecture, place: _LayerPlace, widths: tuple[float, ...]) 
     ]
 
 
-def adapter_draws(arch: Architecture, parallel: Parallel, layer: int) -> AdapterDraws:
-    """Count what dropout draws on a rank in one of the layers of the whole model."""
+def dropped_copies(arch: Architecture, parallel: Parallel, layer: int) -> float:
+    """Count the numbers a token that dropout keeps on a rank in one of the layers of the whole
+    model: what it leaves of attention's output, which attention keeps too. Of other inputs nothing
+    else needs the whole.
+    """
     if not arch.lora.dropout:
-        return AdapterDraws(masks=(0.0, 0.0), copies=0.0, largest=0.0)
+        return 0.0
     place = _place(arch, parallel, layer)
-    part = arch.vision if place.is_vision else arch.language
-    queries = part.hidden_size
+    queries = arch.vision.hidden_size
     if not place.is_vision:
         queries = arch.language.num_attention_heads * arch.language.head_size
-    width = part.hidden_size / place.split
-    inner = part.ffn_hidden_size / place.tensor
-    drawn = _adapted(arch, place, (width, queries / place.tensor, width, inner))
-    return AdapterDraws(masks=(sum(drawn), sum(drawn[2:])), copies=drawn[1], largest=max(drawn))
+    return _adapted(arch, place, (0.0, queries / place.tensor, 0.0, 0.0))[1]
 
 
 def dora_outputs(arch: Architecture, parallel: Parallel, layer: int) -> tuple[float, float]:

@@ -94,7 +94,7 @@ def test_dropout_keeps_nothing_in_layers_without_a_backward_pass(recompute: str)
         )
         kept.append(activation_memory(of_language, first, RankLoad(tokens=1000.0, tiles=7.0)))
     assert kept[0].per_microbatch == kept[1].per_microbatch
-    assert kept[0].once < kept[1].once, "the draws of a layer while it runs"
+    assert kept[0].once < kept[1].once, "what is left of attention's output while a layer runs"
 
 
 @pytest.mark.parametrize("sequence_parallel", [True, False])

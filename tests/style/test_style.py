@@ -68,7 +68,7 @@ DOORS = {
         "megavlm/model/precision.py",
         "megavlm/health/doctor.py",
     },
-    "triton": {"megavlm/model/branch_kernels.py"},
+    "triton": {"megavlm/model/branch_kernels.py", "megavlm/model/dropout_kernel.py"},
     "transformers": {
         "megavlm/data/text/tokenizer.py",
         "megavlm/data/text/chat_tokens.py",

@@ -27,6 +27,7 @@ ADAPTERS = (
 )
 SP = (*("--parallel.tensor_model_parallel_size", "2"), *("--parallel.sequence_parallel", "true"))
 CP2 = ("--parallel.context_parallel_size", "2")
+DROPOUT = ("--architecture.lora.dropout", "0.05", "--parallel.recompute", "selective")
 NF4 = ("--architecture.lora.nf4", "vision,language")
 
 
@@ -54,6 +55,7 @@ CASES: dict[str, Case] = {
     "LLaVA-NeXT": Case(recipe="llava_next", stage="2"),
     "LLaVA-OneVision": Case(recipe="llava_onevision", stage="2"),
     "LLaVA, adapters": Case(recipe="llava", stage="2", options=ADAPTERS),
+    "LLaVA, adapters with dropout": Case(recipe="llava", stage="2", options=ADAPTERS + DROPOUT),
     "LLaVA, adapters on 4 bits": Case(recipe="llava", stage="2", options=ADAPTERS + NF4),
     "LLaVA, Muon": Case(recipe="llava", stage="2", options=("--optimizer.kind", "muon")),
     "PaliGemma": Case(recipe="paligemma", stage="1"),

@@ -75,6 +75,7 @@ def configure(
     experts: int = 0,
     options: bool = False,
     adapters: bool = False,
+    dropout: float = 0.0,
     **settings: Any,
 ) -> Any:
     """Return a run in float32; Adam's eps is large, so that it does not blow up the last bits."""
@@ -90,8 +91,9 @@ def configure(
         lora = Lora(rank=4 if adapters else 0, targets=targets if adapters else Lora().targets)
         return dataclasses.replace(config, architecture=dataclasses.replace(model, lora=lora))
     if adapters:
-        architecture = dataclasses.replace(config.architecture, lora=Lora(rank=4))
-        return dataclasses.replace(config, architecture=architecture)
+        lora = Lora(rank=4, targets=("vision", "language"), dropout=dropout)
+        model = dataclasses.replace(config.architecture, lora=lora)
+        return dataclasses.replace(config, architecture=model)
     if not (qk_norm or biases):
         return config
     changes = dict(family="qwen3", qkv_bias=False, tied_head=True)

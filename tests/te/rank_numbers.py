@@ -54,6 +54,10 @@ RUNS = {
     "TP2 with SP, adapters": Run(
         layout=SP, model=dict(adapters=True, trainable=("connector", "language.*.lora"))
     ),
+    "PP2, dropout of adapters, recompute full": Run(
+        layout=PP2 | dict(layout="v*2|v,c,t*3,h", recompute="full"),
+        model=dict(adapters=True, dropout=0.3, trainable=("connector", "*.lora")),
+    ),
     "PP2": Run(layout=PP2 | dict(layout="v*3,c,t|t*2,h")),
     "PP2, interleaved": Run(
         layout=PP2 | dict(virtual_pipeline_model_parallel_size=2, layout="v|v*2|c,t|t*2,h")

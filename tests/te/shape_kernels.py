@@ -224,6 +224,12 @@ def add_branch_backward(
     return _alike(grad), _alike(bias), None if branch is None else _alike(scale)
 
 
+def drop(values: Tensor, *rest: Any) -> Tensor:
+    """Return what ``dropout_kernel.multiply`` does."""
+    require_cuda(values)
+    return _alike(values)
+
+
 def rotary(t: Tensor, freqs: Tensor, start: Any, form: Any, inter: Any, cu: Any, *rest: Any):
     """Turn heads [T, H, head]."""
     require_cuda(t, freqs, cu)
@@ -274,10 +280,11 @@ def install() -> None:
     import transformer_engine.pytorch.triton.cross_entropy as entropy
     import transformer_engine_torch as tex
 
-    from megavlm.model import branch_kernels
+    from megavlm.model import branch_kernels, dropout_kernel
 
     branch_kernels.add = add_branch
     branch_kernels.add_backward = add_branch_backward
+    dropout_kernel.multiply = drop
     backend = tex.NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen
     compiled = NORMS | {
         "generic_gemm": gemm,

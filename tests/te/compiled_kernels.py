@@ -1,6 +1,6 @@
-"""Compiles the Triton kernels of residual branches for a Hopper GPU, which need not be there, where
-they would be started, and prints how they read and write large tensors, as JSON. ``test_branches``
-starts it.
+"""Compiles the package's Triton kernels for a Hopper GPU, which need not be there, where they would
+be started, and prints how they read and write large tensors, as JSON. ``test_branches`` and
+``test_dropout_kernel`` start it.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ def compile_for_hopper(function: Any, *args: Any, grid: Any, warmup: bool, **set
 
 
 def main() -> None:
-    """Compile both kernels and print what was counted in their code."""
+    """Compile the kernels and print what was counted in their code."""
     from triton.runtime.jit import JITFunction
 
     from megavlm.model import branch_kernels
+    from megavlm.model.lora_dropout import Location, multiply_by_kernel
 
     JITFunction.run = compile_for_hopper
     hidden = torch.zeros(1, 16, 1024, dtype=torch.bfloat16)
@@ -56,6 +57,7 @@ def main() -> None:
         branch_kernels.add(hidden, hidden, row, scale, factor)
         branch_kernels.add_backward(hidden, None, row, scale, factor)
     branch_kernels.add_backward(hidden, hidden, row, row, keep)
+    multiply_by_kernel(hidden, -1, 2**28, 1.1, Location(draw=1))
     found = {
         name: {"reads": code.count("ld.global.v4"), "writes": code.count("st.global.v4")}
         for name, code in CODES.items()
