@@ -15,6 +15,7 @@ import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -94,9 +95,10 @@ class BlendPlan:
         """Positions of a block that each dataset has: its share, rounded by the largest remainders;
         int64, their sum is ``block``.
         """
-        exact = np.array(self.weights) / sum(self.weights) * self.block
-        counts = np.floor(exact).astype(np.int64)
-        counts[np.argsort(counts - exact, kind="stable")[: self.block - counts.sum()]] += 1
+        exact = [share * self.block for share in _shares(self.weights)]
+        counts = np.array([math.floor(count) for count in exact], np.int64)
+        by_remainder = sorted(range(len(exact)), key=lambda owner: exact[owner] % 1, reverse=True)
+        counts[by_remainder[: self.block - counts.sum()]] += 1
         return counts
 
     def describe(self, names: Sequence[str]) -> str:
@@ -321,9 +323,21 @@ class BlendedDataset:
         return np.searchsorted(self.starts, pack_ids, side="right") - 1
 
 
-def _own_group(group: int, strata: int, share: float, shares: Sequence[float]) -> int:
-    """Return the packs of a group of one dataset."""
-    return max(1, round(group * share / sum(shares))) if strata > 1 else group
+def _shares(weights: Sequence[float]) -> list[Fraction]:
+    """Return each weight's share of their sum, of the decimal numbers that were given: sums of
+    floats differ between versions of Python (3.12 compensates), and remainders that are equal would
+    be rounded this way or that.
+    """
+    exact = [Fraction(str(weight)) for weight in weights]
+    whole = sum(exact)
+    return [weight / whole for weight in exact]
+
+
+def _own_groups(group: int, strata: int, weights: Sequence[float]) -> list[int]:
+    """Return the packs of a group of each dataset."""
+    if strata <= 1:
+        return [group for _ in weights]
+    return [max(1, round(group * share)) for share in _shares(weights)]
 
 
 def _plan_of(dataset: PackedDataset, curriculum: bool, **order: Any) -> Order:
@@ -369,8 +383,8 @@ def open_blend(
     shares = shares_of(weights, sampling, [len(dataset) for dataset in datasets], samples)
     order = {"seed": seed, "shuffle": shuffle, "strata": strata}
     plans = tuple(
-        _plan_of(dataset, curriculum, group=_own_group(group, strata, share, shares), **order)
-        for dataset, share in zip(datasets, shares, strict=True)
+        _plan_of(dataset, curriculum, group=own, **order)
+        for dataset, own in zip(datasets, _own_groups(group, strata, shares), strict=True)
     )
     if len(datasets) == 1:
         return datasets[0], plans[0]

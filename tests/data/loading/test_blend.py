@@ -47,6 +47,16 @@ def test_shares_are_told_with_the_names_of_the_datasets():
     assert BLEND.describe(("a", "b", "c")) == "39,322 from a, 19,661 from b, 6,553 from c"
 
 
+def test_equal_remainders_go_to_the_first_dataset():
+    """As decimal numbers: the sums of these floats differ between versions of Python."""
+    plans = tuple(Plan(num_packs=9, seed=1) for _ in range(10))
+    for weight in (0.1, 0.3, 0.7, 1.1):
+        counts = BlendPlan(plans=plans, weights=(weight,) * 10).counts
+        assert counts.tolist() == [6554] * 6 + [6553] * 4
+    three = BlendPlan(plans=plans[:3], weights=(0.1, 0.2, 0.7), block=5).counts
+    assert three.tolist() == [1, 1, 3]
+
+
 def test_a_rank_s_share_has_all_datasets():
     for ranks in (2, 8, 64):
         for rank in (0, ranks - 1):
