@@ -15,6 +15,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer, Blip2ForImageTextRetrieval
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+# First that which keeps megatron-core from warning of packages that it could use.
+import megavlm.train  # noqa: F401
 from megavlm.config.cli import from_yaml
 from megavlm.config.schema import Config
 from megavlm.convert.hf import convert

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
 from boards import Board, Scans, make_board, questions, split_scans

@@ -23,6 +23,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "llava"))

@@ -32,18 +32,21 @@ def no_product_with_a_truth(files: Iterable[Source]) -> Iterator[str]:
 
 
 def repository_first(files: Iterable[Source]) -> Iterator[str]:
-    """Report scripts in tools/ that may import another copy of the code: an installed one that is
-    not editable is as old as its installation, and training runs the repository's.
+    """Report scripts in tools/ and examples/ that may import another copy of the code: an installed
+    one that is not editable is as old as its installation, and training runs the repository's.
     """
-    wanted = "sys.path.insert(0, str(Path(__file__).parents[1]))"
+    wanted = {
+        "tools": "sys.path.insert(0, str(Path(__file__).parents[1]))",
+        "examples": "sys.path.insert(0, str(Path(__file__).resolve().parents[2]))",
+    }
     for file in files:
-        if re.fullmatch(r"tools/[^/]+\.py", file.path):
-            inserts = [node.lineno for node in file.tree.body if ast.unparse(node) == wanted]
-            ours = [
-                line for line, name in file.imports() if name.startswith(("megavlm.", "tools."))
-            ]
-            if not inserts or min(inserts) > min(ours, default=inserts[0]):
-                yield f"{file.path}: imports before {wanted}"
+        found = re.fullmatch(r"(?:(tools)|(examples)/[^/]+)/[^/]+\.py", file.path)
+        ours = [line for line, name in file.imports() if name.startswith(("megavlm.", "tools."))]
+        if found and ours:
+            statement = wanted[found[1] or found[2]]
+            inserts = [node.lineno for node in file.tree.body if ast.unparse(node) == statement]
+            if not inserts or min(inserts) > min(ours):
+                yield f"{file.path}: imports before {statement}"
 
 
 def _is_truth(node: ast.expr) -> bool:
@@ -73,6 +76,11 @@ def _is_truth(node: ast.expr) -> bool:
 )
 def test_a_bad_line_is_reported(rule: Callable, line: str):
     assert list(rule([Source("tools/bad.py", line)]))
+
+
+def test_an_example_that_imports_another_copy_is_reported():
+    line = "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))\nimport megavlm.train"
+    assert list(repository_first([Source("examples/fuyu/bad.py", line)]))
 
 
 @pytest.mark.parametrize(
