@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# First that which keeps megatron-core from warning of packages that it could use.
+import megavlm.train  # noqa: F401
 from megavlm.checkpoint import step_folder
 from megavlm.checkpoint.step_folder import TOKENIZER, Checkpoint
 from megavlm.config.recipes import recipe_of

@@ -7,6 +7,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -293,3 +295,13 @@ def test_the_command_line(data: Path, capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit):
         parse(words[2:])
     assert "--model" in capsys.readouterr().err
+
+
+def test_the_tool_prints_no_warning_of_packages_that_are_not_used(
+    data: Path, tmp_path: Path
+) -> None:
+    tool = Path(__file__).parents[2] / "tools" / "score_dataset.py"
+    words = ["--model", data / "clip", "--jsonl", data / "good.jsonl", "--root", data / "images"]
+    command = [sys.executable, tool, *words, "--workers", "0", "--out", tmp_path / "out"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Warning" not in run.stderr, run.stderr
