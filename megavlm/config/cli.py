@@ -378,10 +378,10 @@ def _normal(arguments: list[str]) -> list[str]:
     """
     by_flag = {flag: option for option in options().values() for flag in option.flags}
     known = {*by_flag, "--help", "--config", "--print_config", "--check"}
-    given = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]
-    for flag in given:
-        if flag in NOT_OFFERED:
-            raise ValueError(f"{flag}: {NOT_OFFERED[flag]}")
+    flags = [word.split("=")[0] for word in arguments if word.startswith("--")]
+    given = [flag for flag in flags if " " not in flag]  # else a value: --data.packing "--root a"
+    if flag := next(filter(NOT_OFFERED.get, given), ""):
+        raise ValueError(f"{flag}: {NOT_OFFERED[flag]}")
     unknown = [f"{flag}{nearest(flag, known)}" for flag in given if flag not in known]
     if unknown:
         raise ValueError("unknown option " + ", ".join(unknown))

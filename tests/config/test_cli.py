@@ -180,6 +180,10 @@ def test_a_switch_needs_no_value():
     assert not parse([*NAMES, "--sequence-parallel", "false"]).parallel.sequence_parallel
 
 
+def test_a_value_may_be_options_of_the_packer():
+    assert parse([*NAMES, "--data.packing", "--root images"]).data.packing == "--root images"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
