@@ -131,14 +131,16 @@ def duration(seconds: float) -> str:
 
 
 def short(value: float | str) -> str:
-    """Write a figure in six digits."""
-    return value if isinstance(value, str) else f"{value:.6g}"
+    """Write a figure in six digits; a count in all of its digits."""
+    return str(value) if isinstance(value, (str, int)) else f"{value:.6g}"
 
 
 def _with_unit(name: str, value: float | str) -> tuple[str, str]:
     """Return how people read a figure, and its unit; no unit: the name stands before it."""
     if isinstance(value, str):
         return value, ""
+    if isinstance(value, int):
+        return f"{value:,}", ""
     if name == TOKENS_PER_SECOND:
         return f"{value / 1e3:,.1f}k" if value >= 1e4 else f"{value:,.0f}", "tokens/s"
     if name == TFLOPS:

@@ -49,6 +49,15 @@ def test_a_file_holds_every_figure_under_its_name(capsys: pytest.CaptureFixture)
     )
 
 
+def test_a_count_has_all_of_its_digits(capsys: pytest.CaptureFixture) -> None:
+    count = {"trainable_parameters": 8_075_365_376}
+    Lines().record(0, 1000, count, {})
+    assert capsys.readouterr().out == "step 0 of 1000  trainable_parameters 8075365376\n"
+    file = io.StringIO()
+    Terminal(file, width=400).record(0, 1000, count, {})
+    assert visible(file.getvalue()).endswith("  trainable_parameters 8,075,365,376\n")
+
+
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_who_reads_decides_what_is_printed(
     monkeypatch: pytest.MonkeyPatch, is_terminal: bool
