@@ -90,8 +90,10 @@ def make_language(texts: list[str], generation: int, folder: Path) -> None:
     words.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     rows = SIZES["vocab_size"]
-    settings = dict(vocab_size=rows, special_tokens=SPECIAL, initial_alphabet=alphabet)
-    words.train_from_iterator(texts, trainers.BpeTrainer(**settings))
+    trainer = trainers.BpeTrainer(
+        vocab_size=rows, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    words.train_from_iterator(texts, trainer)
     words.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A $B:1", special_tokens=[("<bos>", SPECIAL.index("<bos>"))]
     )
