@@ -149,7 +149,11 @@ def choose_kernels(config: Config) -> Kernels:
     if not uses_transformer_engine(config):
         return local_kernels()
     kernels = transformer_engine_kernels()
-    if config.architecture.lora.rank:
+    lora = config.architecture.lora
+    if lora.nf4:
+        # Transformer Engine's linear layers keep weights for the backward pass by themselves.
+        kernels = replace(kernels, column_linear=ColumnParallelLinear, row_linear=RowParallelLinear)
+    if lora.rank or lora.nf4:
         # An adapter reads what the norm gives, which a linear layer that normalises does not show.
         kernels = replace(kernels, layer_norm=kernels.norm, norm_linear=kernels.column_linear)
     return kernels

@@ -87,7 +87,7 @@ def multiply_by_kernel(
     values: Tensor, seed: int, least: int, factor: float, location: Location
 ) -> Tensor:
     """Return what ``multiply`` does, by one kernel, on a GPU."""
-    from megavlm.model import dropout_kernel
+    from megavlm.model.triton_kernels import dropout_kernel
 
     first = (location.first_row, location.first_tile, location.first_feature)
     return dropout_kernel.multiply(values, seed, least, factor, first, _TILE_STRIDE)

@@ -10,6 +10,8 @@ Shape letters: R rows, C columns on this rank, B blocks that these are in.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -70,11 +72,25 @@ class Nf4Weight(nn.Module):
 
     def whole(self) -> Tensor:
         """Return the weight [R, C] in its own dtype."""
-        rows, columns = self.shape
-        shares = self.pairs.index_select(0, self.codes.flatten().int())
-        values = shares.view(rows, -1, NF4_BLOCK) * self.scales.unsqueeze(-1)
-        values = values.view(rows, -1)[:, self.left : self.left + columns]
-        return values.to(self.dtype).contiguous()
+        function = _dequantise_by_kernel if self.codes.is_cuda else dequantise
+        given = (self.codes, self.pairs, self.scales)
+        return function(*given, self.left, self.shape[1], self.dtype)
+
+
+def dequantise(
+    codes: Tensor, pairs: Tensor, scales: Tensor, left: int, columns: int, dtype: torch.dtype
+) -> Tensor:
+    """See ``nf4_kernel.dequantise``."""
+    rows = len(codes)
+    shares = pairs.index_select(0, codes.flatten().int())
+    values = shares.view(rows, -1, NF4_BLOCK) * scales.unsqueeze(-1)
+    return values.view(rows, -1)[:, left : left + columns].to(dtype).contiguous()
+
+
+def _dequantise_by_kernel(*given: Any) -> Tensor:
+    from megavlm.model.triton_kernels import nf4_kernel
+
+    return nf4_kernel.dequantise(*given)
 
 
 def _blocks(columns: int) -> int:

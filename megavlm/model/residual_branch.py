@@ -40,7 +40,7 @@ class _AddBranch(torch.autograd.Function):
         scale: Tensor | None,
         keep: Tensor | None,
     ) -> Tensor:
-        from megavlm.model import branch_kernels
+        from megavlm.model.triton_kernels import branch_kernels
 
         branch = branch.contiguous()
         trains_scale = ctx.needs_input_grad[3]
@@ -49,7 +49,7 @@ class _AddBranch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        from megavlm.model import branch_kernels
+        from megavlm.model.triton_kernels import branch_kernels
 
         grad = grad.contiguous()
         found = branch_kernels.add_backward(grad, *ctx.saved_tensors)

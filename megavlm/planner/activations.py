@@ -25,7 +25,6 @@ from megavlm.planner.partition import PackSize, layer_costs, layer_of
 
 _TILES = 4
 NUMBER_BYTES = {"bfloat16": 2, "float32": 4}
-_DEQUANTISED_BYTES = 8
 _ANY_PACK = PackSize(tokens=1.0, squared_lengths=1.0, tiles=1.0)
 
 
@@ -162,9 +161,8 @@ def activation_memory(config: Config, chunk: Chunk, load: RankLoad) -> Activatio
     of_blocks = _blocks(config, chunk, load)
     per_microbatch += of_blocks.per_microbatch + size * _around_layers(config, chunk, load)
     once = max(once, of_blocks.once)
-    # One weight of 4 bits at a time is whole, and so are the float32 numbers that it is made of.
-    largest_in_nf4 = parameters_on_rank(config, chunk).largest_in_nf4
-    once += largest_in_nf4 * (size + _DEQUANTISED_BYTES)
+    # One weight of 4 bits at a time is whole.
+    once += size * parameters_on_rank(config, chunk).largest_in_nf4
     if chunk.has_head and arch.needs.has_vocabulary_head:
         words = arch.language.vocab_size / parallel.tensor_model_parallel_size
         block = config.loss.vocabulary_block

@@ -58,8 +58,8 @@ def results(function: Any, given: tuple[Tensor | None, ...], dtype: torch.dtype)
 
 def distances(dtype: torch.dtype, settings: dict[str, bool]) -> list[float]:
     """Compare with float64, relative to the largest value of each result."""
-    from megavlm.model import branch_kernels
     from megavlm.model.residual_branch import add_branch, add_branch_by_kernels
+    from megavlm.model.triton_kernels import branch_kernels
 
     branch_kernels._PROGRAMS = PROGRAMS
     given = draw(dtype, **settings)

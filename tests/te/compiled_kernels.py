@@ -1,6 +1,6 @@
 """Compiles the package's Triton kernels for a Hopper GPU, which need not be there, where they would
 be started, and prints how they read and write large tensors, as JSON. ``test_branches`` and
-``test_dropout_kernel`` start it.
+``test_interpreted`` start it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-KINDS = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+KINDS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8"}
 CODES: dict[str, str] = {}
 
 
@@ -45,8 +45,8 @@ def main() -> None:
     """Compile the kernels and print what was counted in their code."""
     from triton.runtime.jit import JITFunction
 
-    from megavlm.model import branch_kernels
     from megavlm.model.lora_dropout import Location, multiply_by_kernel
+    from megavlm.model.triton_kernels import branch_kernels, nf4_kernel
 
     JITFunction.run = compile_for_hopper
     hidden = torch.zeros(1, 16, 1024, dtype=torch.bfloat16)
@@ -57,6 +57,9 @@ def main() -> None:
         branch_kernels.add(hidden, hidden, row, scale, factor)
         branch_kernels.add_backward(hidden, None, row, scale, factor)
     branch_kernels.add_backward(hidden, hidden, row, row, keep)
+    codes = torch.zeros(3, 512, dtype=torch.uint8)
+    pairs = torch.zeros(256, 2)
+    nf4_kernel.dequantise(codes, pairs, torch.zeros(3, 16), 0, 1024, torch.bfloat16)
     multiply_by_kernel(hidden, -1, 2**28, 1.1, Location(draw=1))
     found = {
         name: {"reads": code.count("ld.global.v4"), "writes": code.count("st.global.v4")}

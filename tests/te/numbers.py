@@ -35,6 +35,21 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "experts": dict(experts=5),
     "experts, recompute selective": dict(experts=5, recompute="selective"),
     "all options of routers": dict(experts=5, options=True),
+    "adapters on 4 bits": dict(
+        adapters=True, nf4=("vision", "language"), trainable=("connector", "*.lora")
+    ),
+    "adapters on 4 bits, recompute full": dict(
+        adapters=True,
+        nf4=("language.*.mlp",),
+        trainable=("connector", "*.lora"),
+        recompute="full",
+    ),
+    "adapters on 4 bits beside experts": dict(
+        experts=5,
+        adapters=True,
+        nf4=("language.*.self_attention",),
+        trainable=("connector", "language.*.lora"),
+    ),
     "adapters of experts": dict(
         experts=5, adapters=True, trainable=("connector", "language.*.lora")
     ),
@@ -76,6 +91,7 @@ def configure(
     options: bool = False,
     adapters: bool = False,
     dropout: float = 0.0,
+    nf4: tuple[str, ...] = (),
     **settings: Any,
 ) -> Any:
     """Return a run in float32; Adam's eps is large, so that it does not blow up the last bits."""
@@ -88,10 +104,11 @@ def configure(
         model = mixture(config.architecture, experts, has_options=options)
         # The first expert of each layer has none.
         targets = ("language.*.experts.[1-9].*",)
-        lora = Lora(rank=4 if adapters else 0, targets=targets if adapters else Lora().targets)
+        targets = ("language.*.self_attention",) if nf4 else targets
+        lora = Lora(rank=4, targets=targets, nf4=nf4) if adapters else Lora()
         return dataclasses.replace(config, architecture=dataclasses.replace(model, lora=lora))
     if adapters:
-        lora = Lora(rank=4, targets=("vision", "language"), dropout=dropout)
+        lora = Lora(rank=4, targets=("vision", "language"), dropout=dropout, nf4=nf4)
         model = dataclasses.replace(config.architecture, lora=lora)
         return dataclasses.replace(config, architecture=model)
     if not (qk_norm or biases):

@@ -58,6 +58,10 @@ RUNS = {
         layout=PP2 | dict(layout="v*2|v,c,t*3,h", recompute="full"),
         model=dict(adapters=True, dropout=0.3, trainable=("connector", "*.lora")),
     ),
+    "TP2 with SP, adapters on 4 bits": Run(
+        layout=SP,
+        model=dict(adapters=True, nf4=("vision", "language"), trainable=("connector", "*.lora")),
+    ),
     "PP2": Run(layout=PP2 | dict(layout="v*3,c,t|t*2,h")),
     "PP2, interleaved": Run(
         layout=PP2 | dict(virtual_pipeline_model_parallel_size=2, layout="v|v*2|c,t|t*2,h")

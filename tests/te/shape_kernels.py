@@ -230,6 +230,14 @@ def drop(values: Tensor, *rest: Any) -> Tensor:
     return _alike(values)
 
 
+def dequantise(
+    codes: Tensor, pairs: Tensor, scales: Tensor, left: int, columns: int, dtype: torch.dtype
+) -> Tensor:
+    """Return what ``nf4_kernel.dequantise`` does."""
+    require_cuda(codes, pairs, scales)
+    return codes.new_empty(len(codes), columns, dtype=dtype)
+
+
 def rotary(t: Tensor, freqs: Tensor, start: Any, form: Any, inter: Any, cu: Any, *rest: Any):
     """Turn heads [T, H, head]."""
     require_cuda(t, freqs, cu)
@@ -280,11 +288,12 @@ def install() -> None:
     import transformer_engine.pytorch.triton.cross_entropy as entropy
     import transformer_engine_torch as tex
 
-    from megavlm.model import branch_kernels, dropout_kernel
+    from megavlm.model.triton_kernels import branch_kernels, dropout_kernel, nf4_kernel
 
     branch_kernels.add = add_branch
     branch_kernels.add_backward = add_branch_backward
     dropout_kernel.multiply = drop
+    nf4_kernel.dequantise = dequantise
     backend = tex.NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen
     compiled = NORMS | {
         "generic_gemm": gemm,

@@ -268,7 +268,8 @@ def install() -> None:
 
 
 def _install_branches() -> None:
-    from megavlm.model import branch_kernels, residual_branch
+    from megavlm.model import residual_branch
+    from megavlm.model.triton_kernels import branch_kernels
 
     branch_kernels.add = residual_branch.add_branch
     branch_kernels.add_backward = add_branch_backward

@@ -91,12 +91,6 @@ def kernel_problems(config: Config) -> Iterator[str]:
     """Yield why Transformer Engine's layers cannot run a configuration that uses them on a GPU."""
     if config.training.kernels == "local" or config.training.precision == "float32":
         return
-    if config.architecture.lora.nf4:
-        yield (
-            f"--architecture.lora.nf4 {','.join(config.architecture.lora.nf4)}: Transformer"
-            " Engine's linear layers keep weights for the backward pass by themselves, in 16 bits;"
-            " use --training.kernels local"
-        )
     yield from grouped_expert_problems(config)
     yield from attention_kernel_problems(config)
 

@@ -24,6 +24,12 @@ def fp8_problems(fp8: Fp8, config: Config) -> Iterator[str]:
             "--training.kernels local: FP8 needs Transformer Engine's layers; use auto, or no"
             " recipe for --fp8.vision and --fp8.language"
         )
+    if fp8.recipes and arch.lora.nf4:
+        yield (
+            f"--architecture.lora.nf4 {','.join(arch.lora.nf4)}: linear layers whose weights are in"
+            " 4 bits are not Transformer Engine's, which FP8 needs; use no recipe for --fp8.vision"
+            " and --fp8.language, or no 4 bits"
+        )
     for part, recipe in fp8.recipes.items():
         if recipe == "delayed" and arch.needs.spans_step:
             yield (

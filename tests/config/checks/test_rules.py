@@ -343,6 +343,12 @@ WRONG = [
         ["--training.kernels local: FP8 needs Transformer Engine's layers"],
     ),
     (
+        "--fp8.vision tensorwise --architecture.lora.rank 4 --architecture.lora.nf4 language"
+        " --training.trainable connector --training.drop_path 0",
+        1,
+        ["--architecture.lora.nf4 language: linear layers whose weights are in 4 bits are not"],
+    ),
+    (
         "--fp8.language mxfp8 --architecture.language.ffn_hidden_size 432",
         1,
         [
