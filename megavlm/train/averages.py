@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict
@@ -24,7 +23,6 @@ from megavlm.train.optimizer_state import MASTER
 
 PREFIX = "ema."
 """Begins the keys of averages in a checkpoint, before those of the parameters."""
-_STATE = "optimizer.state.param."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +93,7 @@ class Averages:
         """Take averages that were loaded. Collective.
 
         Args:
-            whole: those of the parameters that this rank owns, by place as of ``entries``.
+            whole: those of the parameters that this rank owns, by name as of ``sharded``.
         """
         shards = {
             id(master): shard
@@ -103,23 +101,27 @@ class Averages:
         }
         for number, part in enumerate(self.optimizer.chained_optimizers):
             own = {
-                int(place.split()[1]): {MASTER: tensor}
-                for place, tensor in whole.items()
-                if place.split()[0] == str(number)
+                int(name.split()[1]): {MASTER: tensor}
+                for name, tensor in whole.items()
+                if name.split()[0] == str(number)
             }
             for parameter, tensors in optimizer_state.scatter(part, own, [MASTER]):
                 shards[id(optimizer_state.master_of(part, parameter))].copy_(tensors[MASTER])
 
-    def sharded(self, weights: ShardedStateDict) -> dict[str, ShardedBase]:
-        """Return the averages of the parameters that this rank owns, as megatron-core saves them.
-        Collective.
+    def sharded(self, weights: ShardedStateDict, *, is_loading: bool) -> dict[str, ShardedBase]:
+        """Return the averages of the parameters that this rank owns, as megatron-core saves and
+        loads them, by number of the part of the optimizer and of the parameter. Collective unless
+        ``is_loading``.
 
         Args:
-            weights: the model's part of what is saved.
+            weights: the model's part of what is saved or loaded.
+            is_loading: leave room for the averages instead of gathering them.
         """
-        parts = self.optimizer.chained_optimizers
-        with self.in_master_weights():
-            states = [optimizer_state.sharded(part, weights, [MASTER]) for part in parts]
+        with contextlib.nullcontext() if is_loading else self.in_master_weights():
+            states = [
+                optimizer_state.sharded(part, weights, [MASTER], is_loading=is_loading)
+                for part in self.optimizer.chained_optimizers
+            ]
         return {
             f"{number} {index}": _named(tensors[MASTER])
             for number, state in enumerate(states)
@@ -127,38 +129,13 @@ class Averages:
         }
 
 
-def entries(state: dict[Any, Any], optimizer: MegatronOptimizer) -> dict[str, ShardedBase]:
-    """Return entries like those of the master weights in an optimizer's state, under the keys of
-    averages, by number of the part of the optimizer and of the parameter.
-    """
-    found = {}
-    for place, tensors in parameter_states(state, optimizer):
-        if MASTER in tensors:
-            entry = _named(tensors[MASTER])
-            found[place] = replace(entry, data=entry.data.clone())
-    return found
-
-
 def _named(entry: ShardedBase) -> ShardedBase:
     """Return the entry of a master weight under the key of its average."""
-    return replace(entry, key=PREFIX + entry.key.rpartition(_STATE)[2])
+    return replace(entry, key=PREFIX + optimizer_state.weight_of_master(entry))
 
 
 def _masters(optimizer: MegatronOptimizer) -> list[Tensor]:
     return [one for part in optimizer.chained_optimizers for one in part.get_parameters()]
-
-
-def parameter_states(
-    state: dict[Any, Any], optimizer: MegatronOptimizer
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the master weight and moments of each parameter in an optimizer's state, with its
-    place.
-    """
-    parts = optimizer.chained_optimizers
-    for number in range(len(parts)):
-        own = state if len(parts) == 1 else state.get(number, {})
-        for index, tensors in own.get("param_state", {}).items():
-            yield f"{number} {index}", tensors
 
 
 def build(settings: Ema, optimizer: MegatronOptimizer) -> Averages | None:

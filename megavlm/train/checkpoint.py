@@ -32,11 +32,12 @@ from megavlm.model import nf4_layers
 from megavlm.model.positions import POSITIONS_KEY, resize_positions
 from megavlm.model.precision import dtype_of
 from megavlm.model.vlm import VisionLanguageModel
-from megavlm.train import averages, master_weights, router_state
+from megavlm.train import master_weights, router_state
 from megavlm.train.architecture_differences import architecture_differences
 from megavlm.train.averages import Averages
 from megavlm.train.master_weights import Master, MismatchError
 from megavlm.train.optimizer import load_state, oldest
+from megavlm.train.optimizer_state import optimizer_parts
 
 _PREFIX = "model."
 _POSITIONS = _PREFIX + POSITIONS_KEY
@@ -88,37 +89,20 @@ def sharded(
     """
     weights = sharded_weights(chunks)
     state = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_OPTIMIZER_FORMAT)
-    for part in filter(None, optimizer_parts(state, optimizer)):
+    parts = optimizer_parts(state, optimizer)
+    for part in filter(None, parts):
         # megatron-core 0.19 orders the settings of a group otherwise after a resume, and the file
         # of a resumed run is to equal that of one that was not interrupted.
         groups = part["optimizer"]["param_groups"]
         part["optimizer"]["param_groups"] = [dict(sorted(group.items())) for group in groups]
-    found = [] if is_loading else master_weights.masters(weights, state, optimizer)
-    master_weights.refuse(master_weights.differences(found, state, lambda key: None))
+    if not is_loading:
+        found = master_weights.masters(weights, parts)
+        master_weights.refuse(master_weights.differences(found, parts, lambda key: None))
     scales = {"scales": _scales(chunks)} if "delayed" in fp8.recipes.values() else {}
     means = {}
     if averaged is not None:
-        means["ema"] = (
-            averages.entries(state, optimizer) if is_loading else averaged.sharded(weights)
-        )
+        means["ema"] = averaged.sharded(weights, is_loading=is_loading)
     return {"model": weights, "optimizer": state} | scales | means | router_state.entries(chunks)
-
-
-def optimizer_parts(state: Mapping[Any, Any], optimizer: MegatronOptimizer) -> list[dict]:
-    """Return the states of the optimizers that megatron-core chains, for experts and for all else;
-    without experts there is one.
-
-    Args:
-        state: the optimizer's part of what is saved or loaded.
-        optimizer: whose it is.
-    """
-    count = len(optimizer.chained_optimizers)
-    return [state] if count == 1 else [state.get(number, {}) for number in range(count)]
-
-
-def join_parts(parts: Sequence[Mapping]) -> Any:
-    """Return the state of an optimizer from what ``optimizer_parts`` returned."""
-    return parts[0] if len(parts) == 1 else dict(enumerate(parts))
 
 
 def _scales(chunks: Sequence[VisionLanguageModel]) -> ShardedStateDict:
@@ -254,7 +238,7 @@ def load_optimizer(
     asked = sharded(chunks, optimizer, kept, is_loading=True, averaged=averaged)
     parts = optimizer_parts(asked["optimizer"], optimizer)
     groups = [part["optimizer"]["param_groups"] for part in parts]
-    found = master_weights.masters(asked["model"], asked["optimizer"], optimizer)
+    found = master_weights.masters(asked["model"], parts)
     in_4_bits = nf4_layers.weights(chunks, chunks[0].architecture.lora)
     asked["model"] = {
         name: entry
@@ -267,10 +251,10 @@ def load_optimizer(
     router_state.take(chunks, loaded)
     partly = checkpoint.state.trained_only or bool(in_4_bits)
     _take(chunks, loaded["model"] | loaded.get("scales", {}), partly=partly)
-    refuse_mismatch(checkpoint, found, loaded["optimizer"])
+    parts = optimizer_parts(loaded["optimizer"], optimizer)
+    refuse_mismatch(checkpoint, found, parts)
     # Moments are stored for each parameter. Its group is that of this run, which may be divided
     # otherwise; all groups have seen the same number of updates.
-    parts = optimizer_parts(loaded["optimizer"], optimizer)
     stored = [part["optimizer"] for part in parts]
     for part in parts:
         part.setdefault("param_state", {})  # of a rank that owns nothing
@@ -293,7 +277,7 @@ def load_optimizer(
 
 
 def refuse_mismatch(
-    checkpoint: Checkpoint, found: Sequence[Master], loaded: Mapping[Any, Any]
+    checkpoint: Checkpoint, found: Sequence[Master], parts: Sequence[Mapping[str, Any]]
 ) -> None:
     """Compare master weights that were read with the chunks' weights, which are the checkpoint's.
     Collective.
@@ -301,7 +285,7 @@ def refuse_mismatch(
     Args:
         checkpoint: the one that they were read from.
         found: the parameters that have master weights.
-        loaded: the optimizer's state as it was read.
+        parts: of the optimizer's state as it was read.
 
     Raises:
         MismatchError: they differ on some rank; the message tells how to start from the weights.
@@ -314,7 +298,7 @@ def refuse_mismatch(
         return entry.properties.dtype if isinstance(entry, TensorStorageMetadata) else usual
 
     try:
-        master_weights.refuse(master_weights.differences(found, loaded, written))
+        master_weights.refuse(master_weights.differences(found, parts, written))
     except MismatchError as error:
         raise MismatchError(
             f"the checkpoint {checkpoint.folder}: {error}. megavlm before 0.2 wrote such"

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict
-from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
-_STATE = "optimizer.state.param."
+from megavlm.train.optimizer_state import MASTER, weight_of_master
+
 # Values compared at a time, so that the comparison needs no memory worth naming.
 _PIECE = 1 << 24
 _SHOWN = 5
@@ -30,47 +30,41 @@ class MismatchError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Master:
-    """A parameter, and where its master weight is in the state dict of the optimizer.
+    """A parameter, and where its master weight is in the optimizer's state.
 
     Args:
         key: checkpoint key of the parameter.
         weight: the parameter, as much of it as this rank holds.
-        path: keys that lead to the master weight.
+        part: number of the optimizer's part.
+        index: number of the parameter in that part.
     """
 
     key: str
     weight: Tensor
-    path: tuple[Any, ...]
+    part: int
+    index: int
 
-    def find(self, state: Mapping[Any, Any]) -> Tensor:
-        """Return the master weight in a state dict that is to be written or was read."""
-        found: Any = state
-        for name in self.path:
-            found = found[name]
+    def find(self, parts: Sequence[Mapping[str, Any]]) -> Tensor:
+        """Return the master weight in a state that is to be written or was read."""
+        found = parts[self.part]["param_state"][self.index][MASTER]
         return found.data if isinstance(found, ShardedBase) else found
 
 
-def masters(
-    weights: ShardedStateDict, state: Mapping[Any, Any], optimizer: MegatronOptimizer
-) -> list[Master]:
+def masters(weights: ShardedStateDict, parts: Sequence[Mapping[str, Any]]) -> list[Master]:
     """Find every parameter of which this rank has the master weight as a whole.
 
     Args:
         weights: the model's part of what is saved or loaded.
-        state: the optimizer's part, made from the same ``weights``.
-        optimizer: the optimizer that made it.
+        parts: the optimizer's, made from the same ``weights``; see ``optimizer_parts``.
     """
     by_place = {_place(entry.key, entry): entry.data for entry in weights.values()}
-    parts = optimizer.chained_optimizers
     found = []
-    for number in range(len(parts)):
-        above = () if len(parts) == 1 else (number,)
-        part_state = state[number] if above else state
-        for index, entries in part_state["param_state"].items():
-            if (entry := entries.get("param")) is not None:
-                key = entry.key.rpartition(_STATE)[2]
-                path = (*above, "param_state", index, "param")
-                found.append(Master(key=key, weight=by_place[_place(key, entry)], path=path))
+    for number, part in enumerate(parts):
+        for index, entries in part["param_state"].items():
+            if (entry := entries.get(MASTER)) is not None:
+                key = weight_of_master(entry)
+                weight = by_place[_place(key, entry)]
+                found.append(Master(key=key, weight=weight, part=number, index=index))
     return found
 
 
@@ -81,17 +75,19 @@ def _place(key: str, entry: ShardedBase) -> tuple[str, Any]:
 
 @torch.no_grad()
 def differences(
-    found: Sequence[Master], state: Mapping[Any, Any], written: Callable[[str], torch.dtype | None]
+    found: Sequence[Master],
+    parts: Sequence[Mapping[str, Any]],
+    written: Callable[[str], torch.dtype | None],
 ) -> dict[str, int]:
     """Count, by key, the values that differ from the rounded master weights.
 
     Args:
         found: the parameters to compare.
-        state: the optimizer's part of what is to be written or was read.
+        parts: of the optimizer's state that is to be written or was read.
         written: takes a key and returns the dtype that the weight has in the checkpoint; None: the
             model's.
     """
-    counts = [_count(master, master.find(state).flatten(), written(master.key)) for master in found]
+    counts = [_count(master, master.find(parts).flatten(), written(master.key)) for master in found]
     numbers = torch.stack(counts).tolist() if counts else []
     wrong: dict[str, int] = {}
     for master, number in zip(found, numbers, strict=True):

@@ -23,12 +23,14 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
 )
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
 from megavlm.checkpoint.shared_loading import spread
 
 MASTER = "param"
+_STATE = "optimizer.state."
 _TENSORS = (MASTER, "exp_avg", "exp_avg_sq")
 # Values that ranks exchange at a time: 64 MiB on the device.
 _PIECE = 1 << 24
@@ -58,6 +60,28 @@ class Place:
     def size(self) -> int:
         """Elements of the parameter."""
         return self.end - self.start
+
+
+def optimizer_parts(state: Mapping[Any, Any], optimizer: MegatronOptimizer) -> list[dict]:
+    """Return the states of the optimizers that megatron-core chains, for experts and for all else;
+    without experts there is one.
+
+    Args:
+        state: the optimizer's part of what is saved or loaded.
+        optimizer: whose it is.
+    """
+    count = len(optimizer.chained_optimizers)
+    return [state] if count == 1 else [state.get(number, {}) for number in range(count)]
+
+
+def join_parts(parts: Sequence[Mapping]) -> Any:
+    """Return the state of an optimizer from what ``optimizer_parts`` returned."""
+    return parts[0] if len(parts) == 1 else dict(enumerate(parts))
+
+
+def weight_of_master(entry: ShardedBase) -> str:
+    """Return the checkpoint key of the weight that an entry is the master weight of."""
+    return entry.key.rpartition(f"{_STATE}{MASTER}.")[2]
 
 
 def own_whole_tensors(part: DistributedOptimizer) -> None:
@@ -99,7 +123,7 @@ def sharded(
         state[one.number] = {
             name: replace(
                 entry,
-                key=f"optimizer.state.{name}.{entry.key}",
+                key=f"{_STATE}{name}.{entry.key}",
                 data=room[name].view(entry.data.shape),
                 # The first of the replicas writes, which is the owner.
                 replica_id=(*entry.replica_id[:2], 0),

@@ -17,14 +17,15 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.checkpoint.train_state import History
+from megavlm.config.freeze_mask import matches
 from megavlm.config.lora import is_adapter
 from megavlm.config.schema import Fp8
-from megavlm.model.freeze import matches
 from megavlm.model.positions import POSITIONS_KEY
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.model.weights import named_weights
 from megavlm.train import checkpoint, master_weights
 from megavlm.train.optimizer import load_state, oldest
+from megavlm.train.optimizer_state import join_parts, optimizer_parts
 
 
 def age(key: str, history: History) -> int:
@@ -75,7 +76,7 @@ def keep(
     fresh: dict[Any, dict[str, Any]] = {}
     for chunk in chunks:
         weights |= named_weights(chunk)
-    parts = checkpoint.optimizer_parts(everything["optimizer"], optimizer)
+    parts = optimizer_parts(everything["optimizer"], optimizer)
     states = {
         (number, index): tensors
         for number, part in enumerate(parts)
@@ -94,17 +95,17 @@ def keep(
                     else torch.zeros_like(entry.data)
                 )
                 fresh.setdefault(index, {})[name] = values.reshape(entry.data.shape)
-    wanted = checkpoint.join_parts(
+    wanted = join_parts(
         [
             {"param_state": {index: held for index, held in part["param_state"].items() if held}}
             for part in parts
         ]
     )
-    found = master_weights.masters(everything["model"], everything["optimizer"], optimizer)
+    found = master_weights.masters(everything["model"], parts)
     collection = chunks[0].groups.collection
-    loaded = checkpoint.load_shards(source, {"optimizer": wanted}, collection)["optimizer"]
-    checkpoint.refuse_mismatch(source, found, loaded)
-    read = checkpoint.optimizer_parts(loaded, optimizer)
+    loaded = checkpoint.load_shards(source, {"optimizer": wanted}, collection)
+    read = optimizer_parts(loaded["optimizer"], optimizer)
+    checkpoint.refuse_mismatch(source, found, read)
     for number, part in enumerate(parts):
         # Parameter groups are those of this run; the checkpoint's are divided otherwise.
         for group in part["optimizer"]["param_groups"]:
@@ -114,4 +115,4 @@ def keep(
             index: kept.get(index, {}) | fresh.get((number, index), {})
             for index in part["param_state"]
         }
-    load_state(optimizer, checkpoint.join_parts(parts))
+    load_state(optimizer, join_parts(parts))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -33,9 +30,9 @@ def test_each_part_of_a_chain_is_compared_by_key_and_offset() -> None:
         "0 b": factory("model.b", fused),
         "0 c": factory("model.c", frozen),
     }
-    state = {
-        0: {"param_state": {0: {"param": shard("optimizer.state.param.model.a", upper.float())}}},
-        1: {
+    parts = [
+        {"param_state": {0: {"param": shard("optimizer.state.param.model.a", upper.float())}}},
+        {
             "param_state": {
                 0: {"param": factory("chained_1.optimizer.state.param.model.b", fused.clone())},
                 1: {
@@ -46,19 +43,18 @@ def test_each_part_of_a_chain_is_compared_by_key_and_offset() -> None:
                 2: {"exp_avg": None},
             }
         },
-    }
-    chain: Any = SimpleNamespace(chained_optimizers=[None, None])
-    found = masters(weights, state, chain)
-    assert [(master.key, master.path[:1]) for master in found] == [
-        ("model.a", (0,)),
-        ("model.b", (1,)),
-        ("model.a", (1,)),
     ]
-    assert differences(found, state, lambda key: None) == {}
+    found = masters(weights, parts)
+    assert [(master.key, master.part) for master in found] == [
+        ("model.a", 0),
+        ("model.b", 1),
+        ("model.a", 1),
+    ]
+    assert differences(found, parts, lambda key: None) == {}
     # The upper part's master weights where the lower part's belong.
-    state[1]["param_state"][1]["param"].data.copy_(upper)
-    state[1]["param_state"][0]["param"].data[2] += 1
-    assert differences(found, state, lambda key: None) == {"model.a": 12, "model.b": 1}
+    parts[1]["param_state"][1]["param"].data.copy_(upper)
+    parts[1]["param_state"][0]["param"].data[2] += 1
+    assert differences(found, parts, lambda key: None) == {"model.a": 12, "model.b": 1}
 
 
 @pytest.mark.parametrize(
@@ -78,7 +74,6 @@ def test_master_weights_are_rounded_as_the_weights_were(
     weight = exact.to(torch.bfloat16 if is_same else torch.float32).to(held)
     master = exact if is_same else exact + 1e-3
     weights = {"a": factory("model.a", weight)}
-    state = {"param_state": {0: {"param": factory("optimizer.state.param.model.a", master)}}}
-    one: Any = SimpleNamespace(chained_optimizers=[None])
-    found = masters(weights, state, one)
-    assert (differences(found, state, lambda key: written) == {}) == is_same
+    parts = [{"param_state": {0: {"param": factory("optimizer.state.param.model.a", master)}}}]
+    found = masters(weights, parts)
+    assert (differences(found, parts, lambda key: written) == {}) == is_same
