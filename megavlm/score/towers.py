@@ -33,7 +33,7 @@ from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel import backend, process_groups
 from megavlm.planner.layout import make_layout
 from megavlm.train import initial_weights
-from megavlm.train.start_point import Start
+from megavlm.train.resume import Start
 
 _TIMEOUT_MINUTES = 60
 

@@ -17,7 +17,7 @@ from megavlm.config import torchrun
 from megavlm.config.schema import Config
 from megavlm.health.preflight import DisagreementError, RankView, check_consistency, snapshot
 from megavlm.train.inspection import inspect
-from megavlm.train.start_point import Start
+from megavlm.train.resume import Start
 from megavlm.train.tasks import task_facts
 
 

@@ -15,8 +15,7 @@ from megavlm.config.schema import Config, Init
 from megavlm.convert.hf import convert, from_parts
 from megavlm.train import resume
 from megavlm.train.architecture_differences import architecture_differences
-from megavlm.train.resume import DamagedError
-from megavlm.train.start_point import Start
+from megavlm.train.resume import DamagedError, Start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +67,7 @@ def _is_kept(config: Config, start: Start) -> bool:
     the checkpoint that is resumed. A later stage begins with what the stage before it ended with,
     not with its base weights.
     """
-    return (
-        config.checkpoint.trained_only
-        and isinstance(start, Checkpoint)
-        and resume.needs_base(config, start)
-    )
+    return config.checkpoint.trained_only and resume.needs_base(config, start)
 
 
 def _locate_again(config: Config, start: Checkpoint) -> list[Path]:

@@ -12,7 +12,6 @@ from typing import Any
 from megavlm.checkpoint.base_files import Base
 from megavlm.checkpoint.lock import Lock
 from megavlm.checkpoint.rank_errors import raised_on_all
-from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.checkpoint.train_state import History, State
 from megavlm.config.schema import Config
 from megavlm.convert.hf.unused_weights import Weights
@@ -33,7 +32,7 @@ from megavlm.train import (
 )
 from megavlm.train.build_model import build_model
 from megavlm.train.job import Job
-from megavlm.train.start_point import Start
+from megavlm.train.resume import Start
 from megavlm.train.tasks import open_tasks
 
 
@@ -73,7 +72,7 @@ def build_job(
     built = build_model(config, layout, groups, backend, fill, history)
     state = _first_state(config, packs, base, history)
     averaged = averages.build(config.ema, built.optimizer)
-    if isinstance(start, Checkpoint) and resume.resumes(config, start):
+    if resume.resumes(config, start):
         checkpoint.load_optimizer(start, built.chunks, built.optimizer, config.fp8, averaged)
         state = replace(start.state, base=base, indexes=resume.index_sums(config))
     elif history:

@@ -12,7 +12,7 @@ from megavlm.convert.hf import convert
 from megavlm.io import atomic
 from megavlm.parallel.process_groups import Groups
 from megavlm.train import resume
-from megavlm.train.start_point import Start
+from megavlm.train.resume import Start
 
 
 class ExportError(RuntimeError):

@@ -17,7 +17,7 @@ from megavlm.convert.hf.preprocessing import Usage
 from megavlm.model import weights
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.train import checkpoint, start_point
-from megavlm.train.start_point import Start
+from megavlm.train.resume import Start
 
 
 def fill(

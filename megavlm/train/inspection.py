@@ -18,7 +18,7 @@ from megavlm.data.store.reader import Reader, check_shards
 from megavlm.io.remote import is_remote
 from megavlm.model import precision
 from megavlm.train import base_weights, resume, start_point
-from megavlm.train.start_point import Start
+from megavlm.train.resume import Start
 from megavlm.train.tasks import open_tasks
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.checkpoint.train_state import State
 from megavlm.config.checks.resume import with_origin
 from megavlm.config.schema import Config
@@ -45,7 +44,7 @@ def launch(
     store = store or backend.meet(config.parallel.timeout_minutes)
     with contextlib.ExitStack() as stack:
         start, lock = agree_to_start(config, ahead, store, stack)
-        has_begun = isinstance(start, Checkpoint) and resume.is_own(config, start)
+        has_begun = resume.is_own(config, start)
         if has_begun:
             config = with_origin(config, start.config)
         device_backend = backend.start(

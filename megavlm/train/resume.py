@@ -21,10 +21,13 @@ from megavlm.config import torchrun
 from megavlm.config.checks.resume import refusals
 from megavlm.config.checks.rules import ConfigError
 from megavlm.config.checks.saving import exported_step
-from megavlm.config.schema import Config
+from megavlm.config.schema import Config, Init
 from megavlm.data.records.readers import is_annotation
 from megavlm.data.store.manifest import read_manifest
 from megavlm.train.architecture_differences import architecture_differences
+
+Start = Checkpoint | Path | Init | None
+"""What a run starts from: a checkpoint, a Hugging Face folder, parts, or nothing."""
 
 
 class DamagedError(ValueError):
@@ -251,36 +254,40 @@ def index_sums(config: Config) -> tuple[int, ...]:
     return tuple(read_manifest(folder).idx_crc32 for folder in config.data.train_folders)
 
 
-def resumes(config: Config, start: Checkpoint) -> bool:
-    """Tell whether a checkpoint is resumed, rather than only its weights taken: the run's own
-    always, another one of the same stage unless its weights are all that is asked for.
+def resumes(config: Config, start: Start) -> bool:
+    """Tell whether a run resumes a checkpoint, rather than only take weights: its own always,
+    another one of the same stage unless its weights are all that is asked for.
     """
+    if not isinstance(start, Checkpoint):
+        return False
     takes_weights = config.checkpoint.weights_only and not is_own(config, start)
     is_same_stage = (start.config.recipe, start.state.stage) == (config.recipe, config.stage)
     return is_same_stage and not takes_weights
 
 
-def needs_base(config: Config, start: Checkpoint) -> bool:
-    """Tell whether a run that resumes a checkpoint needs its base weights: the checkpoint, or those
+def needs_base(config: Config, start: Start) -> bool:
+    """Tell whether a run resumes a checkpoint and needs its base weights: the checkpoint, or those
     to come, hold trained parameters only.
     """
+    if not resumes(config, start):
+        return False
     has_more_steps = start.state.step < config.training.steps
     keeps_base = config.checkpoint.trained_only and has_more_steps and start.state.base != Base()
-    return resumes(config, start) and (start.state.trained_only or keeps_base)
+    return start.state.trained_only or keeps_base
 
 
-def first_step(config: Config, start: object) -> int:
+def first_step(config: Config, start: Start) -> int:
     """Return the number of updates that are done when the run starts."""
-    is_resumed = isinstance(start, Checkpoint) and resumes(config, start)
-    return start.state.step if is_resumed else 0
+    return start.state.step if resumes(config, start) else 0
 
 
-def is_own(config: Config, start: Checkpoint) -> bool:
-    """Tell whether a checkpoint is in the run's save folder."""
-    return bool(config.checkpoint.save) and start.folder.parent == Path(config.checkpoint.save)
+def is_own(config: Config, start: Start) -> bool:
+    """Tell whether a run starts from a checkpoint in its save folder."""
+    save = config.checkpoint.save
+    return isinstance(start, Checkpoint) and bool(save) and start.folder.parent == Path(save)
 
 
-def history(config: Config, start: Checkpoint | Path | None) -> History:
+def history(config: Config, start: Start) -> History:
     """Earlier stages whose moments the run keeps."""
     if not isinstance(start, Checkpoint):
         return ()

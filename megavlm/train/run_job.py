@@ -27,7 +27,7 @@ from megavlm.train.export import export_finished
 from megavlm.train.loop import train
 from megavlm.train.metrics import Metrics
 from megavlm.train.periodic_evaluation import evaluate
-from megavlm.train.start_point import Start
+from megavlm.train.resume import Start
 from megavlm.train.stop_signal import StopRequest
 from megavlm.train.summary import log_run_summary
 

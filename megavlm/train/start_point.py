@@ -15,9 +15,7 @@ from megavlm.convert.weights.tables import unused_rows
 from megavlm.data.store.manifest import read_manifest
 from megavlm.data.text.tokenizer import fingerprint
 from megavlm.train import resume
-
-Start = Checkpoint | Path | Init | None
-"""What a run starts from: a checkpoint, a Hugging Face folder, parts, or nothing."""
+from megavlm.train.resume import Start
 
 
 def find_named(config: Config) -> Start:
@@ -28,8 +26,7 @@ def find_named(config: Config) -> Start:
             none.
     """
     start = _named(config)
-    is_resumed = isinstance(start, Checkpoint) and resume.resumes(config, start)
-    if config.eval.only and config.ema.evaluate and not is_resumed:
+    if config.eval.only and config.ema.evaluate and not resume.resumes(config, start):
         raise ValueError(
             "--ema.evaluate true: with --eval.only true it needs a --checkpoint.load of the same"
             " recipe and --stage, without --checkpoint.weights_only, whose averages are measured;"

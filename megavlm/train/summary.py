@@ -9,7 +9,6 @@ from pathlib import Path
 
 from megavlm import job_checks
 from megavlm.checkpoint.rank_errors import raised_on_all
-from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.checkpoint.train_state import State
 from megavlm.config.checks.resume import changes
 from megavlm.config.freeze_mask import PARTS
@@ -21,7 +20,7 @@ from megavlm.planner.parameter_table import parameter_table, table_lines
 from megavlm.train import resume, start_point
 from megavlm.train.disk_room import room_warnings
 from megavlm.train.metrics import Metrics
-from megavlm.train.start_point import Start
+from megavlm.train.resume import Start
 
 _GROUPS = ("optimizer.decay ", "no_decay", "lr_multipliers", "layer_decay")
 
@@ -89,8 +88,7 @@ def _log_training(
     config: Config, trained: Trained, start: Start, state: State, metrics: Metrics
 ) -> None:
     """Log what is about to be trained, and how."""
-    is_resumed = isinstance(start, Checkpoint) and resume.resumes(config, start)
-    if is_resumed and (table := changes(start.config, config)):
+    if resume.resumes(config, start) and (table := changes(start.config, config)):
         metrics.log("\n".join(["changed since the checkpoint:", *table]))
         if any(option in line for line in table for option in _GROUPS):
             metrics.log("parameter groups are divided anew; moments follow their parameters")
