@@ -7,14 +7,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from megavlm.checkpoint.base_files import Base
 from megavlm.checkpoint.lock import Lock
 from megavlm.checkpoint.rank_errors import raised_on_all
 from megavlm.checkpoint.train_state import History, State
 from megavlm.config.schema import Config
-from megavlm.convert.hf.unused_weights import Weights
 from megavlm.data.loading.blend import BlendedDataset
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.order import Order
@@ -78,44 +76,23 @@ def build_job(
     elif history:
         stage_moments.keep(start, built.chunks, built.optimizer)
         averages.begin_again(averaged)
-    job = Job(
-        **vars(built),
-        **_open_beside(config, packs, start),
-        config=config,
-        backend=backend,
-        groups=groups,
-        train=packs,
-        plan=plan,
-        lock=lock,
-        averages=averaged,
-        unused_weights=_unused_weights(config, start, groups),
-    )
-    return job, state
-
-
-def _open_beside(
-    config: Config, packs: PackedDataset | BlendedDataset, start: Start
-) -> dict[str, Any]:
-    """Return what a job has beside the packs to train on: ``valid``, ``tasks`` and ``usage``.
-    Collective; raises RankError as ``build_job``.
-    """
     valid = config.data.valid
     with raised_on_all():
-        return {
-            "valid": PackedDataset(valid, with_shards=False) if valid else None,
-            "tasks": open_tasks(config),
-            "usage": None if packs.has_images else initial_weights.find_usage(start),
-        }
-
-
-def _unused_weights(config: Config, start: Start, groups: Groups) -> Weights:
-    """Read, on the first rank, what files hold of the vision encoder beside its weights.
-    Collective; raises RankError as ``build_job``.
-    """
-    with raised_on_all():
-        if groups.rank == 0:
-            return initial_weights.find_unused(config, start)
-    return {}
+        job = Job(
+            **vars(built),
+            config=config,
+            backend=backend,
+            groups=groups,
+            train=packs,
+            plan=plan,
+            valid=PackedDataset(valid, with_shards=False) if valid else None,
+            tasks=open_tasks(config),
+            lock=lock,
+            averages=averaged,
+            unused_weights={} if groups.rank else initial_weights.find_unused(config, start),
+            usage=None if packs.has_images else initial_weights.find_usage(start),
+        )
+    return job, state
 
 
 def _prepare_fill(
