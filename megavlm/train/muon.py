@@ -27,6 +27,7 @@ from megavlm.config.schema import Config
 from megavlm.model.vision_attention import unpadded_shape
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.model.weights import named_weights
+from megavlm.train.optimizer_state import master_of
 from megavlm.train.plain_moments import momentum_of
 
 # Coefficients of the five steps of the quintic iteration of modded-nanogpt, which megatron-core's
@@ -134,11 +135,8 @@ class Muon:
 
     def _shard(self, matrix: Matrix) -> Tensor | None:
         """Return this rank's piece of the master weight; none if it has no piece."""
-        place = self._part.model_param_group_index_map.get(matrix.parameter)
-        if place is None:
-            return None
-        group, number = place
-        return self._part.optimizer.param_groups[group]["params"][number]
+        has_piece = matrix.parameter in self._part.model_param_group_index_map
+        return master_of(self._part, matrix.parameter) if has_piece else None
 
     def _direction(self, shard: Tensor) -> Tensor:
         """Take the gradient into the momentum, and return Nesterov's look ahead."""

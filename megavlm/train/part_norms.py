@@ -17,6 +17,7 @@ from megavlm.model.weights import named_weights
 from megavlm.parallel.process_groups import Groups
 from megavlm.train.meters import Figures, Meter
 from megavlm.train.optimizer import counts_here
+from megavlm.train.optimizer_state import master_of
 
 NORM_PARTS = (*PARTS, "adapters", "cross_attention")
 """Parts whose norms are told apart. Adapters, and blocks of cross-attention, count for themselves
@@ -119,5 +120,5 @@ def _shards(optimizer: MegatronOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
     for part in optimizer.chained_optimizers:
         if part.is_stub_optimizer:
             continue
-        for parameter, (group, place) in part.model_param_group_index_map.items():
-            yield parameter, part.optimizer.param_groups[group]["params"][place]
+        for parameter in part.model_param_group_index_map:
+            yield parameter, master_of(part, parameter)
