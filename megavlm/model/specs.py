@@ -86,14 +86,13 @@ def mlp_submodules(first: type, kernels: Kernels) -> MLPSubmodules:
     )
 
 
-def _layers(
+def _layer(
     module: type,
     attention: ModuleSpec,
     mlp: MLPSubmodules,
-    count: int,
     kernels: Kernels,
     **params: Callable | bool,
-) -> list[ModuleSpec]:
+) -> ModuleSpec:
     # ``TransformerLayer`` builds each slot, and its ``sharded_state_dict`` renames keys by the map.
     submodules = TransformerLayerSubmodules(
         input_layernorm=kernels.layer_norm,
@@ -107,25 +106,18 @@ def _layers(
             "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
         },
     )
-    return [ModuleSpec(module=module, params=params, submodules=submodules)] * count
+    return ModuleSpec(module=module, params=params, submodules=submodules)
 
 
-def _with_experts(layers: list[ModuleSpec], kernels: Kernels, router: Callable) -> list[ModuleSpec]:
-    """Put experts in the place of the MLPs; a norm of its own stands before router and experts."""
-    mixture = mixture_spec(kernels.experts, kernels.column_linear, kernels.row_linear, router)
-    keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-    return [
-        replace(
-            layer,
-            submodules=replace(
-                layer.submodules,
-                pre_mlp_layernorm=kernels.norm,
-                mlp=mixture,
-                sharded_state_dict_keys_map=keys,
-            ),
-        )
-        for layer in layers
-    ]
+def _with_experts(layer: ModuleSpec, kernels: Kernels, router: Callable) -> ModuleSpec:
+    """Put experts in the place of the MLP; a norm of its own stands before router and experts."""
+    submodules = replace(
+        layer.submodules,
+        pre_mlp_layernorm=kernels.norm,
+        mlp=mixture_spec(kernels.experts, kernels.column_linear, kernels.row_linear, router),
+        sharded_state_dict_keys_map={"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
+    )
+    return replace(layer, submodules=submodules)
 
 
 def vision_spec(count: int, vision: Vision, kernels: Kernels) -> TransformerBlockSubmodules:
@@ -135,15 +127,18 @@ def vision_spec(count: int, vision: Vision, kernels: Kernels) -> TransformerBloc
     params = {"attn_mask_type": AttnMaskType.no_mask, "qk_norm": vision.qk_norm}
     inside = _attention(kernels.tile_attention, vision.qkv_bias, kernels)
     attention = ModuleSpec(module=VisionAttention, params=params, submodules=inside)
-    settings = dict(
+    # ``VisionLayer`` hands the bias of the second linear layer to what adds the branch.
+    mlp = replace(mlp_submodules(kernels.norm_linear, kernels), linear_fc2=kernels.row_linear)
+    layer = _layer(
+        VisionLayer,
+        attention,
+        mlp,
+        kernels,
         layer_scale=vision.has_layer_scale,
         add_branch=kernels.add_branch,
         checkpoint=kernels.checkpoint,
     )
-    # ``VisionLayer`` hands the bias of the second linear layer to what adds the branch.
-    mlp = replace(mlp_submodules(kernels.norm_linear, kernels), linear_fc2=kernels.row_linear)
-    layers = _layers(VisionLayer, attention, mlp, count, kernels, **settings)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=None)
+    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=None)
 
 
 def language_spec(
@@ -160,18 +155,18 @@ def language_spec(
     attention = ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask}, submodules=inside)
     mlp = mlp_submodules(kernels.norm_linear, kernels)
     if language.sandwich_norm:
-        [plain] = _layers(SandwichLayer, attention, mlp, 1, kernels, norm=kernels.norm)
+        plain = _layer(SandwichLayer, attention, mlp, kernels, norm=kernels.norm)
     else:
-        [plain] = _layers(TransformerLayer, attention, mlp, 1, kernels)
+        plain = _layer(TransformerLayer, attention, mlp, kernels)
     gated = plain
     if crosses.every:
         cross = _cross(architecture, kernels)
-        [gated] = _layers(GatedLayer, attention, mlp, 1, kernels, cross=cross)
-    found = [gated if crosses.stands_before(layer) else plain for layer in layers]
+        gated = _layer(GatedLayer, attention, mlp, kernels, cross=cross)
+    specs = [gated if crosses.stands_before(layer) else plain for layer in layers]
     if language.num_experts:
         router = functools.partial(PackRouter, language=language, experts=experts)
-        found = _with_experts(found, kernels, router)
-    return TransformerBlockSubmodules(layer_specs=found, layer_norm=kernels.norm)
+        specs = [_with_experts(layer, kernels, router) for layer in specs]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=kernels.norm)
 
 
 def _core(language: Language, kernels: Kernels) -> type:
