@@ -195,7 +195,7 @@ class VisionLanguageModel(MegatronModule):
         }
         return entries | save_once(of_copies, self.groups.tensor_rank)
 
-    def sum_gradients(self) -> None:
+    def finish_gradients(self) -> None:
         """Finish the gradients of weights of which each tensor-parallel rank has a copy.
         Collective.
         """
@@ -272,10 +272,13 @@ class VisionLanguageModel(MegatronModule):
         if self.connector is not None:
             hidden = self._fuse(hidden, batch)
         if self.language is not None:
-            hidden = self._read(hidden, batch, with_loss, only_loss_positions)
+            hidden = self._run_language(hidden, batch, with_loss, only_loss_positions)
         return hidden
 
     def _encode(self, received: Tensor | None, batch: Batch) -> Tensor:
+        """Run this chunk's layers of the vision encoder, on what the chunk before sent or on the
+        tiles -> [N, I, D]. Nothing is kept for a backward pass if nothing in them is trained.
+        """
         if batch.positions is not None:
             return batch.tokens.new_zeros(_NOTHING, dtype=self.config.pipeline_dtype)
         if self.trains_vision:
@@ -284,6 +287,9 @@ class VisionLanguageModel(MegatronModule):
             return self.vision(received, batch.tiles, None, batch.kept_patches)
 
     def _fuse(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Turn the tiles [N, I, D] into features, and put these among the embedded tokens -> [T, 1,
+        D]. For cross-attention the features follow as rows of the same width.
+        """
         fused = self.language.embed(batch.tokens)
         features = None
         if batch.positions is None:
@@ -299,9 +305,13 @@ class VisionLanguageModel(MegatronModule):
         rows = self._memory_rows(batch)
         return torch.cat([fused, as_rows(features, rows, fused.shape[-1])]) if rows else fused
 
-    def _read(
+    def _run_language(
         self, hidden: Tensor, batch: Batch, with_loss: bool, only_loss_positions: bool
     ) -> Tensor:
+        """Run this chunk's layers of the language model [T, 1, D], and the objective behind the
+        last. The rows behind the tokens, first those of the objective, then the features for
+        cross-attention, pass the layers by.
+        """
         shares = self.shares_trained_experts
         hidden = ask_for_gradient(hidden, self.config, helps_others=shares)
         received = memory = None

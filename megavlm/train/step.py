@@ -48,7 +48,7 @@ def _finalize(
     """
     finalize_model_grads(model, None, **kwargs)
     for chunk in model:
-        chunk.module.sum_gradients()
+        chunk.module.finish_gradients()
     sum_tied_gradients([chunk.module for chunk in model])
 
 

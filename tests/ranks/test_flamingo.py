@@ -159,7 +159,7 @@ def gradients_of_rank(config: Config) -> dict[str, float]:
     }
     for gradient in gradients.values():
         gradient.fill_(job.groups.tensor_rank)
-    job.chunks[0].sum_gradients()
+    job.chunks[0].finish_gradients()
     return {key: float(gradient.mean()) for key, gradient in gradients.items()}
 
 
