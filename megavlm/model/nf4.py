@@ -49,7 +49,7 @@ class Nf4Weight(nn.Module):
         self.shape = weight.shape
         self.dtype = weight.dtype
         self.left = first % NF4_BLOCK
-        blocks = (self.left + weight.shape[1] + NF4_BLOCK - 1) // NF4_BLOCK
+        blocks = _blocks(self.left + weight.shape[1])
         right = blocks * NF4_BLOCK - self.left - weight.shape[1]
         padded = pad(weight.float(), (self.left, right)).view(len(weight), blocks, NF4_BLOCK)
         scales = padded.abs().amax(dim=-1)

@@ -24,13 +24,9 @@ _ROW_PARALLEL = ("linear_proj", "linear_fc2")
 class _Dequantised:
     """Gives a linear layer its weight for the time of a forward pass. The backward pass dequantises
     it again: what autograd would keep is dropped.
-
-    Args:
-        module: the layer.
     """
 
-    def __init__(self, module: nn.Module):
-        self._module = module
+    def __init__(self) -> None:
         self._hooks: list[torch.autograd.graph.saved_tensors_hooks] = []
 
     def enter(self, module: nn.Module, inputs: tuple) -> None:
@@ -116,7 +112,7 @@ def quantise(
             module.nf4 = Nf4Weight(module.weight, first, group if is_cut else None, device)
             # Moved as it is, so that no memory is taken for it on the device.
             module.weight.data = module.weight.new_empty(0)
-            given = _Dequantised(module)
+            given = _Dequantised()
             module.register_forward_pre_hook(given.enter)
             module.register_forward_hook(given.leave, prepend=True, always_call=True)
             found.append(module)

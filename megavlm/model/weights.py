@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -45,7 +45,7 @@ def named_weights(model: VisionLanguageModel) -> dict[str, nn.Parameter]:
     }
 
 
-def _shards(model: VisionLanguageModel) -> Iterator[ShardedTensor]:
+def _shards(model: VisionLanguageModel) -> list[ShardedTensor]:
     found: list[ShardedTensor] = []
 
     def collect(entry):
@@ -56,7 +56,7 @@ def _shards(model: VisionLanguageModel) -> Iterator[ShardedTensor]:
         return entry
 
     dict_list_map_inplace(collect, dict(model.sharded_state_dict()))
-    return iter(found)
+    return found
 
 
 def weight_sizes(model: VisionLanguageModel) -> dict[str, int]:
@@ -84,7 +84,7 @@ def fill(
     chunks: Sequence[VisionLanguageModel],
     full_tensor: FullTensor,
     wanted: Callable[[str], bool] = lambda key: True,
-) -> list[str]:
+) -> None:
     """Fill the weights of these chunks, each with its part of the whole tensor. Collective: of
     ranks that are replicas of each other each takes a share of the parts, and sends it to the
     others.
@@ -95,9 +95,6 @@ def fill(
             tensor. It may be shorter (a vocabulary or heads without padding); what is missing
             becomes zero. Only these chunks' parts are taken of it.
         wanted: whether the weight of a key is filled.
-
-    Returns:
-        The keys that were filled.
 
     Raises:
         RankError: a rank cannot read a tensor; every rank raises it.
@@ -113,7 +110,6 @@ def fill(
             shard.data[tuple(slice(0, size) for size in part.shape)].copy_(part)
     for shard, (owner, group) in zip(shards, owners, strict=True):
         send(shard.data, owner, group)
-    return [shard.key for shard in shards]
 
 
 def fresh_tensor(config: Config) -> FullTensor:

@@ -48,7 +48,7 @@ def build_model(
     layout: Layout,
     groups: Groups,
     backend: Backend,
-    fill: Callable[[Sequence[VisionLanguageModel]], object],
+    fill: Callable[[Sequence[VisionLanguageModel]], None],
     history: History = (),
 ) -> BuiltModel:
     """Build, fill, freeze and wrap this rank's chunks, and create their optimizer. Collective.

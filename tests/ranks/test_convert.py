@@ -39,7 +39,7 @@ def load_then_save(folder: Path, imported: Path, config: Config) -> list[str]:
         config.parallel, config.training.seed, make_layout(config).embedding_chunk
     )
     models = [VisionLanguageModel(config, make_layout(config), groups) for _ in range(2)]
-    keys = weights.fill(models[:1], convert.full_tensors(folder, config.architecture))
+    weights.fill(models[:1], convert.full_tensors(folder, config.architecture))
     checkpoint.load_weights(step_folder.read(imported), models[1:])
     for one, other in zip(*(weights.named_weights(model).items() for model in models), strict=True):
         assert one[0] == other[0] and torch.equal(one[1].data, other[1].data), one[0]
@@ -56,6 +56,7 @@ def load_then_save(folder: Path, imported: Path, config: Config) -> list[str]:
         (saved / "state.json").write_text((imported / "state.json").read_text())
         (saved / "config.yaml").write_text(to_yaml(config))
         convert.export(saved, imported.parent / "out", tokenizer=imported / "tokenizer")
+    keys = list(weights.weight_sizes(models[0]))
     process_groups.destroy()
     return keys
 
