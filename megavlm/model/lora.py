@@ -206,6 +206,22 @@ class LowRankAdapter(nn.Module):
         return sharded
 
 
+def linears(part: nn.Module, stack: str) -> list[tuple[str, nn.Module]]:
+    """Return the linear layers of a part's transformer layers, but for those of experts, with the
+    checkpoint keys of their weights.
+
+    Args:
+        part: the vision encoder or the language model of a chunk.
+        stack: checkpoint key that its layers' keys begin with.
+    """
+    return [
+        (f"{stack}.{layer.layer_number - 1}.{name}.weight", layer.get_submodule(name))
+        for layer in part.modules()
+        if isinstance(layer, TransformerLayer)
+        for name in (LINEARS[:2] if layer.is_moe_layer else LINEARS)
+    ]
+
+
 def attach(
     part: nn.Module,
     stack: str,
@@ -218,21 +234,16 @@ def attach(
     (``model/expert_adapters``).
 
     Args:
-        part: the vision encoder or the language model of a chunk.
-        stack: checkpoint key that its layers' keys begin with.
+        part, stack: as for ``linears``.
         architecture: the model, with the settings.
         config: megatron-core's configuration of the part.
         group: tensor-parallel ranks that share each layer.
         tile_rank: see ``LowRankAdapter``.
     """
-    layers = [layer for layer in part.modules() if isinstance(layer, TransformerLayer)]
-    for layer in layers:
-        for name in LINEARS[:2] if layer.is_moe_layer else LINEARS:
-            key = f"{stack}.{layer.layer_number - 1}.{name}.weight"
-            if architecture.lora.adapts(key):
-                target = layer.get_submodule(name)
-                adapter = LowRankAdapter(key, target.weight, architecture, config, group, tile_rank)
-                add_adapter(target, adapter)
+    for key, target in linears(part, stack):
+        if architecture.lora.adapts(key):
+            adapter = LowRankAdapter(key, target.weight, architecture, config, group, tile_rank)
+            add_adapter(target, adapter)
 
 
 def add_adapter(target: nn.Module, adapter: LowRankAdapter) -> None:

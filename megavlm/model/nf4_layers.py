@@ -11,10 +11,10 @@ from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
 )
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
-from megavlm.config.lora import LINEARS, Lora
+from megavlm.config.lora import Lora
+from megavlm.model.lora import linears
 from megavlm.model.nf4 import Nf4Weight
 from megavlm.model.vlm import VisionLanguageModel
 
@@ -76,14 +76,11 @@ def mark_shards(chunk: VisionLanguageModel) -> None:
 
 def layers(chunk: VisionLanguageModel, lora: Lora) -> Iterator[tuple[str, nn.Module]]:
     """Yield the linear layers of a chunk whose weights are kept in 4 bits, with their keys."""
-    parts = {"vision.encoder": chunk.vision, "language.decoder": chunk.language}
+    parts = {"vision.encoder.layers": chunk.vision, "language.decoder.layers": chunk.language}
     for stack, part in parts.items():
-        modules = [] if part is None else part.modules()
-        for layer in [module for module in modules if isinstance(module, TransformerLayer)]:
-            for name in LINEARS:
-                key = f"{stack}.layers.{layer.layer_number - 1}.{name}.weight"
-                if lora.quantises(key):
-                    yield key, layer.get_submodule(name)
+        for key, module in [] if part is None else linears(part, stack):
+            if lora.quantises(key):
+                yield key, module
 
 
 @torch.no_grad()

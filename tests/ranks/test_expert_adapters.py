@@ -78,6 +78,25 @@ def test_adapters_are_those_of_the_merged_experts(ranks: Pool, dataset: Path) ->
     assert (found - wanted).abs().max() < 1e-5 < 1e-3 < (base - wanted).abs().max()
 
 
+def test_experts_stay_whole_if_a_pattern_keeps_other_layers_in_4_bits(
+    ranks: Pool, dataset: Path
+) -> None:
+    lora = Lora(rank=2, targets=("language.*.self_attention",), nf4=("*.layers.*.mlp.linear_fc1",))
+    model = dataclasses.replace(MODEL, lora=lora)
+    config = expert_config(dataset, model, **SETTINGS | dict(steps=1))
+    [keys] = ranks.run(keys_in_4_bits, 1, config)
+    assert keys == {f"vision.encoder.layers.{layer}.mlp.linear_fc1.weight" for layer in range(2)}
+
+
+def keys_in_4_bits(config: Config) -> set[str]:
+    """Build a run, and return the keys of its weights in 4 bits."""
+    from megavlm.model import nf4_layers
+    from tests.ranks.runs import build
+
+    lora = config.architecture.lora
+    return {key for chunk in build(config).chunks for key, _ in nf4_layers.layers(chunk, lora)}
+
+
 def job_of(dataset: Path, save: Path, base: Path | None = None, **settings: Any) -> Config:
     usual = dict(global_batch_size=4, drop_path=0.0, adam_eps=1e-3)
     job = make_job(dataset, save, *([base] if base else []), **usual | settings)
