@@ -12,7 +12,6 @@ from megavlm.config.checks.resume import with_origin
 from megavlm.config.schema import Config
 from megavlm.health import out_of_memory
 from megavlm.parallel import backend, process_groups
-from megavlm.parallel.environment import set_environment
 from megavlm.train import failures, resume
 from megavlm.train.agreement import agree_to_start
 from megavlm.train.resume import DamagedError
@@ -22,10 +21,10 @@ from megavlm.train.stop_signal import StopRequest
 
 def launch(
     config: Config,
-    stop: StopRequest | None = None,
+    stop: StopRequest,
     *,
+    store: dist.Store,
     ahead: Callable[[], None] = lambda: None,
-    store: dist.Store | None = None,
     can_go_back: bool = False,
 ) -> State:
     """Run a training job, and return where it ended; what is wrong with it, on any rank, ends every
@@ -33,15 +32,13 @@ def launch(
 
     Args:
         config: the run.
-        stop: what people ask of the whole command; none: of this run alone.
+        stop: what people ask of the command.
+        store: shared by the ranks, for this run alone.
         ahead: checks what is to run after it, and raises ValueError if that cannot run; what it
             finds on any rank counts as wrong with this run.
-        store: shared by the ranks, for this run alone; none: they meet in one.
         can_go_back: raise DamagedError, on every rank, instead of ending the process, unless the
             run has checkpoints of its own.
     """
-    set_environment(config.training.deterministic)
-    store = store or backend.meet(config.parallel.timeout_minutes)
     with contextlib.ExitStack() as stack:
         start, lock = agree_to_start(config, ahead, store, stack)
         has_begun = resume.is_own(config, start)

@@ -42,14 +42,14 @@ from megavlm.train.unchecked_norms import UncheckedNorms
 _NOTHING_KEPT = "nothing is kept without --checkpoint.save"
 
 
-def train(job: Job, state: State, metrics: Metrics, stop: StopRequest | None = None) -> State:
+def train(job: Job, state: State, metrics: Metrics, stop: StopRequest) -> State:
     """Train from ``state`` to the last step, or until asked to stop. Collective.
 
     Args:
         job: the run.
         state: where it is.
         metrics: get the figures.
-        stop: what people ask of the whole command; none: of this run alone.
+        stop: what people ask of the command.
 
     Raises:
         StepError: no token of a step is supervised, so its loss is not defined; a gradient was not
@@ -75,7 +75,6 @@ def train(job: Job, state: State, metrics: Metrics, stop: StopRequest | None = N
     step_log = StepLog(job, meters, metrics, state.step)
     steps = StepPacks(job.train, job.plan, packs)
     with (
-        _listen(job, stop) as stop,
         _watchdog(job) as watchdog,
         ProfiledSteps(config.profile, groups.rank, metrics, state.step) as profiled,
         contextlib.closing(_load_batches(job, state)) as loader,
@@ -137,15 +136,6 @@ def train(job: Job, state: State, metrics: Metrics, stop: StopRequest | None = N
         # Whoever begins another run has to know of what came after the last look.
         stop.is_agreed = groups.any_rank(stop.asked, device)
     return state
-
-
-def _listen(job: Job, stop: StopRequest | None) -> contextlib.AbstractContextManager[StopRequest]:
-    """Return the context in which signals and the time limit ask this run to stop; those of the
-    whole command, if there are others after it, are heard already.
-    """
-    if stop is None:
-        return StopRequest(job.config.training.max_hours)
-    return contextlib.nullcontext(stop)
 
 
 def _how_it_stopped(job: Job, stop: StopRequest, step: int, saved: int) -> str:

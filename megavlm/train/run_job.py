@@ -36,8 +36,8 @@ def run_job(
     config: Config,
     backend: Backend,
     start: Start,
-    lock: Lock | None = None,
-    stop: StopRequest | None = None,
+    lock: Lock | None,
+    stop: StopRequest,
 ) -> State:
     """Build the model and everything around it, train, and export; or only evaluate. Collective.
 
@@ -46,7 +46,7 @@ def run_job(
         backend: where tensors live.
         start: start point returned by ``inspect``.
         lock: of the save folder, on the rank that holds it.
-        stop: what people ask of the whole command; none: of this run alone.
+        stop: what people ask of the command.
 
     Raises:
         DamagedError: the checkpoint to start from is damaged, on every rank.

@@ -39,7 +39,7 @@ def launch_all(stages: Sequence[Config]) -> None:
     stores = (dist.PrefixStore(f"run {number}", store) for number in itertools.count())
     number, problem = _agreed_first(stages, store)
     if stages[0].eval.only:  # it has nothing to save, so a signal ends it at once
-        launch(stages[0], store=next(stores))
+        launch(stages[0], StopRequest(), store=next(stores))
         return
     for text in _left(stages, number):
         _warn(text)
@@ -51,13 +51,7 @@ def launch_all(stages: Sequence[Config]) -> None:
             stop.limit(config.training.max_hours)
             goes_back = number > 0 and number not in retried
             try:
-                state = launch(
-                    config,
-                    stop,
-                    ahead=ahead,
-                    store=next(stores),
-                    can_go_back=goes_back,
-                )
+                state = launch(config, stop, store=next(stores), ahead=ahead, can_go_back=goes_back)
             except DamagedError as error:
                 before = stages[number - 1].stage
                 _warn(f"{error}\nstage {before} resumes from the checkpoint before")

@@ -35,21 +35,17 @@ class StopRequest:
     A second signal to end does so at once. As a context manager it restores the handlers that were
     there.
 
-    Args:
-        max_hours: of the run, from now on; 0: any.
-
     Attributes:
         wants_save: whether SIGUSR1 came; set it to false when the checkpoint is saved.
         is_agreed: whether all ranks know that the run is to end.
     """
 
-    def __init__(self, max_hours: float = 0.0):
+    def __init__(self) -> None:
         self._signalled = False
         self.wants_save = False
         self.is_agreed = False
         self._start = time.monotonic()
         self._end = float("inf")
-        self.limit(max_hours)
         self._before: dict[int, signal.Handlers] = {}
         self._save_before: signal.Handlers = signal.SIG_DFL
 

@@ -191,10 +191,12 @@ def run(config: Config) -> None:
     from megavlm.parallel import backend, process_groups
     from megavlm.train.inspection import inspect
     from megavlm.train.run_job import run_job
+    from megavlm.train.stop_signal import StopRequest
 
     start = inspect(config, 1)
     try:
-        run_job(config, backend.start(5, deterministic=config.training.deterministic), start)
+        device_backend = backend.start(5, deterministic=config.training.deterministic)
+        run_job(config, device_backend, start, None, StopRequest())
     finally:
         process_groups.destroy()
 

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 from megavlm.config.cli import from_yaml
-from megavlm.train import launch, loop
+from megavlm.train import loop
+from megavlm.train.stages import launch_all
 
 _LATE_STEP = 4
 
@@ -36,4 +37,4 @@ def main(how: str, seconds: float, config: Path) -> None:
         return train_step(*arguments, **settings)
 
     loop.train_step = late
-    launch.launch(from_yaml(config))
+    launch_all([from_yaml(config)])

@@ -23,6 +23,7 @@ from megavlm.train.bad_steps import BadStepRule, StepError
 from megavlm.train.inspection import inspect
 from megavlm.train.metrics import Metrics
 from megavlm.train.run_job import run_job
+from megavlm.train.stop_signal import StopRequest
 from tests.ranks.pool import Pool
 from tests.ranks.runs import build, make_packs
 from tests.ranks.test_rank_errors import ERROR, fail, on_rank
@@ -55,7 +56,7 @@ def printed_by(config: Config) -> str:
         on_rank(0, "megavlm.train.saver.directory.drop_old", refuse),
         contextlib.redirect_stdout(shown),
     ):
-        run_job(config, backend.start(5), start, lock)
+        run_job(config, backend.start(5), start, lock, StopRequest())
     return shown.getvalue()
 
 

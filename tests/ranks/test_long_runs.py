@@ -19,6 +19,7 @@ import torch
 from megavlm.checkpoint.train_state import State
 from megavlm.config.schema import BadSteps, Config, Profile
 from megavlm.train.bad_steps import BadStepRule, StepError
+from megavlm.train.stop_signal import StopRequest
 from tests.ranks.layouts import asks_for_all
 from tests.ranks.pool import Pool
 from tests.ranks.runs import make_packs
@@ -210,7 +211,7 @@ def run_out_of_memory(config: Config) -> str:
         contextlib.redirect_stderr(shown),
         contextlib.suppress(SystemExit),
     ):
-        launch.launch(config)
+        launch.launch(config, StopRequest(), store=launch.backend.meet(5))
     return shown.getvalue()
 
 

@@ -18,6 +18,7 @@ from megavlm.config.schema import Config
 from megavlm.train import resume
 from megavlm.train.inspection import inspect
 from megavlm.train.resume import DamagedError
+from megavlm.train.stop_signal import StopRequest
 from tests.ranks.pool import Pool
 from tests.ranks.test_damage import NEWEST, told
 from tests.ranks.test_damage import dataset as dataset
@@ -101,7 +102,7 @@ def leaves(config: Config, error: Exception | None) -> bool:
         mock.patch.object(launch.backend, "stop") as stop,
         contextlib.suppress(SystemExit, RuntimeError),
     ):
-        launch.launch(config)
+        launch.launch(config, StopRequest(), store=launch.backend.meet(5))
     return stop.called
 
 

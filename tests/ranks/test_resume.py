@@ -38,10 +38,13 @@ def run_job(config: Config) -> int:
     from megavlm.parallel import backend
     from megavlm.train.inspection import inspect
     from megavlm.train.run_job import run_job
+    from megavlm.train.stop_signal import StopRequest
 
     world = config.parallel.model_parallel_size
     start = inspect(config, max(world, torch.distributed.get_world_size()))
-    return run_job(config, backend.start(5), start).step
+    with StopRequest() as stop:
+        stop.limit(config.training.max_hours)
+        return run_job(config, backend.start(5), start, None, stop).step
 
 
 def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -317,7 +320,7 @@ def run_with_a_signal(config: Config) -> tuple[int, bool]:
     stop = StopRequest()
     if torch.distributed.get_rank() == 1:
         stop._remember(signal.SIGTERM, None)
-    state = run_job(config, backend.start(5), start, stop=stop)
+    state = run_job(config, backend.start(5), start, None, stop)
     return state.step, stop.is_agreed
 
 

@@ -302,6 +302,7 @@ def test_a_stage_with_checkpoints_of_its_own_does_not_go_back(
     from megavlm.checkpoint.step_folder import find
     from megavlm.train import launch as of_run
     from megavlm.train.resume import DamagedError
+    from megavlm.train.stop_signal import StopRequest
 
     before, run = stages(arguments, undisturbed)[1:]
     start = find((run if is_own else before).checkpoint.save)
@@ -314,7 +315,7 @@ def test_a_stage_with_checkpoints_of_its_own_does_not_go_back(
     for name in ("start", "stop"):
         monkeypatch.setattr(of_run.backend, name, lambda *_, **__: None)
     with pytest.raises(SystemExit if is_own else DamagedError):
-        of_run.launch(run, store=torch.distributed.HashStore(), can_go_back=True)
+        of_run.launch(run, StopRequest(), store=torch.distributed.HashStore(), can_go_back=True)
     told = "error: no checkpoint can be used\n" if is_own else ""
     assert capsys.readouterr().err == told
 
