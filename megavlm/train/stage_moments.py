@@ -10,7 +10,6 @@ make up for the difference, exactly.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
@@ -25,7 +24,7 @@ from megavlm.model.vlm import VisionLanguageModel
 from megavlm.model.weights import named_weights
 from megavlm.train import checkpoint, master_weights
 from megavlm.train.optimizer import load_state, oldest
-from megavlm.train.optimizer_state import join_parts, optimizer_parts
+from megavlm.train.optimizer_state import MASTER, join_parts, optimizer_parts, weight_of_master
 
 
 def age(key: str, history: History) -> int:
@@ -72,47 +71,31 @@ def keep(
     everything = checkpoint.sharded(chunks, optimizer, Fp8(), is_loading=True)
     before = source.config.architecture.vision
     resizes = before.grid != chunks[0].architecture.vision.grid
-    weights: dict[str, Any] = {}
-    fresh: dict[Any, dict[str, Any]] = {}
-    for chunk in chunks:
-        weights |= named_weights(chunk)
+    weights = {f"model.{key}": one for chunk in chunks for key, one in named_weights(chunk).items()}
     parts = optimizer_parts(everything["optimizer"], optimizer)
-    states = {
-        (number, index): tensors
-        for number, part in enumerate(parts)
-        for index, tensors in part["param_state"].items()
-    }
-    for index, tensors in states.items():
-        for name in list(tensors):
-            key = tensors[name].key.split(".model.", 1)[1]
-            is_kept = _is_trained(key, source.config.training.trainable)
+    wanted: list[dict[str, dict]] = []
+    for part in parts:
+        kept = {}
+        for index, entries in part["param_state"].items():
+            weight = weight_of_master(entries[MASTER])
+            key = weight.removeprefix("model.")
             # Positions of another tile size have other shapes.
-            if not is_kept or (key == POSITIONS_KEY and resizes):
-                entry: Any = tensors.pop(name)
-                values = (
-                    weights[key].detach().float()
-                    if "param" in name
-                    else torch.zeros_like(entry.data)
-                )
-                fresh.setdefault(index, {})[name] = values.reshape(entry.data.shape)
-    wanted = join_parts(
-        [
-            {"param_state": {index: held for index, held in part["param_state"].items() if held}}
-            for part in parts
-        ]
-    )
-    found = master_weights.masters(everything["model"], parts)
+            is_resized = key == POSITIONS_KEY and resizes
+            if _is_trained(key, source.config.training.trainable) and not is_resized:
+                kept[index] = entries
+                continue
+            fresh = {name: torch.zeros_like(entry.data) for name, entry in entries.items()}
+            fresh[MASTER] = weights[weight].detach().float().reshape(fresh[MASTER].shape)
+            part["param_state"][index] = fresh
+        wanted.append({"param_state": kept})
+    found = master_weights.masters(everything["model"], wanted)
     collection = chunks[0].groups.collection
-    loaded = checkpoint.load_shards(source, {"optimizer": wanted}, collection)
+    loaded = checkpoint.load_shards(source, {"optimizer": join_parts(wanted)}, collection)
     read = optimizer_parts(loaded["optimizer"], optimizer)
     checkpoint.refuse_mismatch(source, found, read)
-    for number, part in enumerate(parts):
+    for part, of_part in zip(parts, read, strict=True):
         # Parameter groups are those of this run; the checkpoint's are divided otherwise.
         for group in part["optimizer"]["param_groups"]:
             group["step"] = oldest(optimizer)
-        kept = read[number].get("param_state", {})
-        part["param_state"] = {
-            index: kept.get(index, {}) | fresh.get((number, index), {})
-            for index in part["param_state"]
-        }
+        part["param_state"] |= of_part.get("param_state", {})
     load_state(optimizer, join_parts(parts))
