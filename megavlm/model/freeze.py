@@ -20,8 +20,8 @@ class Trained:
     """What a freeze mask leaves to train, over the whole model.
 
     Args:
-        weights: numbers in trained tensors of each part.
-        total: numbers in all tensors of each part.
+        weights: trainable parameters of each part.
+        total: parameters of each part.
         frozen_steps: steps of the run in which nothing of each part is trained yet.
     """
 
@@ -30,16 +30,13 @@ class Trained:
     frozen_steps: dict[str, int]
 
 
-def apply(
-    chunks: Sequence[VisionLanguageModel], training: Training, whole_model: dist.ProcessGroup
-) -> Trained:
+def apply(chunks: Sequence[VisionLanguageModel], training: Training) -> Trained:
     """Freeze every weight that no pattern of the freeze mask means. Collective; call it before DDP
     and the optimizer are built.
 
     Args:
         chunks: this rank's.
         training: ``trainable`` has parts, or patterns of checkpoint keys with ``*``, ``?``, ``[]``.
-        whole_model: ranks that have all layers and all experts between them.
 
     Raises:
         ValueError: a pattern means no weight on any rank; every rank raises it.
@@ -54,6 +51,8 @@ def apply(
             parameter.requires_grad_(bool(patterns))
             used |= patterns
             sizes[key] = whole[key], bool(patterns)
+    groups = chunks[0].groups.collection
+    whole_model = groups.tp_ep_pp  # ranks that have all layers and all experts between them
     everywhere: list = [None] * whole_model.size()
     dist.all_gather_object(everywhere, (used, found), group=whole_model)
     unused = set(training.trainable) - set().union(*(seen for seen, _ in everywhere))
@@ -80,7 +79,7 @@ def apply(
     for chunk in chunks:
         chunk.trains_vision = bool(waiting["vision"])
         chunk.first_trained = first_trained
-        shares = max(chunk.groups.collection.ep.size(), chunk.groups.collection.expt_tp.size()) > 1
+        shares = max(groups.ep.size(), groups.expt_tp.size()) > 1
         chunk.shares_trained_experts = shares and chunk.number in train_experts
     return Trained(
         weights=_by_part(merged, trained_only=True),

@@ -13,7 +13,6 @@ from megatron.core.tensor_parallel import (
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
-from megavlm.config.lora import Lora
 from megavlm.model.lora import linears
 from megavlm.model.nf4 import Nf4Weight
 from megavlm.model.vlm import VisionLanguageModel
@@ -74,25 +73,22 @@ def mark_shards(chunk: VisionLanguageModel) -> None:
                 set_tensor_model_parallel_attributes(module.weight, True, axis, 1)
 
 
-def layers(chunk: VisionLanguageModel, lora: Lora) -> Iterator[tuple[str, nn.Module]]:
+def layers(chunk: VisionLanguageModel) -> Iterator[tuple[str, nn.Module]]:
     """Yield the linear layers of a chunk whose weights are kept in 4 bits, with their keys."""
     parts = {"vision.encoder.layers": chunk.vision, "language.decoder.layers": chunk.language}
     for stack, part in parts.items():
         for key, module in [] if part is None else linears(part, stack):
-            if lora.quantises(key):
+            if chunk.architecture.lora.quantises(key):
                 yield key, module
 
 
 @torch.no_grad()
-def quantise(
-    chunks: Sequence[VisionLanguageModel], lora: Lora, device: torch.device
-) -> list[nn.Module]:
+def quantise(chunks: Sequence[VisionLanguageModel], device: torch.device) -> list[nn.Module]:
     """Keep the weights of linear layers in 4 bits from now on. Collective; the chunks have their
     weights and are then moved to the device.
 
     Args:
         chunks: this rank's, on the CPU.
-        lora: which layers.
         device: where the chunks are to be.
 
     Returns:
@@ -100,7 +96,7 @@ def quantise(
     """
     found = []
     for chunk in chunks:
-        for key, module in layers(chunk, lora):
+        for key, module in layers(chunk):
             groups = chunk.groups
             group = groups.vision.tp if key.startswith("vision.") else groups.collection.tp
             columns = module.weight.shape[1]
@@ -116,6 +112,6 @@ def quantise(
     return found
 
 
-def weights(chunks: Sequence[VisionLanguageModel], lora: Lora) -> dict[int, Nf4Weight]:
+def weights(chunks: Sequence[VisionLanguageModel]) -> dict[int, Nf4Weight]:
     """Return the weights in 4 bits by ``id`` of the parameter that stands for them."""
-    return {id(module.weight): module.nf4 for chunk in chunks for _, module in layers(chunk, lora)}
+    return {id(module.weight): module.nf4 for chunk in chunks for _, module in layers(chunk)}

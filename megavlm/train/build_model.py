@@ -63,21 +63,20 @@ def build_model(
     """
     numbers = range(groups.pipeline_rank, config.parallel.chunks, groups.pipeline_size)
     chunks = [VisionLanguageModel(config, layout, groups, number) for number in numbers]
-    lora = config.architecture.lora
-    if lora.nf4:
+    has_nf4 = bool(config.architecture.lora.nf4)
+    if has_nf4:
         for chunk in chunks:
             nf4_layers.mark_shards(chunk)
     else:
         _move(chunks, backend)
     fill(chunks)
     start_magnitudes(chunks)
-    if lora.nf4:
-        quantised = nf4_layers.quantise(chunks, lora, backend.device)
+    if has_nf4:
+        quantised = nf4_layers.quantise(chunks, backend.device)
         _move(chunks, backend)
         for module in quantised:
             nf4_layers.clear(module)
-    whole_model = groups.collection.tp_ep_pp
-    trained = freeze.apply(chunks, config.training, whole_model)
+    trained = freeze.apply(chunks, config.training)
     ddp_chunks = wrap_chunks(config, chunks)
     set_schedule_hooks(ddp_chunks)
     optimizer = build_optimizer(config, ddp_chunks, stage_moments.ages(chunks, history))

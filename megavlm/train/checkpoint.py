@@ -211,7 +211,7 @@ def dequantised(
     weights: ShardedStateDict, chunks: Sequence[VisionLanguageModel]
 ) -> ShardedStateDict:
     """Return what is to be saved, with weights of 4 bits in their own dtype, on the CPU."""
-    in_4_bits = nf4_layers.weights(chunks, chunks[0].architecture.lora)
+    in_4_bits = nf4_layers.weights(chunks)
     return {
         name: replace(entry, data=in_4_bits[id(entry.data)].whole().cpu())
         if id(entry.data) in in_4_bits
@@ -239,7 +239,7 @@ def load_optimizer(
     parts = optimizer_parts(asked["optimizer"], optimizer)
     groups = [part["optimizer"]["param_groups"] for part in parts]
     found = master_weights.masters(asked["model"], parts)
-    in_4_bits = nf4_layers.weights(chunks, chunks[0].architecture.lora)
+    in_4_bits = nf4_layers.weights(chunks)
     asked["model"] = {
         name: entry
         for name, entry in held(checkpoint.state, checkpoint.config, asked["model"]).items()

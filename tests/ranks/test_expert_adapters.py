@@ -93,8 +93,7 @@ def keys_in_4_bits(config: Config) -> set[str]:
     from megavlm.model import nf4_layers
     from tests.ranks.runs import build
 
-    lora = config.architecture.lora
-    return {key for chunk in build(config).chunks for key, _ in nf4_layers.layers(chunk, lora)}
+    return {key for chunk in build(config).chunks for key, _ in nf4_layers.layers(chunk)}
 
 
 def job_of(dataset: Path, save: Path, base: Path | None = None, **settings: Any) -> Config:

@@ -88,7 +88,7 @@ def result_of(config: Config, given: dict[str, torch.Tensor]) -> Result:
     job = build(config)
     chunk = job.chunks[0]
     weights = named_weights(chunk)
-    in_4_bits = nf4_layers.weights(job.chunks, config.architecture.lora)
+    in_4_bits = nf4_layers.weights(job.chunks)
     for key, weight in sorted(weights.items()):
         if key in given:
             weight.data.copy_(given[key])
