@@ -47,17 +47,20 @@ def candidates(root: Path) -> list[Path]:
     Where ``latest`` is missing or names nothing that a checkpoint could be called, all of them,
     newest first.
     """
-    there = {
-        step: folder for folder in root.glob(f"{_STEP}*") if (step := step_of(folder)) is not None
-    }
+    there = sorted(_steps(root), key=step_of, reverse=True)
     try:
         named = root / (root / LATEST).read_text().strip()
     except (OSError, UnicodeDecodeError):
         named = root
     newest = step_of(named)
     if newest is None:
-        return [there[step] for step in sorted(there, reverse=True)]
-    return [named, *(there[step] for step in sorted(there, reverse=True) if step < newest)]
+        return there
+    return [named, *(folder for folder in there if step_of(folder) < newest)]
+
+
+def _steps(root: Path) -> list[Path]:
+    """Return what is called as a checkpoint in a save folder."""
+    return [folder for folder in root.glob(f"{_STEP}*") if step_of(folder) is not None]
 
 
 def is_own(entry: Path) -> bool:
@@ -116,17 +119,10 @@ def drop_old(
     Returns:
         Why some could not be removed, a line each; they stay, or a part of them does.
     """
-    steps = {folder: step_of(folder) for folder in root.glob(f"{_STEP}*")}
-    mine = sorted(
-        (
-            folder
-            for folder, step in steps.items()
-            if step is not None and step <= step_of(published)
-        ),
-        key=steps.get,
-    )
     if not keep:
         return []
+    newest = step_of(published)
+    mine = sorted((one for one in _steps(root) if step_of(one) <= newest), key=step_of)
     sign = 1 if best_by == VALID_LOSS else -1
     ranked = sorted(
         (sign * value, folder) for folder in mine if (value := _figure(folder, best_by)) is not None
