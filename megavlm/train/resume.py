@@ -149,27 +149,29 @@ def check_fits(config: Config, start: Checkpoint) -> Checkpoint:
         problems += refusals(start.config, config, own=own, by_content=by_content)
         problems += _pack_problems(config, start)
         _warn_of_other_packs(config, start)
-    elif config.checkpoint.moments == "keep" and start.state.stage is None:
-        problems.append(
-            f"--checkpoint.moments keep: {start.folder} was made by conversion and has no moments;"
-            " use fresh"
-        )
-    elif config.checkpoint.moments == "keep" and start.config.training.frozen_until:
-        problems.append(
-            f"--checkpoint.moments keep: stage {start.state.stage} unfroze parameters on its way"
-            " (--training.frozen_until), whose moments are younger than others; use fresh"
-        )
-    elif (
-        config.checkpoint.moments == "keep" and start.config.optimizer.kind != config.optimizer.kind
-    ):
-        problems.append(
-            f"--checkpoint.moments keep: {start.folder} has the moments of --optimizer.kind"
-            f" {start.config.optimizer.kind}, and the run has {config.optimizer.kind}; use fresh"
-        )
+    elif config.checkpoint.moments == "keep" and (problem := _moments_problem(config, start)):
+        problems.append(f"--checkpoint.moments keep: {problem}; use fresh")
     if problems:
         listed = "\n  ".join([*problems, *_other_ways(config, start)])
         raise ConfigError(f"the checkpoint {start.folder} does not fit this run:\n  {listed}")
     return start
+
+
+def _moments_problem(config: Config, start: Checkpoint) -> str:
+    """Return why a new stage cannot keep the moments of a checkpoint; empty if it can."""
+    if start.state.stage is None:
+        return f"{start.folder} was made by conversion and has no moments"
+    if start.config.training.frozen_until:
+        return (
+            f"stage {start.state.stage} unfroze parameters on its way (--training.frozen_until),"
+            " whose moments are younger than others"
+        )
+    if (kind := start.config.optimizer.kind) != config.optimizer.kind:
+        return (
+            f"{start.folder} has the moments of --optimizer.kind {kind}, and the run has"
+            f" {config.optimizer.kind}"
+        )
+    return ""
 
 
 def _other_ways(config: Config, start: Checkpoint) -> list[str]:
