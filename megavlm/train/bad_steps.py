@@ -120,17 +120,18 @@ class BadStepRule:
     def check_limits(self, step: int) -> None:
         """Raise StepError if too many steps were skipped."""
         settings = self.settings
-        limits = {
-            "most_in_a_row": (self._in_a_row, "steps in a row"),
-            "most": (self._skipped, "steps in all"),
-        }
-        for name, (count, what) in limits.items():
-            if settings.skips and count >= vars(settings)[name]:
+        if not settings.skips:
+            return
+        limits = (
+            ("most_in_a_row", settings.most_in_a_row, self._in_a_row, "steps in a row"),
+            ("most", settings.most, self._skipped, "steps in all"),
+        )
+        for name, most, count, what in limits:
+            if count >= most:
                 raise StepError(
-                    f"step {step}: {count} {what} were skipped (--bad_steps.{name}"
-                    f" {vars(settings)[name]}); the warnings above name their packs. Resume from"
-                    " the last checkpoint with a lower --optimizer.lr, without these packs, or with"
-                    " a higher limit"
+                    f"step {step}: {count} {what} were skipped (--bad_steps.{name} {most}); the"
+                    " warnings above name their packs. Resume from the last checkpoint with a"
+                    " lower --optimizer.lr, without these packs, or with a higher limit"
                 )
 
     def _origins(self, packs: Sequence[int]) -> str:
