@@ -8,6 +8,7 @@ whole process group, and does not tell what went wrong on which rank.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import inspect
 import multiprocessing
@@ -111,9 +112,8 @@ class Writing:
             return
         arguments = list(request.async_fn_args)
         if request.preload_fn is not None:
-            arguments[1] = (
-                request.preload_fn()
-            )  # copies from the device to the host, and waits for them
+            # Copies from the device to the host, and waits for them.
+            arguments[1] = request.preload_fn()
         write = request.async_fn and partial(
             request.async_fn, *arguments, **request.async_fn_kwargs
         )
@@ -145,10 +145,8 @@ class Writing:
     def wait(self) -> Outcome:
         """Wait for the writing to end on this rank."""
         if self._outcome is None:
-            try:
+            with contextlib.suppress(EOFError):  # it was killed
                 self._outcome = self._pipe.recv()
-            except EOFError:
-                self._outcome = None
             self._process.join()
             self._outcome = self._outcome or Outcome(
                 error=f"the writing process ended with status {self._process.exitcode}"

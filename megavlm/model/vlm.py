@@ -70,19 +70,14 @@ class VisionLanguageModel(MegatronModule):
         )
         super().__init__(settings)
         # The pipeline schedules of megatron-core ask a chunk for these.
-        vp_stage = (
-            number // groups.pipeline_size
-            if config.parallel.virtual_pipeline_model_parallel_size > 1
-            else None
-        )
+        has_several = config.parallel.virtual_pipeline_model_parallel_size > 1
+        self.vp_stage = number // groups.pipeline_size if has_several else None
         self.model_type = ModelType.encoder_or_decoder
-        self.vp_stage = vp_stage
         self.input_tensor = None
         self.pre_process = chunk.has_patch_embedding
         self.post_process = chunk.has_head
-        self.share_embeddings_and_output_weights = (
-            False  # megatron-core would sum gradients of tied weights at the pipeline's ends only
-        )
+        # megatron-core would sum gradients of tied weights at the pipeline's ends only.
+        self.share_embeddings_and_output_weights = False
         self.number = number
         self.architecture = arch
         self.chooses_loss_positions = config.training.head_tokens == "supervised"
@@ -108,7 +103,9 @@ class VisionLanguageModel(MegatronModule):
             # It then sees the tiles of all ranks, so that each of them has its whole gradient.
             self.copies.remove(self.connector)
         if chunk.has_language:
-            self.language = LanguageModel(self.config, config, chunk, kernels, collection, vp_stage)
+            self.language = LanguageModel(
+                self.config, config, chunk, kernels, collection, self.vp_stage
+            )
             stack = "language.decoder.layers"
             attach(self.language, stack, arch, self.config, collection.tp)
             attach_to_experts(self.language, stack, arch)

@@ -56,9 +56,8 @@ class PendingMessages:
 
     def __init__(self, operations: list[dist.P2POp]):
         self._pending = dist.batch_isend_irecv(operations) if operations else []
-        self._tensors = [
-            operation.tensor for operation in operations
-        ]  # kept until they have arrived
+        # Kept until they have arrived.
+        self._tensors = [operation.tensor for operation in operations]
 
     def wait(self) -> None:
         """Wait until all are sent and received."""

@@ -119,9 +119,8 @@ class BlendPlan:
         """
         pattern = np.empty(self.block, np.int64)
         waiting = []
-        opening = [
-            (0, owner, 0) for owner in range(len(self.counts))
-        ]  # from which position, dataset, how often it came before
+        # From which position, dataset, how often it came before.
+        opening = [(0, owner, 0) for owner in range(len(self.counts))]
         for position in range(self.block):
             while opening and opening[0][0] <= position:
                 _, owner, turn = heapq.heappop(opening)

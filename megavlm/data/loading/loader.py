@@ -120,9 +120,8 @@ class WorkerStatusBoard:
     """
 
     def __init__(self, workers: int) -> None:
-        self._slots = multiprocessing.sharedctypes.RawArray(
-            "q", 3 * workers
-        )  # process, position, since when (ms) of each
+        # Process, position, since when (ms) of each.
+        self._slots = multiprocessing.sharedctypes.RawArray("q", 3 * workers)
 
     def start(self, worker: int, position: int) -> None:
         """Note that a worker starts to make the batch at a position."""
