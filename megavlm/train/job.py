@@ -42,7 +42,7 @@ class Job(BuiltModel):
         averages: of the trained parameters, if they are asked for.
         unused_weights: what only files hold of the vision encoder, on the first rank; see
             ``convert/hf/unused_weights``.
-        watch: passes packs on that are loaded, and notes that they come; an evaluation has the
+        watch: passes packs on that are loaded, and notes that they come; the loop has the
             watchdog's.
         usage: how images become tiles for the model that the run started from, if its packs have
             none.

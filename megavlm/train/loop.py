@@ -74,12 +74,14 @@ def train(job: Job, state: State, metrics: Metrics, stop: StopRequest) -> State:
     meters = (*_meters(job, clock), supply, control)
     step_log = StepLog(job, meters, metrics, state.step)
     steps = StepPacks(job.train, job.plan, packs)
+    watchdog = _watchdog(job)
+    job = dataclasses.replace(job, watch=watchdog.count)
     with (
-        _watchdog(job) as watchdog,
+        watchdog,
         ProfiledSteps(config.profile, groups.rank, metrics, state.step) as profiled,
         contextlib.closing(_load_batches(job, state)) as loader,
     ):
-        batches = supply.timed(watchdog.count(loader))
+        batches = supply.timed(loader)
         if state.step == 0 and not groups.any_rank(stop.asked, device):
             with clock.paused():
                 state = _evaluate(job, state, metrics, watchdog)
@@ -170,11 +172,8 @@ def _load_batches(job: Job, state: State) -> Generator[Batch, None, None]:
 
 
 def _evaluate(job: Job, state: State, metrics: Metrics, watchdog: Watchdog) -> State:
-    """Evaluate the model after ``state``, as the watchdog knows: of each pack, since all together
-    may take longer than it waits.
-    """
-    watched = dataclasses.replace(job, watch=watchdog.count)
-    return evaluate(watched, state, metrics, partial(watchdog.enter, "evaluation", state.step))
+    """Evaluate the model after ``state``; the watchdog hears that it goes on."""
+    return evaluate(job, state, metrics, partial(watchdog.enter, "evaluation", state.step))
 
 
 def _step(
