@@ -88,7 +88,7 @@ class LowRankAdapter(nn.Module):
             # Sees the tokens of this rank only: megatron-core's ``finalize_model_grads`` sums it.
             for whole in [self.a] if self.is_column else of_rows:
                 whole.sequence_parallel = True
-        which = self._projections(key, config, outputs)
+        which = self._projections(config, outputs)
         self.counts = [which.count(number) for number in range(self.count)]
         order = sorted(range(outputs), key=which.__getitem__)
         inverse = sorted(range(outputs), key=order.__getitem__)
@@ -97,7 +97,7 @@ class LowRankAdapter(nn.Module):
         for name, rows in (("order", order), ("inverse", inverse)):
             self.register_buffer(name, None if is_sorted else torch.tensor(rows), persistent=False)
 
-    def _projections(self, key: str, config: TransformerConfig, outputs: int) -> list[int]:
+    def _projections(self, config: TransformerConfig, outputs: int) -> list[int]:
         """Return which projection each row of this rank's weight belongs to."""
         if self.count == 3:  # for each query group its queries, a key, a value
             groups = config.num_query_groups or config.num_attention_heads

@@ -301,21 +301,26 @@ class BlendedDataset:
 
     def batch(self, pack_id: int, position: int, **options: Any) -> Batch:
         """Make the batch of a pack; arguments and errors as for ``PackedDataset.batch``."""
-        number = int(self._owner(np.asarray(pack_id)))
-        batch = self.datasets[number].batch(int(pack_id - self.starts[number]), position, **options)
+        number, own_id = self._within(pack_id)
+        batch = self.datasets[number].batch(own_id, position, **options)
         return dataclasses.replace(
             batch, pack_id=int(pack_id), sources=batch.sources + self._first_sources[number]
         )
 
     def origins(self, pack_id: int) -> list[str]:
         """Where the samples of a pack come from: ``annotations.jsonl:line`` of each."""
-        number = int(self._owner(np.asarray(pack_id)))
-        return self.datasets[number].origins(int(pack_id - self.starts[number]))
+        number, own_id = self._within(pack_id)
+        return self.datasets[number].origins(own_id)
 
     def file_of(self, pack_id: int) -> str:
         """Return the file that holds a pack."""
+        number, own_id = self._within(pack_id)
+        return self.datasets[number].file_of(own_id)
+
+    def _within(self, pack_id: int) -> tuple[int, int]:
+        """Return the number of a pack's dataset, and that of the pack in it."""
         number = int(self._owner(np.asarray(pack_id)))
-        return self.datasets[number].file_of(int(pack_id - self.starts[number]))
+        return number, int(pack_id - self.starts[number])
 
     def _owner(self, pack_ids: np.ndarray) -> np.ndarray:
         """Return the dataset of each pack."""
