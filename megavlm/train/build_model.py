@@ -20,7 +20,7 @@ from megavlm.planner.layout import Layout
 from megavlm.train import stage_moments
 from megavlm.train.optimizer import build_optimizer, wrap_chunks
 from megavlm.train.part_norms import PartNorms
-from megavlm.train.step import set_schedule_hooks
+from megavlm.train.pipeline import set_schedule_hooks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -213,14 +213,12 @@ def _step(
         samples=job.samples_of_ranks(records),
     )
     return train_step(
-        job.ddp_chunks,
-        job.optimizer,
+        job,
         control.run(state.step + 1, packs),
         config.optimizer.clip_grad,
         job.backend,
         meters=meters,
         skips=skips if config.bad_steps.is_watched else None,
-        part_norms=job.part_norms,
     )
 
 

@@ -178,7 +178,7 @@ class Gradient:
 
     Args:
         norm: of the whole gradient, a scalar on the device, for which nobody has waited.
-        by_part: the norms of the parts of the model, likewise; empty if nobody asks for them.
+        by_part: the norms of the parts of the model, likewise.
         shards: gradients of this rank's shard of the weights.
     """
 
@@ -189,10 +189,10 @@ class Gradient:
 
 @torch.no_grad()
 def prepare_gradient(
-    optimizer: MegatronOptimizer, device: torch.device, sums_by_part: SumsByPart | None = None
+    optimizer: MegatronOptimizer, sums_by_part: SumsByPart, device: torch.device
 ) -> Gradient:
-    """Make the gradient ready for ``update_weights``, and compute its norm. Collective: one
-    all-reduce.
+    """Make the gradient ready for ``update_weights``, and compute its norm and those of the parts
+    of the model. Collective: one all-reduce.
     """
     optimizer.prepare_grads()
     found = [pair for part in optimizer.chained_optimizers for pair in _gradients(part)]
@@ -200,7 +200,7 @@ def prepare_gradient(
     counted = [pair for pair in found if counts_here(pair[0], optimizer)]
     norms = list(torch._foreach_norm([grad for _, grad in counted])) if counted else []
     total = torch.stack(norms or [torch.zeros((), device=device)]).square().sum()
-    by_part = sums_by_part([owner for owner, _ in counted], norms) if sums_by_part else []
+    by_part = sums_by_part([owner for owner, _ in counted], norms)
     sums = torch.stack([total, *by_part])
     dist.all_reduce(sums, group=optimizer.get_grad_stats_parallel_group())
     roots = sums.sqrt()

@@ -7,11 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megavlm.data.loading.batch import Batch
+from megavlm.model.tied import sum_tied_gradients
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.parallel.backend import Backend
 from megavlm.parallel.p2p import Shape, SharedBatches, VariableShapeP2P
@@ -21,6 +22,29 @@ LossOf = Callable[[Batch, Tensor], Tensor]
 """Makes the part of the loss that a pack has, a scalar, of the pack and of what the last chunk
 ended in.
 """
+
+
+def _finalize(
+    model: list[DistributedDataParallel], num_tokens: Tensor | None = None, **kwargs
+) -> None:
+    """Finish the gradients without dividing them: the loss is already divided by the weight of the
+    step.
+    """
+    finalize_model_grads(model, None, **kwargs)
+    for chunk in model:
+        chunk.module.finish_gradients()
+    sum_tied_gradients([chunk.module for chunk in model])
+
+
+def set_schedule_hooks(model: Sequence[DistributedDataParallel]) -> None:
+    """Tell megatron-core's pipeline schedules how gradients are finished after the last backward
+    pass, and when not to sum them yet. They read the configuration of a rank's first chunk.
+    """
+    config = model[0].config
+    overlaps = model[0].ddp_config.overlap_grad_reduce
+    config.finalize_model_grads_func = _finalize
+    no_syncs = [chunk.no_sync for chunk in model] if overlaps else [None]
+    config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
 
 
 def _as_asked(loss: LossOf, batch: Batch, output: Tensor) -> tuple[Tensor, Tensor, Tensor]:

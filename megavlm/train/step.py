@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from megavlm.data.loading.batch import Batch
 from megavlm.model.loss import weighted_sum
 from megavlm.model.objective.objective import Objective
 from megavlm.model.router import end_step
-from megavlm.model.tied import sum_tied_gradients
 from megavlm.parallel.backend import Backend
+from megavlm.train.build_model import BuiltModel
 from megavlm.train.meters import Meter
 from megavlm.train.microbatches import Microbatches
 from megavlm.train.optimizer import prepare_gradient, update_weights
-from megavlm.train.part_norms import PartNorms
 from megavlm.train.pipeline import run_pipeline
 from megavlm.train.whole_step import run_whole_step
 
@@ -37,30 +35,7 @@ class StepResult:
 
     loss: Tensor
     grad_norm: Tensor
-    is_skipped: bool = False
-
-
-def _finalize(
-    model: list[DistributedDataParallel], num_tokens: Tensor | None = None, **kwargs
-) -> None:
-    """Finish the gradients without dividing them: the loss is already divided by the weight of the
-    step.
-    """
-    finalize_model_grads(model, None, **kwargs)
-    for chunk in model:
-        chunk.module.finish_gradients()
-    sum_tied_gradients([chunk.module for chunk in model])
-
-
-def set_schedule_hooks(model: Sequence[DistributedDataParallel]) -> None:
-    """Tell megatron-core's pipeline schedules how gradients are finished after the last backward
-    pass, and when not to sum them yet. They read the configuration of a rank's first chunk.
-    """
-    config = model[0].config
-    overlaps = model[0].ddp_config.overlap_grad_reduce
-    config.finalize_model_grads_func = _finalize
-    no_syncs = [chunk.no_sync for chunk in model] if overlaps else [None]
-    config.no_sync_func = no_syncs if len(no_syncs) > 1 else no_syncs[0]
+    is_skipped: bool
 
 
 def _loss(
@@ -108,41 +83,36 @@ def run_packs(
 
 
 def train_step(
-    model: Sequence[DistributedDataParallel],
-    optimizer: MegatronOptimizer,
+    built: BuiltModel,
     packs: Microbatches,
     clip_grad: float,
     backend: Backend,
     *,
     meters: Sequence[Meter] = (),
     skips: Callable[[Tensor, Tensor], bool] | None = None,
-    part_norms: PartNorms | None = None,
 ) -> StepResult:
     """Update the parameters once.
 
     Args:
-        model: this rank's chunks.
-        optimizer: of their trained parameters.
+        built: the model of this rank.
         packs: of the step.
         clip_grad: the largest norm of the gradient, as for ``update_weights``.
         backend: where tensors live.
         meters: observe the losses.
         skips: decides from the loss and the gradient norm, before the update, whether there is
             none, alike on all ranks; it may wait for the device. None: every step has an update.
-        part_norms: gets the norms of the gradient by part.
     """
-    for chunk in model:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-    run = run_whole_step if model[-1].module.objective.spans_step else run_packs
-    loss = run(model, packs, backend, meters=meters)
-    gradient = prepare_gradient(optimizer, backend.device, part_norms.sums if part_norms else None)
+    for ddp_chunk in built.ddp_chunks:
+        ddp_chunk.zero_grad_buffer()
+    built.optimizer.zero_grad()
+    run = run_whole_step if built.chunks[-1].objective.spans_step else run_packs
+    loss = run(built.ddp_chunks, packs, backend, meters=meters)
+    gradient = prepare_gradient(built.optimizer, built.part_norms.sums, backend.device)
     is_skipped = skips is not None and skips(loss, gradient.norm)
     if not is_skipped:
-        update_weights(optimizer, gradient, clip_grad)
-        if part_norms is not None:
-            part_norms.keep(gradient.by_part)
-        for chunk in model:
-            chunk.module.objective.after_step()
-    end_step([router for chunk in model for router in chunk.module.routers], is_skipped)
+        update_weights(built.optimizer, gradient, clip_grad)
+        built.part_norms.keep(gradient.by_part)
+        for chunk in built.chunks:
+            chunk.objective.after_step()
+    end_step([router for chunk in built.chunks for router in chunk.routers], is_skipped)
     return StepResult(loss=loss, grad_norm=gradient.norm, is_skipped=is_skipped)

@@ -142,7 +142,9 @@ def test_a_freeze_mask_trains_what_it_says_and_nothing_else(
         _, found = gradients(built)
         set_rates(built.optimizer, built.config, 5)
         update_weights(
-            built.optimizer, prepare_gradient(built.optimizer, built.backend.device), 1.0
+            built.optimizer,
+            prepare_gradient(built.optimizer, built.part_norms.sums, built.backend.device),
+            1.0,
         )
         with whole_weights(built.ddp_chunks):
             after = named_weights(built.chunks[0])

@@ -78,8 +78,7 @@ def test_8_bit_weights_follow_the_weights(job, dataset: Path, part: str) -> None
             ]
             set_rates(built.optimizer, config, number)
             train_step(
-                built.ddp_chunks,
-                built.optimizer,
+                built,
                 Microbatches(iter(packs), 2, sum(pack.weight_sum for pack in packs)),
                 1.0,
                 built.backend,
@@ -175,8 +174,7 @@ def test_the_host_waits_for_nothing_in_a_step(
             torch.cuda.set_sync_debug_mode("error" if number == len(steps) - 1 else "default")
             try:
                 result = train_step(
-                    built.ddp_chunks,
-                    built.optimizer,
+                    built,
                     Microbatches(iter(packs), size, weight),
                     clip,
                     built.backend,

@@ -230,12 +230,10 @@ def train_curve(config: Config, pack_ids: tuple[int, ...] = ()) -> Curve:
         weight = job.train.weight_sum(ids, config.data.loss_reduction)
         samples = job.samples_of_ranks(job.train.index[ids])
         result = train_step(
-            job.ddp_chunks,
-            job.optimizer,
+            job,
             Microbatches(arriving, size // world, weight, samples=samples),
             config.optimizer.clip_grad,
             job.backend,
-            part_norms=job.part_norms,
         )
         losses.append(_from_last_chunk(float(job.groups.sum_over_data(result.loss)), job))
         norms.append(float(result.grad_norm))

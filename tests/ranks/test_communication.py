@@ -151,7 +151,7 @@ def sent(config: Config) -> Sent:
     context, found = counting(job.groups.collection, shapes)
     with context:
         packs = Microbatches(iter(batches), len(batches), weight, samples=samples)
-        train_step(job.ddp_chunks, job.optimizer, packs, 1.0, job.backend)
+        train_step(job, packs, 1.0, job.backend)
     return Sent(
         pipeline_rank=job.groups.pipeline_rank,
         bytes_by_kind=dict(found),

@@ -155,7 +155,7 @@ def padding_after_steps(config: Config) -> dict[str, torch.Tensor]:
     for step in range(3):
         batches = iter([job.train.batch(pack, 0, vision_layers=3) for pack in range(4)])
         set_rates(job.optimizer, config, step + 1)
-        train_step(job.ddp_chunks, job.optimizer, Microbatches(batches, 4, 100.0), 1.0, job.backend)
+        train_step(job, Microbatches(batches, 4, 100.0), 1.0, job.backend)
     ranks = config.parallel.tensor_model_parallel_size
     with whole_weights(job.ddp_chunks):
         weights = {

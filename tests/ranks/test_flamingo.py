@@ -189,7 +189,9 @@ def gates_behind_an_update(config: Config) -> dict[str, float]:
         if weight.requires_grad:
             weight.main_grad.fill_(float(key.endswith("_gate")))
     set_rates(job.optimizer, config, 2)
-    update_weights(job.optimizer, prepare_gradient(job.optimizer, job.backend.device), 0.0)
+    update_weights(
+        job.optimizer, prepare_gradient(job.optimizer, job.part_norms.sums, job.backend.device), 0.0
+    )
     return Gates(job.ddp_chunks).report(job.groups, 1)["gate"]
 
 

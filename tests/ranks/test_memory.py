@@ -93,8 +93,7 @@ def held(config: Config) -> tuple[int, Memory]:
         0, 0, vision_layers=config.architecture.vision.num_layers, rank_slice=job.groups.rank_slice
     )
     train_step(
-        job.ddp_chunks,
-        job.optimizer,
+        job,
         Microbatches(iter([batch] * packs), packs, batch.weight_sum),
         1.0,
         job.backend,

@@ -39,7 +39,7 @@ def decay_factors(config: Config) -> dict[str, float]:
     set_rates(job.optimizer, config, 1)
     update_weights(
         job.optimizer,
-        prepare_gradient(job.optimizer, job.backend.device),
+        prepare_gradient(job.optimizer, job.part_norms.sums, job.backend.device),
         config.optimizer.clip_grad,
     )
     kept = {
@@ -91,7 +91,7 @@ def weights_after_a_step(
     if by_megatron_core:
         norm = job.optimizer.step()[1]
     else:
-        gradient = prepare_gradient(job.optimizer, job.backend.device)
+        gradient = prepare_gradient(job.optimizer, job.part_norms.sums, job.backend.device)
         norm = gradient.norm
         update_weights(job.optimizer, gradient, clip)
     with whole_weights(job.ddp_chunks):

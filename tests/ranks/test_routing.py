@@ -150,8 +150,7 @@ def steps_by_hand(config: Config, skips: tuple[bool, ...]) -> list[Memory]:
                     run_packs(job.ddp_chunks, packs, job.backend, forward_only=True)
                 continue
             train_step(
-                job.ddp_chunks,
-                job.optimizer,
+                job,
                 Microbatches(iter(batches), size, 100.0),
                 1.0,
                 job.backend,

@@ -49,7 +49,7 @@ def synchronised(config: Config) -> tuple[float, float]:
 
     with Count():
         packs = Microbatches(iter([batch]), 1, batch.weight_sum)
-        train_step(job.ddp_chunks, job.optimizer, packs, 1.0, job.backend)
+        train_step(job, packs, 1.0, job.backend)
     gradients, weights = found.values()
     return gradients, weights
 

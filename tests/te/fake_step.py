@@ -106,13 +106,11 @@ def run(config: Any, waits: Any, planted: Sequence[Any], packs_a_step: int) -> d
         set_rates(job.optimizer, config, step)
         waits.watching = step == STEPS - 1
         result = train_step(
-            job.ddp_chunks,
-            job.optimizer,
+            job,
             Microbatches(arriving(), packs_a_step, weight, samples=job.samples_of_ranks(records)),
             1.0,
             job.backend,
             meters=meters,
-            part_norms=job.part_norms,
         )
         waits.watching = False
         results = (result.loss, result.grad_norm)

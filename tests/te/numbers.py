@@ -163,7 +163,7 @@ def train(config: Any) -> tuple[list[tuple[float, float]], dict[str, Any], list[
             set_rates(job.optimizer, config, step + 1)
             weight = sum(pack.weight_sum for pack in packs)
             step = Microbatches(iter(packs), PACKS, weight)
-            result = train_step(job.ddp_chunks, job.optimizer, step, 1.0, job.backend)
+            result = train_step(job, step, 1.0, job.backend)
             told.append((float(result.loss), float(result.grad_norm)))
         with whole_weights(job.ddp_chunks):
             with evaluating(job.ddp_chunks):

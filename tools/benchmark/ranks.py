@@ -99,12 +99,11 @@ class Run:
 
         dist.barrier()
         start = time.perf_counter()
-        built = self._built
         clip = self._config.optimizer.clip_grad
         packs = iter(self._batches)
         count = len(self._batches)
         step = Microbatches(packs, count, self._weight)
-        train_step(built.ddp_chunks, built.optimizer, step, clip, self._backend)
+        train_step(self._built, step, clip, self._backend)
         dist.barrier()
         return time.perf_counter() - start
 

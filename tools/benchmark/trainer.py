@@ -87,8 +87,7 @@ class Trainer:
         self._steps += 1
         clip = self._config.optimizer.clip_grad
         return train_step(
-            self._built.ddp_chunks,
-            self._built.optimizer,
+            self._built,
             Microbatches(self.feed, count, weight),
             clip,
             self._backend,
