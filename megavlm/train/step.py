@@ -10,7 +10,6 @@ from torch import Tensor
 
 from megavlm.data.loading.batch import Batch
 from megavlm.model.loss import weighted_sum
-from megavlm.model.objective.objective import Objective
 from megavlm.model.router import end_step
 from megavlm.parallel.backend import Backend
 from megavlm.train.build_model import BuiltModel
@@ -38,20 +37,6 @@ class StepResult:
     is_skipped: bool
 
 
-def _loss(
-    objective: Objective,
-    batch: Batch,
-    weight_of_step: float,
-    meters: Sequence[Meter],
-    output: Tensor,
-) -> Tensor:
-    """Return the part of the loss that a pack has, from what its last chunk ended in."""
-    losses = objective.losses(output, batch)
-    for meter in meters:
-        meter.add(losses, batch, weight_of_step)
-    return weighted_sum(losses.total, batch.loss_weights) / weight_of_step
-
-
 def run_packs(
     model: Sequence[DistributedDataParallel],
     packs: Microbatches,
@@ -72,12 +57,14 @@ def run_packs(
     Returns:
         This rank's part of the loss; 0 but in the last chunk.
     """
-
     objective = model[-1].module.objective
 
     def loss(batch: Batch, output: Tensor) -> Tensor:
         weight = packs.weight_of_pack(batch) if packs.weight_of_pack else packs.weight
-        return _loss(objective, batch, weight, meters, output)
+        losses = objective.losses(output, batch)
+        for meter in meters:
+            meter.add(losses, batch, weight)
+        return weighted_sum(losses.total, batch.loss_weights) / weight
 
     return run_pipeline(model, packs.batches, packs.count, loss, backend, forward_only=forward_only)
 
