@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megavlm.checkpoint.train_state import State
-from megavlm.data.loading.blend import BlendedDataset
-from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.loading.blend import Packs
 from megavlm.train.job import Job
 from megavlm.train.metrics import Metrics
 
@@ -145,7 +144,7 @@ class BadStepRule:
         return told[0]
 
 
-def _read_origins(dataset: PackedDataset | BlendedDataset, packs: Sequence[int]) -> str:
+def _read_origins(dataset: Packs, packs: Sequence[int]) -> str:
     """Return where samples of the packs come from, or that it cannot be read: other ranks wait for
     an answer.
     """

@@ -13,7 +13,7 @@ from megavlm.checkpoint.lock import Lock
 from megavlm.checkpoint.rank_errors import raised_on_all
 from megavlm.checkpoint.train_state import History, State
 from megavlm.config.schema import Config
-from megavlm.data.loading.blend import BlendedDataset
+from megavlm.data.loading.blend import Packs
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.order import Order
 from megavlm.model.vlm import VisionLanguageModel
@@ -39,7 +39,7 @@ def build_job(
     layout: Layout,
     groups: Groups,
     backend: Backend,
-    packs: PackedDataset | BlendedDataset,
+    packs: Packs,
     plan: Order,
     start: Start,
     lock: Lock | None,
@@ -111,9 +111,7 @@ def _prepare_fill(
     return fill, base_weights.note(config, start, found)
 
 
-def _first_state(
-    config: Config, packs: PackedDataset | BlendedDataset, base: Base, history: History
-) -> State:
+def _first_state(config: Config, packs: Packs, base: Base, history: History) -> State:
     """Return the state before the first step."""
     return State(
         stage=config.stage,

@@ -13,7 +13,7 @@ from megavlm.config.schema import Config
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.hf.unused_weights import Weights
 from megavlm.data.loading.batch import Batch
-from megavlm.data.loading.blend import BlendedDataset
+from megavlm.data.loading.blend import Packs
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.loader import batches
 from megavlm.data.loading.order import Order
@@ -51,7 +51,7 @@ class Job(BuiltModel):
     config: Config
     backend: Backend
     groups: Groups
-    train: PackedDataset | BlendedDataset
+    train: Packs
     plan: Order
     valid: PackedDataset | None
     tasks: tuple[TaskPacks | PairPacks, ...] = ()
@@ -73,7 +73,7 @@ class Job(BuiltModel):
 
     def batches(
         self,
-        packs: PackedDataset | BlendedDataset,
+        packs: Packs,
         plan: Order,
         positions: Sequence[int],
         *,

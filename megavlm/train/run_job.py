@@ -12,8 +12,7 @@ from megavlm.checkpoint.rank_errors import raised_on_all
 from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.checkpoint.train_state import State
 from megavlm.config.schema import Config
-from megavlm.data.loading.blend import BlendedDataset, BlendPlan, open_blend
-from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.loading.blend import BlendPlan, Packs, open_blend
 from megavlm.data.loading.order import Order
 from megavlm.health import speed_check
 from megavlm.parallel import process_groups
@@ -74,7 +73,7 @@ def run_job(
     return state
 
 
-def _open_training_set(config: Config) -> tuple[PackedDataset | BlendedDataset, Order]:
+def _open_training_set(config: Config) -> tuple[Packs, Order]:
     """Open the packs of the run, and fix their order."""
     data = config.data
     return open_blend(

@@ -327,6 +327,10 @@ class BlendedDataset:
         return np.searchsorted(self.starts, pack_ids, side="right") - 1
 
 
+Packs = PackedDataset | BlendedDataset
+"""What training reads: one dataset, or several as one."""
+
+
 def _shares(weights: Sequence[float]) -> list[Fraction]:
     """Return each weight's share of their sum, of the decimal numbers that were given: sums of
     floats differ between versions of Python (3.12 compensates), and remainders that are equal would
@@ -365,7 +369,7 @@ def open_blend(
     augment: Sequence[str] = (),
     next_image: float = 0.0,
     sampling: Sampling = "packs",
-) -> tuple[PackedDataset | BlendedDataset, Order]:
+) -> tuple[Packs, Order]:
     """Packed datasets as one, and the order of their packs.
 
     Args:
@@ -380,9 +384,13 @@ def open_blend(
         augment, next_image: as for ``PackedDataset``.
         sampling: as for ``shares_of``.
     """
-    options = {"augment": augment, "next_image": next_image, "opened": OpenFiles()}
-    options["with_shards"] = False
-    datasets = [PackedDataset(folder, **options) for folder in folders]
+    opened = OpenFiles()
+    datasets = [
+        PackedDataset(
+            folder, augment=augment, next_image=next_image, opened=opened, with_shards=False
+        )
+        for folder in folders
+    ]
     samples = [dataset.manifest.totals.samples for dataset in datasets]
     shares = shares_of(weights, sampling, [len(dataset) for dataset in datasets], samples)
     order = {"seed": seed, "shuffle": shuffle, "strata": strata}

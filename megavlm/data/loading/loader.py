@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from megavlm.data.images.decode import load_decoders
 from megavlm.data.loading.batch import Batch
-from megavlm.data.loading.dataset import PackedDataset
-from megavlm.data.loading.order import Plan
+from megavlm.data.loading.blend import Packs
+from megavlm.data.loading.order import Order
 from megavlm.data.loading.worker_processes import (
     failing_with_workers,
     ignore_signals_but_from_parent,
@@ -36,8 +36,8 @@ _READING_SECONDS = 5.0
 
 
 def batches(
-    dataset: PackedDataset,
-    plan: Plan,
+    dataset: Packs,
+    plan: Order,
     positions: Sequence[int],
     *,
     workers: int = 0,
@@ -156,7 +156,7 @@ class Positions(Dataset):
     def __init__(
         self,
         make: Callable[[int, int], Batch],
-        plan: Plan,
+        plan: Order,
         positions: Sequence[int],
         board: WorkerStatusBoard,
         has_pixels: bool,
@@ -216,7 +216,7 @@ def _made(arrived: Batch | Unreadable) -> Batch:
 
 
 def _explain(
-    error: Exception, dataset: PackedDataset, plan: Plan, position: int, board: WorkerStatusBoard
+    error: Exception, dataset: Packs, plan: Order, position: int, board: WorkerStatusBoard
 ) -> Exception:
     """Return the error to raise if workers deliver nothing: their own, or one that says which of
     them died.
@@ -245,7 +245,7 @@ def _without_process(at_work: list[tuple[int, int, float]]) -> list[tuple[int, i
 
 
 def _worker_is_gone(
-    dataset: PackedDataset, plan: Plan, position: int, board: WorkerStatusBoard, error: Exception
+    dataset: Packs, plan: Order, position: int, board: WorkerStatusBoard, error: Exception
 ) -> WorkerError:
     """Describe a worker that died or is stuck: the pack it was at, and its samples' origins."""
     text = f"{type(error).__name__} {error}"
@@ -281,7 +281,7 @@ def _worker_is_gone(
     )
 
 
-def _samples(dataset: PackedDataset, pack_ids: Sequence[int]) -> str:
+def _samples(dataset: Packs, pack_ids: Sequence[int]) -> str:
     """Say where the samples of packs come from. What holds a worker up may hold up this reading
     too, so another thread reads, and is not waited for long.
     """

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megavlm.data.loading.blend import BlendedDataset
-from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.loading.blend import BlendedDataset, Packs
 from megavlm.data.loading.order import Order
 
 # Packs of each dataset that are looked up at once, on average.
@@ -26,7 +25,7 @@ class StepPacks:
         size: packs of a step.
     """
 
-    def __init__(self, dataset: PackedDataset | BlendedDataset, plan: Order, size: int) -> None:
+    def __init__(self, dataset: Packs, plan: Order, size: int) -> None:
         self._dataset = dataset
         self._plan = plan
         self._size = size
