@@ -13,7 +13,7 @@ from megavlm.config.recipes import recipe
 from megavlm.config.schema import Config
 from megavlm.convert.hf.hub_formats import HUB_FORMATS
 from megavlm.convert.weights.families import family_of
-from megavlm.data.store.manifest import read_manifest
+from megavlm.data.store.manifest import first_with_images, read_manifest
 from megavlm.data.store.reader import Reader, check_shards
 from megavlm.io.remote import is_remote
 from megavlm.model import precision
@@ -84,8 +84,10 @@ def _check_tokenizer(config: Config) -> None:
     """Raise ValueError for packs without the tokenizer that an export needs, or with one that the
     format of the export cannot have.
     """
-    folder = config.data.train_folders[0]
-    if not config.checkpoint.export_hf or is_remote(folder):
+    if not config.checkpoint.export_hf:
+        return
+    folder = first_with_images(config.data.train_folders)  # whose tokenizer checkpoints hold
+    if is_remote(folder):
         return
     row = HUB_FORMATS[recipe(config.recipe).format_for(config.architecture.objective)]
     tokenizer = Path(folder) / "tokenizer"

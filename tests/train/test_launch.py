@@ -16,7 +16,7 @@ from megavlm.config.schema import Checkpoint, Config, Logging
 from megavlm.train.inspection import inspect
 from megavlm.train.resume import history, resumes
 from tests.data.samples import make_dataset
-from tests.ranks.runs import TINY, config_for
+from tests.ranks.runs import TINY, config_for, make_packs
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +149,18 @@ def test_an_export_is_refused_before_training_if_the_packs_have_no_tokenizer(
     files = dict(save=str(tmp_path / "run"), export_hf=str(tmp_path / "hf"))
     with pytest.raises(ValueError, match=r"--checkpoint.export_hf .*/train has no folder token"):
         inspect(_config(dataset, **files), 1)
+
+
+def test_the_tokenizer_of_an_export_is_that_of_the_first_packs_with_images(
+    dataset: Path, tmp_path: Path
+) -> None:
+    texts = tmp_path / "texts"
+    make_packs(texts, packs=2, image_share=0.0)
+    (texts / "tokenizer").mkdir()
+    config = _config(dataset, save=str(tmp_path / "run"), export_hf=str(tmp_path / "hf"))
+    data = dataclasses.replace(config.data, train=f"{texts},{dataset}")
+    with pytest.raises(ValueError, match=f"--data.train {dataset} has no folder tokenizer"):
+        inspect(dataclasses.replace(config, data=data), 1)
 
 
 def test_a_save_folder_with_something_else_is_refused(dataset: Path, tmp_path: Path) -> None:
