@@ -64,7 +64,9 @@ def has_begun(config: Config) -> bool:
 
 
 def steps_done(config: Config) -> int:
-    """Return the step of the newest checkpoint of a run; 0 if there is none that can be read."""
+    """Return the step of the newest checkpoint of a run; 0 if there is none that the next stage
+    could start from: it cannot be read, or holds trained parameters only.
+    """
     try:
         found = step_folder.find(config.checkpoint.save)
     except (ValueError, OSError):
