@@ -7,7 +7,12 @@ from pathlib import Path
 
 from megavlm.config import unfreezing
 from megavlm.config.checks import rules
-from megavlm.config.checks.datasets import DatasetFacts, batch_warnings, facts_problems
+from megavlm.config.checks.datasets import (
+    DatasetFacts,
+    batch_warnings,
+    facts_problems,
+    held_out_problems,
+)
 from megavlm.config.checks.frozen_vision import frozen_vision_problems
 from megavlm.config.checks.unread import OF_ONE_REPLICA, TOLERATED, preset_of, unread
 from megavlm.config.lora import lora_problems
@@ -31,7 +36,11 @@ def problems(config: Config, world_size: int) -> list[str]:
             facts.append(_facts(flag, folder))
         except (ValueError, OSError) as error:
             found.append(f"{flag} {folder}: {error}")
-    return found + facts_problems(config, facts)
+    return [
+        *found,
+        *facts_problems(config, facts),
+        *held_out_problems(config, facts, world_size),
+    ]
 
 
 def warnings(config: Config, world_size: int) -> list[str]:

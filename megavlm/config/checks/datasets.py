@@ -74,6 +74,24 @@ def facts_problems(config: Config, facts: Sequence[DatasetFacts]) -> list[str]:
     )
 
 
+def held_out_problems(
+    config: Config, facts: Sequence[DatasetFacts], world_size: int
+) -> Iterator[str]:
+    """Yield that fewer validation packs are measured than a loss needs that depends on the whole
+    step: each of the data-parallel ranks runs as many.
+    """
+    ranks = world_size // config.parallel.model_parallel_size
+    for dataset in facts if config.architecture.needs.spans_step else ():
+        packs = min(dataset.num_packs, config.training.eval_packs or dataset.num_packs)
+        if dataset.flag == "--data.valid" and packs < ranks:
+            option = "packs" if packs == dataset.num_packs else "--training.eval_packs"
+            yield (
+                f"--data.valid {dataset.folder}: {packs} packs are measured, and the loss of"
+                f" --architecture.objective {config.architecture.objective} needs one for each of"
+                f" the {ranks} data-parallel ranks; use more {option}"
+            )
+
+
 def _dataset(config: Config, facts: DatasetFacts) -> Iterator[str]:
     arch = config.architecture
     where = f"{facts.flag} {facts.folder}"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megavlm.config.checks.datasets import batch_warnings
+from megavlm.config.checks.datasets import batch_warnings, held_out_problems
 from megavlm.config.checks.rules import ConfigError, check, facts_problems
 from megavlm.config.cli import parse
 from tests.config.checks.configs import facts, tiny
@@ -191,6 +191,26 @@ def test_a_step_of_one_pair_is_warned_of(
     config = tiny(packs, *options)
     found = list(batch_warnings(config, [facts(config, num_packs=9, num_samples=samples)]))
     assert ["a step has one pair" in warning for warning in found] == [True] * is_warned
+
+
+@pytest.mark.parametrize(
+    ("ranks", "measured", "objective", "more"),
+    [
+        (10, 0, "contrastive", None),
+        (11, 0, "contrastive", "packs"),
+        (8, 7, "contrastive", "--training.eval_packs"),
+        (11, 0, "next_token", None),
+    ],
+)
+def test_every_rank_has_a_validation_pack_if_a_loss_depends_on_the_step(
+    packs: Path, ranks: int, measured: int, objective: str, more: str | None
+):
+    options = ["--architecture.objective", objective, "--training.eval_packs", str(measured)]
+    config = tiny(packs, *options, "--tensor-model-parallel-size", "2")
+    sets = [facts(config, num_packs=1), facts(config, flag="--data.valid")]
+    found = list(held_out_problems(config, sets, 2 * ranks))
+    assert len(found) == (more is not None)
+    assert all(f"the {ranks} data-parallel ranks; use more {more}" in one for one in found), found
 
 
 def test_blended_packs_have_one_capacity(packs: Path):
