@@ -22,7 +22,9 @@ _SHOWN_PACKS = 4
 
 
 class StepError(RuntimeError):
-    """A step that cannot be trained, or that has destroyed the weights; every rank knows of it."""
+    """A step that cannot be trained or evaluated, or that has destroyed the weights; every rank
+    knows of it.
+    """
 
 
 class BadStepRule:

@@ -16,6 +16,7 @@ from megavlm.config.schema import Vision
 from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.order import Plan
+from megavlm.train.bad_steps import StepError
 from megavlm.train.job import Job
 from megavlm.train.meters import Meter
 from megavlm.train.microbatches import Microbatches
@@ -49,6 +50,9 @@ def held_out_loss(
     Returns:
         The loss, the losses that it is made of with the objective's readings, and the mean loss of
             each source's supervised tokens, on ranks of the last chunk; 0 and nothing on others.
+
+    Raises:
+        StepError: no token of the packs is supervised; every rank raises it.
     """
     data = job.config.data
     groups = job.groups
@@ -60,7 +64,7 @@ def held_out_loss(
     positions = own_positions(job, count)
     weight = job.valid.weight_sum(ids, data.loss_reduction)
     if not weight:
-        raise ValueError(
+        raise StepError(
             f"--data.valid {data.valid}: no token of its first {count} packs is supervised, so"
             " there is no loss"
         )

@@ -199,6 +199,24 @@ def test_a_signal_that_asks_for_a_checkpoint_where_none_are_kept_is_answered(
     assert shown.count(told) == 1, shown
 
 
+def step_error_of(config: Config) -> str:
+    """Run a job that ends with a ``StepError``, which is told without a traceback; return it."""
+    with pytest.raises(StepError) as caught:
+        run_job(config)
+    return str(caught.value)
+
+
+def test_validation_packs_without_a_label_end_the_run_in_words(
+    ranks: Pool, dataset: Path, tmp_path: Path
+) -> None:
+    valid = tmp_path / "valid"
+    make_packs(valid, packs=3, image_share=0.0, text_tokens=(1, 2), alignment=4)
+    config = make_job(dataset, "", steps=1, save_interval=0)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, valid=str(valid)))
+    told = f"--data.valid {valid}: no token of its first 3 packs is supervised, so there is no loss"
+    assert ranks.run(step_error_of, 2, config) == [told, told]
+
+
 def run_out_of_memory(config: Config) -> str:
     """Run a job that runs out of memory; return what it says."""
     from megavlm.train import launch
