@@ -33,7 +33,6 @@ from megavlm.model.positions import POSITIONS_KEY, resize_positions
 from megavlm.model.precision import dtype_of
 from megavlm.model.vlm import VisionLanguageModel
 from megavlm.train import master_weights, router_state
-from megavlm.train.architecture_differences import architecture_differences
 from megavlm.train.averages import Averages
 from megavlm.train.master_weights import Master, MismatchError
 from megavlm.train.optimizer import load_state, oldest
@@ -143,22 +142,11 @@ def _name_as_in_format_1(entry: Any) -> Any:
 
 
 def load_weights(checkpoint: Checkpoint, chunks: Sequence[VisionLanguageModel]) -> None:
-    """Fill this rank's chunks. Collective; call it before the optimizer is built, which copies the
-    weights. LoRA adapters that the checkpoint lacks stay as they are; position embeddings are
-    resized to the run's tiles.
-
-    Raises:
-        ValueError: the checkpoint is of another architecture; every difference is named.
+    """Fill this rank's chunks from a checkpoint of their architecture. Collective; call it before
+    the optimizer is built, which copies the weights. LoRA adapters that the checkpoint lacks stay
+    as they are; position embeddings are resized to the run's tiles.
     """
-    architecture = chunks[0].architecture
     before = checkpoint.config.architecture
-    differences = architecture_differences(before, architecture, takes_weights=True)
-    if differences:
-        listed = "\n  ".join(differences)
-        raise ValueError(
-            f"--checkpoint.load {checkpoint.folder}: the checkpoint is of another architecture than"
-            f" --model:\n  {listed}"
-        )
     wanted = held(checkpoint.state, checkpoint.config, sharded_weights(chunks))
     if not before.lora.rank:
         wanted = {name: entry for name, entry in wanted.items() if not is_adapter(entry.key)}
@@ -167,7 +155,8 @@ def load_weights(checkpoint: Checkpoint, chunks: Sequence[VisionLanguageModel]) 
     for name, entry in wanted.items():
         if entry.key == _POSITIONS:
             classes = int(before.vision.has_class_token)
-            loaded[name] = resize_positions(loaded[name], architecture.vision.grid, classes)
+            grid = chunks[0].architecture.vision.grid
+            loaded[name] = resize_positions(loaded[name], grid, classes)
     _take(chunks, loaded, partly=checkpoint.state.trained_only)
 
 
