@@ -63,6 +63,7 @@ def run_steps(config) -> tuple[dict, dict, list[float]]:
     losses.
     """
     from megavlm.data.loading.blend import open_blend
+    from megavlm.data.loading.weights import weight_of
     from megavlm.train.microbatches import Microbatches
     from megavlm.train.source_losses import SourceLosses
     from megavlm.train.step import run_packs
@@ -86,7 +87,7 @@ def run_steps(config) -> tuple[dict, dict, list[float]]:
         arriving = iter(
             [packs.batch(int(order.at(position)), position, **options) for position in positions]
         )
-        weight = packs.weight_sum(order.pack_ids(step * size, size), data.loss_reduction)
+        weight = weight_of(packs.index[order.pack_ids(step * size, size)], data.loss_reduction)
         loss = run_packs(
             job.ddp_chunks,
             Microbatches(arriving, size // world, weight),

@@ -268,12 +268,6 @@ class BlendedDataset:
         """Return index records of some packs of every dataset, to estimate means."""
         return np.concatenate([dataset.some_records() for dataset in self.datasets])
 
-    def weight_sum(self, pack_ids: np.ndarray, reduction: str) -> float:
-        """Sum of the loss weights of packs, from the index. The order of the ids does not change
-        the result's last bit.
-        """
-        return weight_of(self[pack_ids], reduction)
-
     def pack_weights(
         self,
         pack_ids: np.ndarray,
@@ -287,7 +281,7 @@ class BlendedDataset:
         Args:
             pack_ids: of the step.
             records: of these packs in the index.
-            reduction: as for ``weight_sum``.
+            reduction: as for ``weight_of``.
             loss_weights: of each dataset.
         """
         owners = self._owner(np.asarray(pack_ids))

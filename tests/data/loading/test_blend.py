@@ -17,6 +17,7 @@ from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.loader import batches
 from megavlm.data.loading.order import Plan
 from megavlm.data.loading.step_packs import StepPacks
+from megavlm.data.loading.weights import weight_of
 from megavlm.data.store import manifest, reader
 from tests.data.samples import make_dataset
 
@@ -116,7 +117,7 @@ def test_a_blend_answers_as_its_datasets_do(folders):
     ids = np.array([13, 0, 4, 5])
     expected = [second.index[8], first.index[0], first.index[4], second.index[0]]
     assert blend.index[ids]["tokens"].tolist() == [int(record["tokens"]) for record in expected]
-    assert blend.weight_sum(ids, "square") == pytest.approx(
+    assert weight_of(blend.index[ids], "square") == pytest.approx(
         sum(float(record["weight_square"]) for record in expected), rel=1e-12
     )
     batch = pickle.loads(pickle.dumps(blend)).batch(13, 77, vision_layers=1, seed=3)
