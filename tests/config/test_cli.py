@@ -291,7 +291,7 @@ def test_help_is_an_overview(flag: str, capsys: pytest.CaptureFixture):
 
 def test_help_lists_the_options_of_a_section_or_tells_of_one(capsys: pytest.CaptureFixture):
     for word, inside in (("parallel", "parallel."), ("architecture", "architecture.")):
-        shown = helped([*NAMES, "--help", word], capsys)
+        shown = helped([*NAMES, "--help", word], capsys).replace(",", " ")  # Python 3.13's
         for key in options():
             assert (f"\n  --{key} " in shown) == key.startswith(inside), (word, key)
     for word in ("lr", "--lr", "optimizer.lr"):

@@ -88,12 +88,13 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_a_warning(
     old = _checkpoint(tmp_path, 1)
     newest = _checkpoint(tmp_path, 2)
 
-    def refuse(*paths: Path) -> None:
+    def refuse(*paths: Path, **options: object) -> None:
         raise PermissionError("in use")
 
-    monkeypatch.setattr(module, name, refuse)
     told: list[str] = []
-    _saver(tmp_path, told)._drop_old(newest)
+    saver = _saver(tmp_path, told)
+    monkeypatch.setattr(module, name, refuse)
+    saver._drop_old(newest)
     assert old.exists() and len(told) == 1
     assert told[0].startswith("WARNING: --checkpoint.keep 1:") and "in use" in told[0]
 

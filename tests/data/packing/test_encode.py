@@ -113,7 +113,7 @@ BAD = [
     ({"image": "."}, "missing_image", ["directory"]),
     ({"image": "text.png"}, "unreadable_image", ["text.png", "no known image format"]),
     ({"image": "bare.png"}, "unreadable_image", ["bare.png", "the file is empty"]),
-    ({"image": "a\0b.png"}, "unreadable_image", ["null byte"]),
+    ({"image": "a\0b.png"}, "unreadable_image", ["embedded null"]),
     (
         {"image": ["wide.png", "square.png"], "question": "<image> a"},
         "placeholder_count",
