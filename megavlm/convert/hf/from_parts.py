@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megavlm.checkpoint import directory, train_state
 from megavlm.config.connectors import LLAVA, Connector
 from megavlm.config.lora import is_adapter
 from megavlm.config.schema import Architecture, Config, Init, Language, Vision
@@ -57,6 +58,7 @@ def read_model(folder: str, init: Init, default: Architecture | None = None) -> 
         FileNotFoundError: files are missing.
         ValueError: a model that ours is not; every difference is named.
     """
+    _check_folders(folder, init)
     if folder and not (init.language and vision_part.is_encoder(folder)):
         return architecture_from_hf(folder)
     known = default or Architecture()
@@ -68,6 +70,24 @@ def read_model(folder: str, init: Init, default: Architecture | None = None) -> 
         found = replace(default, vision=vision, language=language)
         return _with_connector(found, init) if init.connector else found
     return _compose(vision, language)
+
+
+def _check_folders(model: str, init: Init) -> None:
+    """Raise FileNotFoundError if a folder that is named holds no model in Hugging Face's format."""
+    named = {"--model": model, **{f"--init.{part}": name for part, name in init.parts.items()}}
+    for flag, folder in named.items():
+        path = Path(folder)
+        if not folder or (path / json_files.FILE_NAME).is_file():
+            continue
+        what = f"{path / json_files.FILE_NAME}: no such file; it is no Hugging Face folder"
+        if not path.is_dir():
+            what = "no such folder"
+        elif (path / train_state.FILE_NAME).is_file() or directory.candidates(path):
+            what = (
+                "holds a checkpoint, and a Hugging Face folder is needed: make one with"
+                f" tools/convert_checkpoint.py export --load {folder} --out DIR"
+            )
+        raise FileNotFoundError(f"{flag} {folder}: {what}")
 
 
 def _with_connector(architecture: Architecture, init: Init) -> Architecture:
@@ -92,6 +112,7 @@ def image_model(folder: str, init: Init) -> Architecture:
         FileNotFoundError: files are missing.
         ValueError: a model that ours is not; every difference is named.
     """
+    _check_folders(folder, init)
     if vision_part.is_encoder(folder):
         return _compose(vision_from_hf(folder), Language())
     return read_model(folder, init)

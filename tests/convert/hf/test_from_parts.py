@@ -40,6 +40,24 @@ def served(init: Init, architecture: Architecture) -> FullTensor:
     return from_parts.full_tensors(config, drawn)
 
 
+@pytest.mark.parametrize("part", ["", "vision", "connector", "language"])
+def test_a_folder_that_is_not_of_hugging_face_is_refused_with_its_flag(
+    tmp_path: Path, part: str
+) -> None:
+    folder = tmp_path / "a"
+    model = "" if part else str(folder)
+    init = Init(**{part: str(folder)}) if part else Init()
+    named = f"--init.{part} {folder}: " if part else f"--model {folder}: "
+    with pytest.raises(FileNotFoundError, match=f"^{named}no such folder$"):
+        from_parts.read_model(model, init)
+    folder.mkdir()
+    with pytest.raises(FileNotFoundError, match=rf"^{named}.*config\.json: no such file"):
+        from_parts.read_model(model, init)
+    (folder / "step_00000003").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"^{named}holds a checkpoint.* --load {folder} "):
+        from_parts.read_model(model, init)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_parts_of_a_model_are_that_model(tmp_path: Path, kind: str) -> None:
     architecture = KINDS[kind]
