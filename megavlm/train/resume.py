@@ -110,7 +110,7 @@ def _first_whole(config: Config, candidates: Sequence[Path], problems: list[str]
     listed = "\n  ".join(problems)
     raise DamagedError(
         f"--checkpoint.save {save}: no checkpoint of this run can be used, and starting anew would"
-        f" overwrite them:\n  {listed}\n  mend the files, or name another folder"
+        f" overwrite them:\n  {listed}\n  name another folder, or mend files that are damaged"
     )
 
 
