@@ -25,27 +25,25 @@ class GroupedAdapters(nn.ModuleDict):
 
     Args:
         adapters: of the experts that have one.
-        outputs: of the layer on this rank.
     """
 
-    def __init__(self, adapters: Mapping[int, LowRankAdapter], outputs: int):
+    def __init__(self, adapters: Mapping[int, LowRankAdapter]):
         super().__init__({str(number): adapter for number, adapter in adapters.items()})
-        self.outputs = outputs
 
-    def forward(self, hidden: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Return what is added to the layer's output [T, outputs].
+    def forward(self, hidden: Tensor, projected: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Return the layer's output with the adapters' added to it [T, outputs].
 
         Args:
             hidden: what the layer reads [T, inputs], sorted by expert.
+            projected: what it makes of it.
             sizes: rows of each expert.
         """
-        added = [
-            self[str(number)](rows)
-            if str(number) in self
-            else rows.new_zeros(len(rows), self.outputs)
-            for number, rows in enumerate(hidden.split(sizes))
+        parts = zip(hidden.split(sizes), projected.split(sizes), strict=True)
+        adapted = [
+            self[str(number)](rows, made) if str(number) in self else made
+            for number, (rows, made) in enumerate(parts)
         ]
-        return torch.cat(added)
+        return torch.cat(adapted)
 
 
 def attach_to_experts(part: nn.Module, stack: str, architecture: Architecture) -> None:
@@ -76,7 +74,6 @@ def _attach(experts: nn.Module, stem: str, name: str, architecture: Architecture
     first = experts.groups.ep.rank() * experts.num_local_experts
     is_sequential = isinstance(experts, SequentialMLP)
     grouped: dict[int, LowRankAdapter] = {}
-    outputs = 0
     for number in range(experts.num_local_experts):
         key = f"{stem}.{first + number}.{name}.weight"
         if not architecture.lora.adapts(key):
@@ -90,10 +87,9 @@ def _attach(experts: nn.Module, stem: str, name: str, architecture: Architecture
             add_adapter(experts.get_submodule(own), adapter)
         else:
             grouped[number] = adapter
-            outputs = len(weight)
     if grouped:
         target = experts.get_submodule(name)
-        target.lora = GroupedAdapters(grouped, outputs)
+        target.lora = GroupedAdapters(grouped)
         target.register_forward_hook(_add_grouped)
 
 
@@ -101,5 +97,6 @@ def _add_grouped(
     module: nn.Module, inputs: tuple[Tensor, Sequence[int]], output: tuple[Tensor, None]
 ) -> tuple[Tensor, None]:
     """Add the adapters' outputs; torch calls this after the grouped layer's forward."""
+    hidden, sizes = inputs
     projected, bias = output
-    return projected + module.lora(*inputs), bias
+    return module.lora(hidden, projected, sizes), bias

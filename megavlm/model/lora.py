@@ -34,7 +34,7 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.nn.functional import linear
+from torch.nn.functional import linear, one_hot
 
 from megavlm.config.lora import LINEARS, SMALLEST_NORM, stacked
 from megavlm.config.schema import Architecture
@@ -88,14 +88,10 @@ class LowRankAdapter(nn.Module):
             # Sees the tokens of this rank only: megatron-core's ``finalize_model_grads`` sums it.
             for whole in [self.a] if self.is_column else of_rows:
                 whole.sequence_parallel = True
-        which = self._projections(config, outputs)
-        self.counts = [which.count(number) for number in range(self.count)]
-        order = sorted(range(outputs), key=which.__getitem__)
-        inverse = sorted(range(outputs), key=order.__getitem__)
-        # Rows in the order of their projections, and where each row of the layer is among them.
-        is_sorted = order == inverse == list(range(outputs))
-        for name, rows in (("order", order), ("inverse", inverse)):
-            self.register_buffer(name, None if is_sorted else torch.tensor(rows), persistent=False)
+        # Which of the stacked A's each row of B belongs to [O, n].
+        owners = torch.tensor(self._projections(config, outputs), device=weight.device)
+        owners = one_hot(owners, self.count).to(weight.dtype) if self.count > 1 else None
+        self.register_buffer("owners", owners, persistent=False)
 
     def _projections(self, config: TransformerConfig, outputs: int) -> list[int]:
         """Return which projection each row of this rank's weight belongs to."""
@@ -109,11 +105,12 @@ class LowRankAdapter(nn.Module):
             return rows[start : start + outputs]
         return [row * self.count // outputs for row in range(outputs)]
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Return what is added to the layer's output.
+    def forward(self, hidden: Tensor, projected: Tensor) -> Tensor:
+        """Return the layer's output with the adapter's added to it.
 
         Args:
             hidden: what the layer reads [T, ..., inputs of this rank].
+            projected: what it makes of it [T, ..., O].
         """
         if self.dropout and self.training:
             hidden = drop(hidden, self.dropout, self.salt, self._location(hidden))
@@ -124,21 +121,24 @@ class LowRankAdapter(nn.Module):
                 if self.is_scattered
                 else reduce_from_tensor_model_parallel_region
             )
-            return linear(between(low, group=self.group), self.b) * self.scale
-        between = (
-            gather_from_sequence_parallel_region
-            if self.is_scattered
-            else copy_to_tensor_model_parallel_region
-        )
+        else:
+            between = (
+                gather_from_sequence_parallel_region
+                if self.is_scattered
+                else copy_to_tensor_model_parallel_region
+            )
         low = between(low, group=self.group)
-        parts = zip(low.chunk(self.count, dim=-1), self._parts_of_rows(self.b), strict=True)
-        high = torch.cat([linear(one, factor) for one, factor in parts], dim=-1)
-        return (high if self.inverse is None else high.index_select(-1, self.inverse)) * self.scale
+        # One pass over the output, which is larger than everything else here.
+        added = torch.addmm(
+            projected.flatten(0, -2), low.flatten(0, -2), self._factor().T, alpha=self.scale
+        )
+        return added.view_as(projected)
 
-    def _parts_of_rows(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Return what belongs to the rows of each projection, of ``rows`` [O, ...]."""
-        ordered = rows if self.order is None else rows.index_select(0, self.order)
-        return ordered.split(self.counts)
+    def _factor(self) -> Tensor:
+        """Return B beside zeros: each row meets its own of the stacked A's alone [O, n R]."""
+        if self.owners is None:
+            return self.b
+        return (self.owners.unsqueeze(2) * self.b.unsqueeze(1)).flatten(1)
 
     @torch.no_grad()
     def norms(self, weight: Tensor) -> Tensor:
@@ -148,15 +148,10 @@ class LowRankAdapter(nn.Module):
         Args:
             weight: W, this rank's share [O, inputs of this rank].
         """
-        products = self._parts_of_rows(linear(weight, self.a).float())
-        rows = self._parts_of_rows(self.b.float())
-        columns = self.a.float().chunk(self.count)
-        added = []
-        for number, (a, b) in enumerate(zip(columns, rows, strict=True)):
-            of_weight = products[number].chunk(self.count, dim=-1)[number]
-            added.append(((2 * of_weight + self.scale * (b @ (a @ a.T))) * b).sum(-1))
-        cross = torch.cat(added)
-        cross = cross if self.inverse is None else cross.index_select(0, self.inverse)
+        a = self.a.float()
+        b = self._factor().float()
+        products = linear(weight, self.a).float()
+        cross = ((2 * products + self.scale * (b @ (a @ a.T))) * b).sum(-1)
         own = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
         squares = own + self.scale * cross
         if not self.is_column and self.group.size() > 1:
@@ -255,14 +250,14 @@ def add_adapter(target: nn.Module, adapter: LowRankAdapter) -> None:
 def _add(module: nn.Module, inputs: tuple[Tensor, ...], output: tuple) -> tuple:
     """Add the adapter's output; torch calls this after the layer's forward."""
     projected, bias = output
-    added = module.lora(inputs[0])
     if module.lora.magnitude is None:
-        return projected + added, bias
+        return module.lora(inputs[0], projected), bias
     # Layers that do not return their bias have added it.
     own = module.bias if bias is None and module.bias is not None else projected.new_empty(0)
     if not own.numel():
-        return module.lora.rescaled(module.weight, projected + added), bias
-    return module.lora.rescaled(module.weight, projected - own + added) + own, bias
+        return module.lora.rescaled(module.weight, module.lora(inputs[0], projected)), bias
+    adapted = module.lora(inputs[0], projected - own)
+    return module.lora.rescaled(module.weight, adapted) + own, bias
 
 
 @torch.no_grad()
