@@ -1,7 +1,10 @@
 # Sourced, at the repository's root: $python is an interpreter that has megavlm and what the examples need. It is PYTHON if that belongs to an
 # environment, else that of the active virtual or conda environment, of .venv, or the one on the path if it has all; else .venv is made with
 # PYTHON (default: python3). What is missing is installed at the versions of constraints.txt.
-has_all() { "$1" -c "import megavlm, megatron.core, sklearn" 2>/dev/null; }
+has_all() {
+    "$1" -c "import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, sys.argv[1:])))" \
+        megavlm megatron.core sklearn transformers jsonargparse 2>/dev/null
+}
 in_environment() { "$1" -c 'import os, sys; sys.exit(sys.prefix == sys.base_prefix and not os.path.isdir(sys.prefix + "/conda-meta"))' 2>/dev/null; }
 
 if [[ -n "${PYTHON:-}" ]] && in_environment "$PYTHON"; then

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 INTERPRETER = """#!/usr/bin/env bash
 case "$*" in
     *sys.prefix*) [[ -e "$0.in_environment" ]] ;;
-    *"import megavlm"*) [[ -e "$0.has_all" ]] ;;
+    *find_spec*) [[ -e "$0.has_all" ]] ;;
     "-m venv .venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
     "-m pip install"*) touch "$0.has_all" ;;
     *) exit 3 ;;
@@ -88,3 +89,13 @@ def test_a_named_environment_goes_before_the_active_one(tmp_path: Path):
 def test_an_image_whose_interpreter_has_all_needs_no_environment(tmp_path: Path):
     image = interpreter(tmp_path / "bin" / "python3", "has_all")
     assert found(tmp_path) == image
+
+
+def test_an_environment_that_lacks_a_package_gets_it(tmp_path: Path):
+    # megavlm itself is always found, in the repository's folder.
+    for name in ("megavlm", "megatron/core", "sklearn"):
+        (tmp_path / name).mkdir(parents=True)
+    active = interpreter(tmp_path / "active" / "bin" / "python", "in_environment")
+    asks = f'[[ "$1" == -c ]] && exec env PYTHONPATH= {sys.executable} -S "$@"'
+    active.write_text(INTERPRETER.replace("\n", f"\n{asks}\n", 1))
+    assert found(tmp_path, VIRTUAL_ENV=str(tmp_path / "active")) == active
