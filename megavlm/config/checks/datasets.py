@@ -156,7 +156,8 @@ def _features(config: Config, facts: DatasetFacts, where: str) -> Iterator[str]:
     elif facts.has_images and wanted not in (None, facts.features_per_tile):
         yield (
             f"{where}: packed for {facts.features_per_tile} features a tile, but the model makes"
-            f" {wanted}; pack it with --model"
+            f" {wanted}; train the model that these packs were made for (--model, --init.vision),"
+            " or pack for this one with --model"
         )
 
 

@@ -21,7 +21,7 @@ from tests.config.checks.configs import facts, tiny
         (
             {"features_per_tile": 256},
             "",
-            ["packed for 256 features a tile, but the model makes 16"],
+            ["packed for 256 features a tile, but the model makes 16; train the model that"],
         ),
         ({"vocab_size": 600}, "", ["has 600 tokens", "vocab_size is 512"]),
         (
