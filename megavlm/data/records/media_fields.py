@@ -76,7 +76,7 @@ def media_file(entry: Any, name: str, root: str, files: Mapping[str, bytes]) -> 
         return MediaFile(path=f"the record's {name}", content=entry)
     if not isinstance(entry, str) or not entry:
         raise RejectError(
-            f"{name}_field", f"{name} {entry!r:.200} is not a path or a list of paths"
+            f"{name}_field", f"{name} {entry!r:.200} is not the path or the bytes of one {name}"
         )
     if entry in files:
         return MediaFile(path=entry, content=files[entry])

@@ -171,6 +171,8 @@ REFUSED = [
      "system and a system turn differ"),
     ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}, ANSWER]}, "unsupported",
      "part 0"),
+    ({"messages": [{"role": "user", "content": [{"type": "video", "video": ["a.mp4", "b.mp4"]}]},
+     ANSWER]}, "video_field", "'b.mp4'] is not the path or the bytes of one video"),
     ({"texts": ["a", "b"], "images": [None, b"1"]}, "conversation", "one must be null"),
     ({"text_list": ["a"], "image_info": [{"matched_text_index": 4}]}, "conversation", "4 is not"),
 ]  # fmt: skip
