@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Literal
 
 Sampling = Literal["packs", "sqrt"]
@@ -27,3 +28,16 @@ def shares_of(
     # A pack has samples / packs of them.
     pairs = zip(packs, samples, strict=True)
     return tuple(count / math.sqrt(max(of_it, 1)) for count, of_it in pairs)
+
+
+def exact_shares(weights: Sequence[float]) -> list[Fraction]:
+    """Return each weight's share of their sum, of the decimal numbers that were given: sums of
+    floats differ between versions of Python (3.12 compensates), and remainders that are equal would
+    be rounded this way or that.
+
+    Args:
+        weights: finite and above 0.
+    """
+    exact = [Fraction(str(weight)) for weight in weights]
+    whole = sum(exact)
+    return [weight / whole for weight in exact]

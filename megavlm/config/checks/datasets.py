@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from megavlm.config.connectors import CONNECTORS
 from megavlm.config.differences import is_same
 from megavlm.config.fp8 import fp8_multiple
 from megavlm.config.freeze_mask import parts_named
-from megavlm.config.sampling import shares_of
+from megavlm.config.sampling import exact_shares, shares_of
 from megavlm.config.schema import ANY, Architecture, Config
 from megavlm.config.tiling import WITH_GRIDS
 
@@ -303,10 +304,11 @@ def _packs_of_step(
     """Yield each training set with the packs that a step draws from it on average."""
     packs = [dataset.num_packs for dataset in train]
     samples = [dataset.num_samples for dataset in train]
-    shares = shares_of(config.data.weights, config.data.sampling, packs, samples)
-    whole = max(sum(shares), 1e-300)
-    for dataset, share in zip(train, shares, strict=False):
-        yield dataset, share / whole * config.training.global_batch_size
+    weights = shares_of(config.data.weights, config.data.sampling, packs, samples)
+    if not all(0 < weight < math.inf for weight in weights):
+        return
+    for dataset, share in zip(train, exact_shares(weights), strict=False):
+        yield dataset, float(share * config.training.global_batch_size)
 
 
 def _same_tokenizer(facts: Sequence[DatasetFacts]) -> Iterator[str]:

@@ -15,7 +15,6 @@ import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from megavlm.config.sampling import Sampling, shares_of
+from megavlm.config.sampling import Sampling, exact_shares, shares_of
 from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.curriculum import Curriculum
 from megavlm.data.loading.dataset import PackedDataset
@@ -95,7 +94,7 @@ class BlendPlan:
         """Positions of a block that each dataset has: its share, rounded by the largest remainders;
         int64, their sum is ``block``.
         """
-        exact = [share * self.block for share in _shares(self.weights)]
+        exact = [share * self.block for share in exact_shares(self.weights)]
         counts = np.array([math.floor(count) for count in exact], np.int64)
         by_remainder = sorted(range(len(exact)), key=lambda owner: exact[owner] % 1, reverse=True)
         counts[by_remainder[: self.block - counts.sum()]] += 1
@@ -325,21 +324,11 @@ Packs = PackedDataset | BlendedDataset
 """What training reads: one dataset, or several as one."""
 
 
-def _shares(weights: Sequence[float]) -> list[Fraction]:
-    """Return each weight's share of their sum, of the decimal numbers that were given: sums of
-    floats differ between versions of Python (3.12 compensates), and remainders that are equal would
-    be rounded this way or that.
-    """
-    exact = [Fraction(str(weight)) for weight in weights]
-    whole = sum(exact)
-    return [weight / whole for weight in exact]
-
-
 def _own_groups(group: int, strata: int, weights: Sequence[float]) -> list[int]:
     """Return the packs of a group of each dataset."""
     if strata <= 1:
         return [group for _ in weights]
-    return [max(1, round(group * share)) for share in _shares(weights)]
+    return [max(1, round(group * share)) for share in exact_shares(weights)]
 
 
 def _plan_of(dataset: PackedDataset, curriculum: bool, **order: Any) -> Order:

@@ -153,6 +153,14 @@ def test_shares_of_a_batch_are_a_pack_at_least(packs: Path, options: str, wrong:
     )
 
 
+def test_a_share_of_a_pack_to_the_last_digit_is_one(packs: Path):
+    """As floats these weights give the first dataset 0.9999999999999999 packs."""
+    folders = ["--data.train", f"{packs},{packs},{packs}", "--data.weights", "0.3,0.7,2"]
+    batch = ["--data.batch_shares", "true", "--training.global_batch_size", "10"]
+    config = tiny(packs, *folders, *batch)
+    assert not facts_problems(config, [facts(config, num_packs=9) for _ in range(3)])
+
+
 @pytest.mark.parametrize(
     ("packed", "options", "warned"),
     [
