@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from megatron.core import tensor_parallel
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -22,6 +22,7 @@ from torch.distributed import ProcessGroup
 
 from megavlm.config.schema import Config
 from megavlm.model.attention import PackedAttention, TileAttention
+from megavlm.model.column_linear import ColumnLinear
 from megavlm.model.experts import ExpertRowLinear, grouped_experts, sequential_experts
 from megavlm.model.norm import Norm
 from megavlm.model.precision import uses_transformer_engine
@@ -82,13 +83,13 @@ def local_kernels() -> Kernels:
     return Kernels(
         norm=Norm,
         layer_norm=Norm,
-        norm_linear=ColumnParallelLinear,
-        column_linear=ColumnParallelLinear,
+        norm_linear=ColumnLinear,
+        column_linear=ColumnLinear,
         row_linear=RowParallelLinear,
         tile_attention=TileAttention,
         packed_attention=PackedAttention,
         experts=sequential_experts(
-            MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=ExpertRowLinear)
+            MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=ExpertRowLinear)
         ),
         swiglu=None,
         is_fused=False,
@@ -152,7 +153,7 @@ def choose_kernels(config: Config) -> Kernels:
     lora = config.architecture.lora
     if lora.nf4:
         # Transformer Engine's linear layers keep weights for the backward pass by themselves.
-        kernels = replace(kernels, column_linear=ColumnParallelLinear, row_linear=RowParallelLinear)
+        kernels = replace(kernels, column_linear=ColumnLinear, row_linear=RowParallelLinear)
     if lora.rank or lora.nf4:
         # An adapter reads what the norm gives, which a linear layer that normalises does not show.
         kernels = replace(kernels, layer_norm=kernels.norm, norm_linear=kernels.column_linear)

@@ -115,7 +115,7 @@ def result_of(config: Config, given: dict[str, torch.Tensor]) -> Result:
 def test_losses_and_gradients_are_those_of_the_dequantised_weights(
     ranks: Pool, dataset: Path, recompute: str
 ) -> None:
-    config = config_for(dataset, trainable=MASK, recompute=recompute)
+    config = config_for(dataset, trainable=(*MASK, "*.bias"), recompute=recompute)
     [found] = ranks.run(result_of, 1, with_adapters(config, QUANTISED), {})
     plain = Lora(rank=4, targets=QUANTISED.targets)
     [expected] = ranks.run(result_of, 1, with_adapters(config, plain), found.weights)
