@@ -154,7 +154,7 @@ def choose_kernels(config: Config) -> Kernels:
     if lora.nf4:
         # Transformer Engine's linear layers keep weights for the backward pass by themselves.
         kernels = replace(kernels, column_linear=ColumnLinear, row_linear=RowParallelLinear)
-    if lora.rank or lora.nf4:
+    if lora.rank:
         # An adapter reads what the norm gives, which a linear layer that normalises does not show.
         kernels = replace(kernels, layer_norm=kernels.norm, norm_linear=kernels.column_linear)
     return kernels
