@@ -154,6 +154,8 @@ def logits_with_and_without(config: Config) -> tuple[torch.Tensor, torch.Tensor]
             weight.data.copy_(0.2 * torch.randn(weight.shape, generator=generator))
         elif key.endswith(MAGNITUDE):
             weight.data.mul_(0.5 + torch.rand(weight.shape, generator=generator))
+        elif key.endswith(".bias"):
+            weight.data.copy_(0.1 * torch.randn(weight.shape, generator=generator))
     batch = job.train.batch(0, 0, vision_layers=3)
     with torch.no_grad():
         found = job.chunks[0](batch, with_loss=False)

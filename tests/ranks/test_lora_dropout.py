@@ -70,7 +70,11 @@ def test_the_share_that_is_dropped_is_the_rate_and_parts_fit_together() -> None:
     ones = torch.ones(64, 3, 500)
     location = Location(draw=123456789)
     salt = adapter_salt("language.decoder.layers.0.mlp.linear_fc1.weight")
-    dropped = drop(ones, 0.3, salt, location)
+    given = ones.clone().requires_grad_()
+    dropped = drop(given, 0.3, salt, location)
+    dropped.sum().backward()
+    assert torch.equal(given.grad, dropped)
+    dropped = dropped.detach()
     assert float((dropped == 0).float().mean()) == pytest.approx(0.3, abs=0.01)
     assert float(dropped.mean()) == pytest.approx(1.0, abs=0.01)
     for axis in range(3):  # no token, tile or feature is dropped more often than others

@@ -1,5 +1,5 @@
 """Compiles the package's Triton kernels for a Hopper GPU, which need not be there, where they would
-be started, and prints how they read and write large tensors, as JSON. ``test_branches`` and
+be started, and prints how they read, write and count large tensors, as JSON. ``test_branches`` and
 ``test_interpreted`` start it.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 KINDS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.uint8: "*u8"}
-CODES: dict[str, str] = {}
+CODES: dict[str, dict[str, Any]] = {}
 
 
 def compile_for_hopper(function: Any, *args: Any, grid: Any, warmup: bool, **settings: Any) -> None:
@@ -38,7 +38,7 @@ def compile_for_hopper(function: Any, *args: Any, grid: Any, warmup: bool, **set
             kinds[name] = "i32"
     source = ASTSource(function, kinds, constants, aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-    CODES[function.__name__] = compiled.asm["ptx"]
+    CODES[function.__name__] = compiled.asm
 
 
 def main() -> None:
@@ -62,7 +62,12 @@ def main() -> None:
     nf4_kernel.dequantise(codes, pairs, torch.zeros(3, 16), 0, 1024, torch.bfloat16)
     multiply_by_kernel(hidden, -1, 2**28, 1.1, Location(draw=1))
     found = {
-        name: {"reads": code.count("ld.global.v4"), "writes": code.count("st.global.v4")}
+        name: {
+            "reads": code["ptx"].count("ld.global.v4"),
+            "writes": code["ptx"].count("st.global.v4"),
+            # The only ones are of rows times width.
+            "is_wide": "extsi" in code["ttir"],
+        }
         for name, code in CODES.items()
     }
     json.dump(found, os.fdopen(int(sys.argv[1]), "w"))

@@ -24,7 +24,7 @@ LOCATIONS = {
 }
 SEEDS = (0, 1, 123_456_789, -(2**31), 2**31 - 1)
 # Rows, columns, and the first of these in the whole weight.
-WEIGHTS = {"whole blocks": (5, 1088, 0), "parts of blocks": (3, 1100, 150)}
+WEIGHTS = {"whole blocks": (5, 1088, 0), "parts of blocks and of bytes": (3, 1100, 151)}
 
 
 def distance(one: Tensor, two: Tensor) -> float:
@@ -38,7 +38,8 @@ def dropped(generator: torch.Generator) -> dict[str, Any]:
     for name, shape in SHAPES.items():
         for where, location in LOCATIONS.items():
             for dtype in DTYPES:
-                values = torch.randn(shape, generator=generator).to(dtype)
+                # As some gradients are, not contiguous.
+                values = torch.randn(shape[::-1], generator=generator).permute(2, 1, 0).to(dtype)
                 pairs = [
                     [
                         drop(values, seed, int(0.3 * 2**31), 1 / 0.7, location)
