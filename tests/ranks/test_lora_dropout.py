@@ -56,6 +56,34 @@ def test_every_layout_drops_the_same_numbers(ranks: Pool, dataset: Path) -> None
         assert shared.grad_norms == pytest.approx(alone.grad_norms, rel=1e-5), layout
 
 
+def losses_of_positions(config: Config) -> list[float]:
+    """Return the loss of one pack at three positions in the order of the data, the last of which is
+    the first again, and then in evaluation.
+    """
+    from megavlm.model.lora import LowRankAdapter
+    from tests.ranks.runs import build
+
+    job = build(config)
+    for module in job.chunks[0].modules():
+        if isinstance(module, LowRankAdapter):
+            torch.nn.init.constant_(module.b, 0.1)
+    batches = [job.train.batch(0, position, vision_layers=3) for position in (0, 1, 0)]
+    losses = [float(job.chunks[0](batch).sum()) for batch in batches]
+    job.chunks[0].eval()
+    return [*losses, float(job.chunks[0](batches[0]).sum())]
+
+
+def test_each_pack_has_draws_of_its_own_and_evaluation_has_none(ranks: Pool, dataset: Path) -> None:
+    config = config_for(dataset, trainable=MASK)
+    plain = dataclasses.replace(DROPPING, dropout=0.0)
+    [dropped, whole] = (
+        ranks.run(losses_of_positions, 1, with_adapters(config, lora))[0]
+        for lora in (DROPPING, plain)
+    )
+    assert dropped[0] == dropped[2] != dropped[1]
+    assert len({dropped[3], *whole}) == 1 and whole[0] not in dropped[:3]
+
+
 def test_a_resumed_run_drops_the_same_numbers(ranks: Pool, dataset: Path, tmp_path: Path) -> None:
     def job(name: str):
         return with_adapters(make_job(dataset, tmp_path / name, trainable=MASK), DROPPING)
