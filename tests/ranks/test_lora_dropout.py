@@ -22,9 +22,10 @@ MASK = SETTINGS["trainable"]
 LAYOUTS = [
     (2, TENSOR | dict(sequence_parallel=True)),
     (4, TENSOR | PIPELINE | dict(vision="data")),
-    # Layers are computed again after other microbatches.
-    (2, PIPELINE | dict(recompute="full")),
-    (2, PIPELINE | dict(recompute="selective")),
+    # Layers are computed again after other microbatches. Of the vision encoder's, which stand far
+    # from the loss, neither it nor the gradient's norm would tell.
+    (2, PIPELINE | dict(layout="v*3,t*2|t", recompute="full")),
+    (2, PIPELINE | dict(layout="v*3,t*2|t", recompute="selective")),
     (2, TENSOR),
     (2, PIPELINE),
     (1, dict(recompute="full")),
