@@ -17,7 +17,7 @@ from functools import lru_cache
 from megavlm.config.cross_attention import is_cross_attention, memory_rows
 from megavlm.config.freeze_mask import matches_any, trains
 from megavlm.config.schema import Architecture, Config, Language, Parallel, Vision
-from megavlm.planner.adapters import dora_outputs, dropped_copies
+from megavlm.planner.adapters import kept_by_adapters, stacked_factors
 from megavlm.planner.flops import pieces
 from megavlm.planner.layout import Chunk
 from megavlm.planner.parameters import parameters_on_rank
@@ -149,15 +149,16 @@ def activation_memory(config: Config, chunk: Chunk, load: RankLoad) -> Activatio
     for layer in numbers:
         part = "vision" if layer < arch.vision.num_layers else "language"
         recompute = parallel.recompute_of(part) if backward[layer] else "nothing"
-        outputs = dora_outputs(arch, parallel, layer)
+        own = layers[keep_inputs[layer][0]][part]
         (whole, inside) = (
-            size * (elements + output)
-            for elements, output in zip(layers[keep_inputs[layer][0]][part], outputs, strict=True)
+            size * (elements + added)
+            for elements, added in zip(own, kept_by_adapters(arch, parallel, layer), strict=True)
         )
-        whole += size * dropped_copies(arch, parallel, layer)
         kept, transient = _kept((whole, inside), size * width[part], recompute)
-        per_microbatch += kept * rows[part]
-        once = max(once, transient * rows[part])
+        (whole, inside) = (size * number for number in stacked_factors(arch, parallel, layer))
+        of_factors = _kept((whole, inside), 0, recompute)
+        per_microbatch += kept * rows[part] + of_factors[0]
+        once = max(once, transient * rows[part] + of_factors[1])
     of_blocks = _blocks(config, chunk, load)
     per_microbatch += of_blocks.per_microbatch + size * _around_layers(config, chunk, load)
     once = max(once, of_blocks.once)

@@ -140,7 +140,9 @@ def test_layouts_that_would_drop_others_are_refused(
 
 
 def saved_bytes(config: Config) -> tuple[int, tuple[int, int]]:
-    """Return the bytes that the forward pass of a pack keeps, and its tokens and tiles."""
+    """Return the bytes that the forward pass of a pack keeps beside parameters, and its tokens and
+    tiles.
+    """
     from tests.ranks.runs import build
 
     job = build(config)
@@ -156,10 +158,15 @@ def saved_bytes(config: Config) -> tuple[int, tuple[int, int]]:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = job.chunks[0](batch)
     del loss
+    for parameter in job.chunks[0].parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
     return sum(kept.values()), (len(batch.tokens), batch.num_tiles)
 
 
-def test_the_planner_counts_what_dropout_keeps(ranks: Pool, dataset: Path) -> None:
+@pytest.mark.parametrize("fields", [("dropout", 0.0, 0.3), ("rank", 4, 12)])
+def test_the_planner_counts_what_adapters_keep(
+    ranks: Pool, dataset: Path, fields: tuple[str, float, float]
+) -> None:
     from megavlm.planner.activations import RankLoad, activation_memory
     from megavlm.planner.layout import make_layout
 
@@ -167,13 +174,13 @@ def test_the_planner_counts_what_dropout_keeps(ranks: Pool, dataset: Path) -> No
     targets = ("vision.*.self_attention", "language.*.linear_qkv", "language.*.mlp")
     measured = []
     planned = []
-    for dropout in (0.0, 0.3):
-        lora = Lora(rank=4, targets=targets, dropout=dropout)
+    (name, *values) = fields
+    for value in values:
+        lora = dataclasses.replace(Lora(rank=4, targets=targets), **{name: value})
         config = with_adapters(config_for(dataset, trainable=MASK), lora)
         [(found, (tokens, tiles))] = ranks.run(saved_bytes, 1, config)
         measured.append(found)
         [chunk] = make_layout(config).chunks
         load = RankLoad(tokens=tokens, tiles=tiles)
         planned.append(activation_memory(config, chunk, load).per_microbatch)
-    # The first layer's input has no gradient, so its mask is not kept.
     assert planned[1] - planned[0] == pytest.approx(measured[1] - measured[0], rel=0.03)
