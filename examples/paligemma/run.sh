@@ -9,7 +9,7 @@
 #   sbatch --nodes 2 examples/paligemma/slurm.sh 1                                     what a cluster with Slurm does
 #   MODEL=paligemma-3b-pt-224/ bash examples/paligemma/run.sh 3                         one task, from a published model
 #
-# With LANGUAGE=gemma-2-2b/ (9b, 27b), or MODEL=paligemma2-3b-pt-224/, it is PaliGemma 2. On GPUs add `--training.kernels local` to each stage then.
+# With LANGUAGE=gemma-2-2b/ (9b, 27b), or MODEL=paligemma2-3b-pt-224/, it is PaliGemma 2.
 #
 # VISION LANGUAGE  folders of SigLIP and of Gemma with its tokenizer, for stage 1
 # MODEL       folder of a PaliGemmaForConditionalGeneration that stage 3 starts from (default: what the stage FROM ended with)

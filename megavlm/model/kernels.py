@@ -51,6 +51,7 @@ class Kernels:
         tile_attention: attention inside the tiles.
         packed_attention: attention, causal or not, inside the samples of a pack.
         experts: the experts of a layer that this rank holds.
+        groups_experts: whether these compute one product for all of them.
         swiglu: gate of an MLP; none: megatron-core's.
         is_fused: whether megatron-core's fused kernels turn queries and keys, gate the MLP and add
             residuals with biases.
@@ -70,6 +71,7 @@ class Kernels:
     tile_attention: type
     packed_attention: type
     experts: type
+    groups_experts: bool
     swiglu: type | None
     is_fused: bool
     pointwise: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
@@ -91,6 +93,7 @@ def local_kernels() -> Kernels:
         experts=sequential_experts(
             MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=ExpertRowLinear)
         ),
+        groups_experts=False,
         swiglu=None,
         is_fused=False,
         pointwise=lambda function: function,
@@ -136,6 +139,7 @@ def transformer_engine_kernels() -> Kernels:
                 linear_fc2=accumulating(engine.TERowParallelGroupedLinear),
             ),
         ),
+        groups_experts=True,
         swiglu=Swiglu,
         is_fused=True,
         pointwise=compiled,
@@ -150,7 +154,11 @@ def choose_kernels(config: Config) -> Kernels:
     if not uses_transformer_engine(config):
         return local_kernels()
     kernels = transformer_engine_kernels()
+    language = config.architecture.language
     lora = config.architecture.lora
+    if language.num_experts and language.linear_bias:
+        # Checkpoints would lack the biases of experts in Transformer Engine's grouped kernel.
+        kernels = replace(kernels, experts=local_kernels().experts, groups_experts=False)
     if lora.nf4:
         # Transformer Engine's linear layers keep weights for the backward pass by themselves.
         kernels = replace(kernels, column_linear=ColumnLinear, row_linear=RowParallelLinear)

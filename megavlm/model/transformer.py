@@ -184,7 +184,7 @@ def _expert_settings(config: Config, kernels: Kernels) -> dict[str, Any]:
         moe_aux_loss_coeff=config.experts.balance_loss / packs,
         moe_z_loss_coeff=config.experts.router_z_loss / packs,
         moe_token_dispatcher_type=config.experts.dispatcher,
-        moe_grouped_gemm=kernels.is_fused,
+        moe_grouped_gemm=kernels.groups_experts,
         expert_model_parallel_size=config.parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=config.parallel.expert_tensor_parallel_size,
     )
@@ -202,6 +202,7 @@ def language_config(config: Config, layout: Layout, kernels: Kernels) -> Transfo
     has_swiglu = kernels.swiglu is not None and language.activation == "swiglu"
     has_swiglu = has_swiglu and not language.num_experts
     fuses_gate = kernels.is_fused and language.is_gated and not has_swiglu
+    fuses_gate = fuses_gate and language.activation not in _GATE_SETTINGS
     return TransformerConfig(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,

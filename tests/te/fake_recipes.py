@@ -20,6 +20,7 @@ from tests.te import fake_cuda, fake_experts
 from tests.te.fake_step import PACKS, prepare, watch
 
 LAYERS = 2
+FP8 = ("--fp8.language", "tensorwise", "--fp8.vision", "tensorwise")
 LOCAL = ("--training.kernels", "local")
 ADAPTERS = (
     *("--architecture.lora.rank", "8", "--architecture.lora.targets", "vision,language"),
@@ -59,7 +60,9 @@ CASES: dict[str, Case] = {
     "LLaVA, adapters on 4 bits": Case(recipe="llava", stage="2", options=ADAPTERS + NF4),
     "LLaVA, Muon": Case(recipe="llava", stage="2", options=("--optimizer.kind", "muon")),
     "PaliGemma": Case(recipe="paligemma", stage="1"),
-    "PaliGemma 2": Case(recipe="paligemma", stage="1", model="paligemma2-3b", options=LOCAL),
+    "PaliGemma 2": Case(recipe="paligemma", stage="1", model="paligemma2-3b"),
+    "PaliGemma 2, local": Case(recipe="paligemma", stage="1", model="paligemma2-3b", options=LOCAL),
+    "PaliGemma 2, FP8": Case(recipe="paligemma", stage="1", model="paligemma2-3b", options=FP8),
     "Fuyu": Case(recipe="fuyu", stage="1"),
     "BLIP-2, stage 1": Case(recipe="blip2", stage="1"),
     "BLIP-2, stage 2": Case(recipe="blip2", stage="2"),
@@ -70,7 +73,10 @@ CASES: dict[str, Case] = {
     "InternVL-C, stage 1": Case(recipe="internvl_c", stage="1"),
     "InternVL-C, stage 3": Case(recipe="internvl_c", stage="3"),
     "experts": Case(recipe="internvl", stage="2", model="internvl3_5-30b-a3b"),
-    "GPT-OSS": Case(recipe="internvl", stage="2", model="internvl3_5-gpt-oss-20b", options=LOCAL),
+    "GPT-OSS": Case(recipe="internvl", stage="2", model="internvl3_5-gpt-oss-20b"),
+    "GPT-OSS, local": Case(
+        recipe="internvl", stage="2", model="internvl3_5-gpt-oss-20b", options=LOCAL
+    ),
     "LLaVA-NeXT, TP2 with SP": Case(recipe="llava_next", stage="2", options=SP, ranks=2),
     "LLaVA-OneVision, CP2": Case(recipe="llava_onevision", stage="2", options=CP2, ranks=2),
     "PaliGemma, TP2 with SP": Case(recipe="paligemma", stage="1", options=SP, ranks=2),

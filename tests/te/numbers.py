@@ -9,12 +9,14 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from megavlm.config.lora import Lora
+from tests.convert.models import GEMMA2, GPT_OSS
 from tests.ranks.pool import models_in_memory
 from tests.te import torch_kernels
 from tests.te.build import mixture
@@ -35,6 +37,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "experts": dict(experts=5),
     "experts, recompute selective": dict(experts=5, recompute="selective"),
     "all options of routers": dict(experts=5, options=True),
+    "Gemma 2": dict(language=GEMMA2),
+    "Gemma 2, recompute full": dict(language=GEMMA2, recompute="full"),
+    "Gemma 2, recompute selective": dict(language=GEMMA2, recompute="selective"),
+    "GPT-OSS": dict(language=GPT_OSS),
+    "GPT-OSS, recompute full": dict(language=GPT_OSS, recompute="full"),
     "adapters on 4 bits": dict(
         adapters=True, nf4=("vision", "language"), trainable=("connector", "*.lora")
     ),
@@ -87,6 +94,7 @@ def configure(
     qk_norm: bool = False,
     biases: bool = False,
     crosses: bool = False,
+    language: Mapping[str, Any] | None = None,
     experts: int = 0,
     options: bool = False,
     adapters: bool = False,
@@ -98,6 +106,10 @@ def configure(
     from tests.gpu.models import small
 
     config = small(folder, precision="float32", lr=1e-3, adam_eps=1e-3, kernels=kernels, **settings)
+    if language:
+        changed = dataclasses.replace(config.architecture.language, **language)
+        model = dataclasses.replace(config.architecture, language=changed)
+        return dataclasses.replace(config, architecture=model)
     if crosses:
         return dataclasses.replace(config, architecture=crossed(config.architecture))
     if experts:

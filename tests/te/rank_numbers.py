@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.convert.models import GEMMA2, GPT_OSS
 from tests.ranks.pool import Pool
 from tests.ranks.runs import Curve, train_curve, whole_weights
 from tests.te.numbers import configure, is_compared
@@ -67,6 +68,9 @@ RUNS = {
         layout=PP2 | dict(virtual_pipeline_model_parallel_size=2, layout="v|v*2|c,t|t*2,h")
     ),
     "PP2, boundary in the vision encoder": Run(layout=PP2 | dict(layout="v*2|v,c,t*3,h")),
+    "TP2 with SP, Gemma 2": Run(layout=SP, model=dict(language=GEMMA2)),
+    "CP2, Gemma 2": Run(layout=CP2, model=dict(language=GEMMA2)),
+    "EP2, GPT-OSS": Run(layout=EP2, model=dict(language=GPT_OSS | dict(num_experts=6))),
     "DP2": Run(layout={}),
     "CP2": Run(layout=CP2),
     "CP4": Run(ranks=4, layout=CP2 | dict(context_parallel_size=4)),

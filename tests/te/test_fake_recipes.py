@@ -15,10 +15,18 @@ from tests.te.process import answer_of
 from tests.te.test_fake_step import MISSING
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
-LOCAL = ("rope_utils.py", "block_attention.py")
+BLOCKS = ("block_attention.py",)
+LOCAL = ("rope_utils.py", *BLOCKS)
 EXPERTS = ("moe_utils.py",)
 # Files whose functions need numbers of the device: lengths of samples, tokens of experts.
-WAITS = {"PaliGemma 2": LOCAL, "experts": EXPERTS, "GPT-OSS": LOCAL + EXPERTS}
+WAITS = {
+    "PaliGemma 2": BLOCKS,
+    "PaliGemma 2, local": LOCAL,
+    "PaliGemma 2, FP8": BLOCKS,
+    "experts": EXPERTS,
+    "GPT-OSS": BLOCKS + EXPERTS,
+    "GPT-OSS, local": LOCAL + EXPERTS,
+}
 
 
 @pytest.fixture(scope="module")

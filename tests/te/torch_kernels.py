@@ -76,6 +76,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *rest: Any) 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *rest: Any) -> Normed:
     """Divide rows [T, D] by their root mean square."""
+    weight = weight + 1 if rest[-1] else weight  # zero-centred
     scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
     return (x * scale * weight).to(x.dtype), None, scale.squeeze(-1)
 
@@ -95,6 +96,7 @@ def rms_norm_backward(
     dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of input and weight."""
+    weight = weight + 1 if rest[-1] else weight
     normed = x * scale[:, None]
     inner = dy * weight
     dx = scale[:, None] * (inner - normed * (inner * normed).mean(-1, keepdim=True))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from megavlm.config.architecture import WINDOWED_FAMILIES, Architecture
 from megavlm.config.checks.limits import at_least
 from megavlm.config.differences import changed
-from megavlm.config.schema import Config, Language
+from megavlm.config.schema import Language
 
 _FLAG = "--architecture.language"
 
@@ -111,19 +111,3 @@ def _yarn(language: Language) -> Iterator[str]:
             f"{flag}: {_FLAG}.rotary_percent {language.rotary_percent}: YaRN rotates whole heads;"
             " use 1 for one of them"
         )
-
-
-def attention_kernel_problems(config: Config) -> Iterator[str]:
-    """Yield why Transformer Engine's layers cannot compute a language model."""
-    language = config.architecture.language
-    whys = {
-        "attention_sinks": "Transformer Engine has no attention with sinks for packed samples",
-        "attention_softcap": "Transformer Engine has no attention with soft caps",
-        "window_size": "Transformer Engine's attention with sliding windows has not been tried",
-        "sandwich_norm": "Transformer Engine's norms behind branches have not been tried",
-    }
-    given = changed(language, *whys)
-    name = next((name for name in whys if name in given), "")
-    if name:
-        value = str(given[name]).lower()
-        yield f"{_FLAG}.{name} {value}: {whys[name]}; use --training.kernels local"

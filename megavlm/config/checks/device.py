@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megavlm.config.checks.attention import attention_kernel_problems
 from megavlm.config.checks.experts import grouped_expert_problems
 from megavlm.config.schema import Config
 
@@ -92,7 +91,6 @@ def kernel_problems(config: Config) -> Iterator[str]:
     if config.training.kernels == "local" or config.training.precision == "float32":
         return
     yield from grouped_expert_problems(config)
-    yield from attention_kernel_problems(config)
 
 
 def _runs(recipe: str, capability: tuple[int, int]) -> bool:

@@ -256,17 +256,13 @@ def _ignored_settings(config: Config) -> Iterator[str]:
 
 
 def grouped_expert_problems(config: Config) -> Iterator[str]:
-    """Yield what Transformer Engine's grouped kernel does not do: biases of experts have no keys
-    here, and it asks the first expert of a layer whether weights have gradients, for all of them.
+    """Yield what Transformer Engine's grouped kernel does not do: it asks the first expert of a
+    layer whether weights have gradients, for all of them.
     """
     language = config.architecture.language
     trainable = config.training.trainable
-    if language.num_experts and language.linear_bias:
-        yield (
-            f"{_FLAG}.linear_bias true: checkpoints would lack the biases of experts in Transformer"
-            " Engine's grouped kernel; use --training.kernels local"
-        )
-    for layer in range(language.num_layers if language.num_experts else 0):
+    is_grouped = language.num_experts and not language.linear_bias
+    for layer in range(language.num_layers if is_grouped else 0):
         for name in ("linear_fc1", "linear_fc2"):
             stem = f"language.decoder.layers.{layer}.mlp.experts"
             keys = [f"{stem}.{expert}.{name}.weight" for expert in range(language.num_experts)]

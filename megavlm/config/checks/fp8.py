@@ -19,17 +19,7 @@ def fp8_problems(fp8: Fp8, config: Config) -> Iterator[str]:
     yield from at_least(0, "fp8", fp8, "first_bf16_layers", "last_bf16_layers")
     if not fp8.recipes and first + last > 0:
         yield f"{spared}: have no effect without --fp8.vision or --fp8.language"
-    if fp8.recipes and config.training.kernels == "local":
-        yield (
-            "--training.kernels local: FP8 needs Transformer Engine's layers; use auto, or no"
-            " recipe for --fp8.vision and --fp8.language"
-        )
-    if fp8.recipes and arch.lora.nf4:
-        yield (
-            f"--architecture.lora.nf4 {','.join(arch.lora.nf4)}: linear layers whose weights are in"
-            " 4 bits are not Transformer Engine's, which FP8 needs; use no recipe for --fp8.vision"
-            " and --fp8.language, or no 4 bits"
-        )
+    yield from _foreign_layers(fp8, config)
     for part, recipe in fp8.recipes.items():
         if recipe == "delayed" and arch.needs.spans_step:
             yield (
@@ -67,3 +57,24 @@ def fp8_problems(fp8: Fp8, config: Config) -> Iterator[str]:
                     f"--fp8.{part} {recipe}: --architecture.{part}.{name} makes matrices {width}"
                     f" wide, not a multiple of {multiple}"
                 )
+
+
+def _foreign_layers(fp8: Fp8, config: Config) -> Iterator[str]:
+    """Yield why layers that FP8 is asked for would not be Transformer Engine's."""
+    arch = config.architecture
+    if fp8.recipes and config.training.kernels == "local":
+        yield (
+            "--training.kernels local: FP8 needs Transformer Engine's layers; use auto, or no"
+            " recipe for --fp8.vision and --fp8.language"
+        )
+    if fp8.recipes and arch.lora.nf4:
+        yield (
+            f"--architecture.lora.nf4 {','.join(arch.lora.nf4)}: linear layers whose weights are in"
+            " 4 bits are not Transformer Engine's, which FP8 needs; use no recipe for --fp8.vision"
+            " and --fp8.language, or no 4 bits"
+        )
+    if "language" in fp8.recipes and arch.language.num_experts and arch.language.linear_bias:
+        yield (
+            f"--fp8.language {fp8.language}: experts with biases (--architecture.language"
+            ".linear_bias true) are not Transformer Engine's, which FP8 needs; use none"
+        )

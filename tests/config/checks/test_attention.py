@@ -74,27 +74,15 @@ def test_what_cannot_run_is_named(model: str, options: tuple[str, ...], told: st
     assert any(told in one for one in found(model, *options)), found(model, *options)
 
 
-NO_CAP = ("--architecture.language.attention_softcap", "0")
-NO_WINDOW = (*NO_CAP, "--architecture.language.window_size", "0")
-
-
-@pytest.mark.parametrize(
-    ("model", "options", "name"),
-    [
-        (MODEL, (), "attention_sinks true"),
-        (CAPPED, (), "attention_softcap 50.0"),
-        (CAPPED, NO_CAP, "window_size 4096"),
-        (CAPPED, NO_WINDOW, "sandwich_norm true"),
-    ],
-)
-def test_transformer_engine_has_no_such_attention(
-    model: str, options: tuple[str, ...], name: str
-) -> None:
+def test_attention_in_blocks_stands_between_transformer_engine_s_layers() -> None:
     gpu = DeviceCapabilities(capability=(9, 0), has_transformer_engine=True)
-    for kernels, is_refused in (("auto", True), ("transformer_engine", True), ("local", False)):
-        config = parse([*_model(model), "--training.kernels", kernels, *options])
-        told = [one for one in device_problems(config, gpu) if f"language.{name}: " in one]
-        assert len(told) == is_refused and all("--training.kernels local" in one for one in told)
-    config = parse([*_model(model), "--training.kernels", "local", "--fp8.language", "tensorwise"])
-    [told] = [one for one in [*problems(config, 8), *device_problems(config, gpu)] if "fp8" in one]
-    assert "--training.kernels" in told
+    for model in (MODEL, CAPPED):
+        config = parse([*_model(model), "--training.kernels", "transformer_engine"])
+        assert not device_problems(config, gpu)
+    for model, count in ((CAPPED, 0), (MODEL, 1)):
+        config = parse([*_model(model), "--fp8.language", "tensorwise"])
+        told = [
+            one for one in [*problems(config, 8), *device_problems(config, gpu)] if "fp8" in one
+        ]
+        assert len(told) == count
+        assert all(one.startswith("--fp8.language tensorwise: experts with biases") for one in told)

@@ -150,12 +150,3 @@ def test_a_mask_of_single_experts_needs_local_layers() -> None:
         found = [told for told in device_problems(config, gpu) if "all experts of a layer" in told]
         assert len(found) == count, mask
         assert not device_problems(config, DeviceCapabilities())
-
-
-def test_biases_of_experts_need_local_layers() -> None:
-    gpu = DeviceCapabilities(capability=(9, 0), has_transformer_engine=True)
-    biased = ["--stage", "2", "--model", MODEL, "--architecture.language.linear_bias", "true"]
-    for kernels, count in (("auto", 1), ("local", 0)):
-        config = parse([*biased, "--training.kernels", kernels])
-        found = [told for told in device_problems(config, gpu) if "biases of experts" in told]
-        assert len(found) == count, kernels
