@@ -10,7 +10,7 @@ import pytest
 from tests.ranks.pool import Pool
 from tests.ranks.runs import config_for, make_packs, train_curve, whole_weights
 
-SP = dict(tensor_model_parallel_size=2, sequence_parallel=True)
+SP = dict(tensor_model_parallel_size=2, sequence_parallel=True, recompute="selective")
 # One update in proportion to the gradient.
 SETTINGS = dict(steps=1, lr=1e-2, adam_eps=1e3, clip_grad=0.0, warmup_ratio=0.0, weight_decay=0.0)
 SETTINGS |= dict(schedule="constant")
