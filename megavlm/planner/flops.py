@@ -4,13 +4,14 @@
 numbers: a linear layer from m to n costs 2mn a token, attention 4nnD for n tokens that see each
 other over D (heads times head size). These are model FLOPs (Chowdhery et al., "PaLM", arXiv
 2204.02311, appendix B; Korthikanti et al., arXiv 2205.05198, section 6.3, which also tells them
-from hardware FLOPs): what is computed again to save memory, and padding (of packs, tiles and
-vocabulary), take time but do not count. Norms, activations, softmax and the optimizer are left out,
-as in both papers. Causal attention is counted by half, since only half of the pairs see each other;
-both papers count all of them. Of a prefix-LM all pairs are counted: what its n answer tokens of a
-sample of m do not see, n (m - n) + n^2 / 2 pairs, is little beside its prefix with the image, which
-sees itself whole with sliding windows, too. With a sliding window each token of another model is
-counted with a whole window; the first ones of a sample see less.
+from hardware FLOPs): what is computed again to save memory, padding (of packs, tiles and
+vocabulary), and zeros beside an adapter's B, take time but do not count. Norms, activations,
+softmax and the optimizer are left out, as in both papers. Causal attention is counted by half,
+since only half of the pairs see each other; both papers count all of them. Of a prefix-LM all pairs
+are counted: what its n answer tokens of a sample of m do not see, n (m - n) + n^2 / 2 pairs, is
+little beside its prefix with the image, which sees itself whole with sliding windows, too. With a
+sliding window each token of another model is counted with a whole window; the first ones of a
+sample see less.
 
 **The backward pass** of a product with a weight has two products, each as large as the forward one:
 the gradient of its input and that of its weight. A frozen weight has no gradient, and the gradient
