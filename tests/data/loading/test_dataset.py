@@ -103,20 +103,22 @@ def test_tiles_and_feature_positions(dataset):
     assert kinds == {False, True}
 
 
-def test_tiles_without_a_thumbnail(tmp_path):
+@pytest.mark.parametrize("grid", [(2, 1), (2, 2)])
+def test_tiles_without_a_thumbnail(tmp_path, grid):
     facts = dict(vocab_size=512, context_token_id=500, tile_size=32, features_per_tile=4)
     sample = make_sample(
-        np.random.default_rng(0), images=1, text_tokens=5, line=1, grids=((2, 1),), **facts
+        np.random.default_rng(0), images=1, text_tokens=5, line=1, grids=(grid,), **facts
     )
     [image] = sample.images
-    bare = dataclasses.replace(image, tiles=2)
+    count = grid[0] * grid[1]
+    bare = dataclasses.replace(image, tiles=count)
     tokens = np.delete(sample.tokens, slice(1, 5))  # of the thumbnail
     supervised = sample.supervised[4:]
     changed = dataclasses.replace(sample, tokens=tokens, supervised=supervised, images=(bare,))
     write_packs(tmp_path / "bare", [[changed]], capacity=64, **facts)
     write_packs(tmp_path / "whole", [[sample]], capacity=64, **facts)
     found, whole = (PackedDataset(tmp_path / name).batch(0, 0).tiles for name in ("bare", "whole"))
-    assert len(found) == 2 and torch.equal(found, whole[:2])
+    assert len(found) == count and torch.equal(found, whole[:count])
 
 
 def test_tiles_are_filled_up_with_blank_ones(dataset):
