@@ -160,7 +160,7 @@ def choose_kernels(config: Config) -> Kernels:
         # Checkpoints would lack the biases of experts in Transformer Engine's grouped kernel.
         kernels = replace(kernels, experts=local_kernels().experts, groups_experts=False)
     if lora.nf4:
-        # Transformer Engine's linear layers keep weights for the backward pass by themselves.
+        # Transformer Engine's linear layers save weights for the backward pass in their own ways.
         kernels = replace(kernels, column_linear=ColumnLinear, row_linear=RowParallelLinear)
     if lora.rank:
         # An adapter reads what the norm gives, which a linear layer that normalises does not show.
