@@ -291,7 +291,7 @@ def _round(model: VisionLanguageModel, source: Tensors, dtypes: Mapping[str, tor
         return
     adapted = [pair for module in model.modules() for pair in _adapters(module)]
     for adapter, weight in adapted:
-        changed = weight + adapter(_identity(adapter.a)).T
+        changed = adapter(_identity(adapter.a), weight.T).T
         if adapter.magnitude is not None:
             changed *= (adapter.magnitude / adapter.norms(weight))[:, None]
         weight.copy_(changed.to(of_adapted[0]))
