@@ -11,17 +11,19 @@ from torch import Tensor
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """A linear layer, its output split over the tensor-parallel ranks."""
+    """A linear layer, its output split over the tensor-parallel ranks.
+
+    It adds its bias behind the product: megatron-core's product with a frozen weight
+    (``LinearWithFrozenWeight``) adds a bias and gives it no gradient.
+    """
+
+    def __init__(self, *args: Any, skip_bias_add: bool = False, **kwargs: Any):
+        super().__init__(*args, skip_bias_add=True, **kwargs)
+        self.adds_bias = not skip_bias_add
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """Return the output, and the bias if it is left to the caller.
-
-        megatron-core's product with a frozen weight (``LinearWithFrozenWeight``) adds the bias and
-        gives it no gradient.
-        """
-        if self.skip_bias_add or self.bias is None or self.weight.requires_grad:
-            return super().forward(input_, *args, **kwargs)
-        self.skip_bias_add = True
+        """Return the output, and the bias if it is left to the caller."""
         output, bias = super().forward(input_, *args, **kwargs)
-        self.skip_bias_add = False
+        if bias is None or not self.adds_bias:
+            return output, bias
         return output + bias, None
