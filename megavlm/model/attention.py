@@ -6,6 +6,7 @@ its place in the layer specs.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from megavlm.data.loading.batch import Media, Prefixes
 from megavlm.model.key_value_cache import Decode, Prefill
-from megavlm.parallel.context_parallel import gather_tokens, own_positions
+from megavlm.parallel.context_parallel import ends_of, gather_tokens, own_positions
 
 
 @dataclass
@@ -27,6 +28,8 @@ class PackedSamples(PackedSeqParams):
     """Where samples end in a pack, for attention and rotary embedding.
 
     Args:
+        query_lengths, key_lengths: tokens between the ends of both kinds, in the whole pack, for
+            our own attention: to ask the device for them makes the host wait, in each layer.
         pad_between_seqs: whether padding stands between samples. Transformer Engine compares both
             kinds of ends on the device and waits for the answer, unless it is told.
         prefixes: where samples are divided, for a prefix-LM; none: attention is causal, or without
@@ -35,6 +38,8 @@ class PackedSamples(PackedSeqParams):
         cached: what is kept of keys and values, or read, while questions are answered.
     """
 
+    query_lengths: tuple[int, ...] = ()
+    key_lengths: tuple[int, ...] = ()
     pad_between_seqs: bool = False
     prefixes: Prefixes | None = None
     media: Media | None = None
@@ -43,13 +48,15 @@ class PackedSamples(PackedSeqParams):
     def of_prefixes(self) -> PackedSamples:
         """Describe attention inside prefixes."""
         ends = self.prefixes.ends
-        longest = self.prefixes.longest
+        lengths = self.prefixes.lengths
         return PackedSamples(
             qkv_format=self.qkv_format,
             cu_seqlens_q=ends,
             cu_seqlens_kv=ends,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
+            max_seqlen_q=max(lengths),
+            max_seqlen_kv=max(lengths),
+            query_lengths=lengths,
+            key_lengths=lengths,
         )
 
     def of_rest(self) -> PackedSamples:
@@ -60,6 +67,8 @@ class PackedSamples(PackedSeqParams):
             cu_seqlens_kv=self.cu_seqlens_kv,
             max_seqlen_q=self.prefixes.longest_rest,
             max_seqlen_kv=self.max_seqlen_kv,
+            query_lengths=tuple(map(operator.sub, self.query_lengths, self.prefixes.lengths)),
+            key_lengths=self.key_lengths,
         )
 
 
@@ -149,30 +158,27 @@ class PackedAttention(nn.Module):
     ) -> Tensor:
         """Attend sample by sample; ``Attention.forward`` of megatron-core calls this."""
         if self.group is not None:
-            ends = packed_seq_params.cu_seqlens_q
             grouped = query.shape[1] != key.shape[1]
-            return self._attend_to_all(query, key, value, ends, grouped)
+            lengths = packed_seq_params.query_lengths
+            return self._attend_to_all(query, key, value, lengths, grouped)
         if packed_seq_params.prefixes is not None:
             attend = partial(_attend, scale=self.scale)
             return attend_with_prefixes(attend, query, key, value, packed_seq_params)
         return _attend(query, key, value, packed_seq_params, self.is_causal, scale=self.scale)
 
     def _attend_to_all(
-        self, query: Tensor, key: Tensor, value: Tensor, ends: Tensor, grouped: bool
+        self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], grouped: bool
     ) -> Tensor:
-        ends = ends.cpu()
-        lengths = ends.diff()
-        ends = ends.numpy()
+        ends = ends_of(lengths)
         positions = own_positions(ends, self.group)
         key, value = gather_tokens(torch.cat([key, value], dim=-1), ends, self.group).split(
             (key.shape[-1], value.shape[-1]), dim=-1
         )
-        own = (lengths // self.group.size()).tolist()
-        whole = lengths.tolist()
+        own = [length // self.group.size() for length in lengths]
         parts = (
             *(
                 _heads_first(x).split(sizes, dim=2)
-                for x, sizes in ((query, own), (key, whole), (value, whole))
+                for x, sizes in ((query, own), (key, lengths), (value, lengths))
             ),
             positions.split(own),
         )
@@ -214,8 +220,7 @@ def _attend(
     scale: float | None = None,
 ) -> Tensor:
     """See ``Attend``; ``scale`` as ``softmax_scale`` of ``PackedAttention``."""
-    lengths = [ends.diff().tolist() for ends in (samples.cu_seqlens_q, samples.cu_seqlens_kv)]
-    lengths.append(lengths[1])
+    lengths = (samples.query_lengths, samples.key_lengths, samples.key_lengths)
     split = (
         _heads_first(x).split(sizes, dim=2)
         for x, sizes in zip((query, key, value), lengths, strict=True)

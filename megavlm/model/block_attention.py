@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megavlm.model.attention import PackedSamples
 from megavlm.model.windows import is_hidden, window_of
-from megavlm.parallel.context_parallel import gather_tokens
+from megavlm.parallel.context_parallel import ends_of, gather_tokens
 
 _BLOCK = 1024
 """Queries whose products with keys are in memory at once."""
@@ -74,15 +74,14 @@ class BlockAttention(nn.Module):
         **kwargs: Any,
     ) -> Tensor:
         """Attend sample by sample; ``Attention.forward`` of megatron-core calls this."""
-        ends = packed_seq_params.cu_seqlens_q
-        lengths = ends.diff().tolist()
-        prefixes = [0 for _ in lengths]
+        lengths = packed_seq_params.query_lengths
+        prefixes = (0,) * len(lengths)
         if packed_seq_params.prefixes is not None:
-            prefixes = packed_seq_params.prefixes.ends.diff().tolist()
+            prefixes = packed_seq_params.prefixes.lengths
         ranks = self.context_group.size()
         if ranks > 1:
             joined = torch.cat([key, value], dim=-1)
-            joined = gather_tokens(joined, ends.cpu().numpy(), self.context_group)
+            joined = gather_tokens(joined, ends_of(lengths), self.context_group)
             key, value = joined.split((key.shape[-1], value.shape[-1]), dim=-1)
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         samples = zip(

@@ -185,8 +185,10 @@ class GatedCrossAttention(MegatronModule):
             qkv_format="thd",
             cu_seqlens_q=media.ends,
             cu_seqlens_kv=media.image_ends * self.features,
-            max_seqlen_q=media.longest,
+            max_seqlen_q=max(media.lengths),
             max_seqlen_kv=self.features,
+            query_lengths=media.lengths,
+            key_lengths=(self.features,) * len(media.lengths),
         )
         found = self.attention(
             asking,

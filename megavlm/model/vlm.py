@@ -328,6 +328,8 @@ class VisionLanguageModel(MegatronModule):
             cu_seqlens_kv=ends,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
+            query_lengths=batch.sample_lengths,
+            key_lengths=batch.sample_lengths,
             prefixes=batch.prefixes if self.architecture.prefix_lm else None,
             media=batch.media,
             cached=batch.cached,

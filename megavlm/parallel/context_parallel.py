@@ -6,6 +6,8 @@ Shapes: t tokens of a rank, T tokens of the pack.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -13,6 +15,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megavlm.data.loading.rank_slice import RankSlice
+
+
+def ends_of(lengths: Sequence[int]) -> np.ndarray:
+    """Return where samples of these lengths start and end in a pack; see ``RankSlice.tokens``."""
+    return np.cumsum([0, *lengths], dtype=np.int32)
 
 
 def own_positions(ends: np.ndarray, group: ProcessGroup) -> Tensor:
@@ -41,6 +48,7 @@ def gather_tokens(own: Tensor, ends: np.ndarray, group: ProcessGroup) -> Tensor:
         for rank in range(group.size())
     ]
     order = torch.from_numpy(np.argsort(np.concatenate(shares)))
-    return gather_from_sequence_parallel_region(own, tensor_parallel_output_grad=True, group=group)[
-        order
-    ]
+    gathered = gather_from_sequence_parallel_region(
+        own, tensor_parallel_output_grad=True, group=group
+    )
+    return gathered[order.to(own.device, non_blocking=True)]

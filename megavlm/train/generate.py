@@ -213,6 +213,7 @@ def _new_tokens(job: Job, new: Decode, answers: Sequence[Sequence[int]]) -> Batc
     tokens[:count] = torch.tensor([answers[one][-1] for one in new.questions], dtype=torch.int64)
     nothing = torch.zeros(0, dtype=torch.int64)
     side = job.config.architecture.vision.image_size
+    of_ranks = rows * job.groups.context_size  # to megatron-core, these ranks share one sample
     return Batch(
         tokens=tokens,
         labels=torch.zeros(rows, dtype=torch.int64),
@@ -220,8 +221,8 @@ def _new_tokens(job: Job, new: Decode, answers: Sequence[Sequence[int]]) -> Batc
         loss_positions=torch.arange(max(count, 1)),
         sources=torch.zeros(rows, dtype=torch.int32),
         is_padding=torch.arange(rows) >= count,
-        # To megatron-core, context-parallel ranks share one sample.
-        sample_ends=torch.tensor([0, rows * job.groups.context_size], dtype=torch.int32),
+        sample_ends=torch.tensor([0, of_ranks], dtype=torch.int32),
+        sample_lengths=(of_ranks,),
         longest_sample=new.longest,
         prefixes=None,
         tiles=torch.zeros(0, 3, side, side, dtype=torch.uint8),

@@ -86,6 +86,7 @@ def test_packed_attention_sees_one_sample_at_a_time() -> None:
             pg_collection=groups.collection,
         )
         torch.manual_seed(0)
+        lengths = (7, 293, 1, 339, CAPACITY - 640)
         ends = torch.tensor(
             [0, 7, 300, 301, 640, CAPACITY], dtype=torch.int32, device=device_backend.device
         )
@@ -95,6 +96,8 @@ def test_packed_attention_sees_one_sample_at_a_time() -> None:
             cu_seqlens_kv=ends,
             max_seqlen_q=384,
             max_seqlen_kv=384,
+            query_lengths=lengths,
+            key_lengths=lengths,
         )
         draw = dict(device=device_backend.device, dtype=torch.bfloat16, requires_grad=True)
         query = torch.randn(CAPACITY, 4, 64, **draw)

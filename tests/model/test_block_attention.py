@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megavlm.model import block_attention
 from megavlm.model.attention import PackedSamples
 from megavlm.model.block_attention import BlockAttention
-from tests.model.test_sink_attention import ENDS, GROUPS, HEADS, SIZE, _Alone
+from tests.model.test_sink_attention import ENDS, GROUPS, HEADS, LENGTHS, SIZE, _Alone
 
 # Of the samples between ENDS: none, one of one token, longer than a window, of no sample, short.
 PREFIXES = (0, 1, 13, 0, 3)
@@ -60,14 +60,12 @@ def test_each_sample_of_a_pack_is_that_of_transformers(
     inputs = [
         torch.randn(ENDS[-1], heads, SIZE, requires_grad=True) for heads in (HEADS, GROUPS, GROUPS)
     ]
-    ends = torch.tensor(ENDS, dtype=torch.int32)
     prefixes = PREFIXES if has_prefixes else tuple(0 for _ in PREFIXES)
-    ends_of_prefixes = torch.tensor((0, *prefixes)).cumsum(0)
     samples = PackedSamples(
         qkv_format="thd",
-        cu_seqlens_q=ends,
-        cu_seqlens_kv=ends,
-        prefixes=SimpleNamespace(ends=ends_of_prefixes) if has_prefixes else None,
+        query_lengths=LENGTHS,
+        key_lengths=LENGTHS,
+        prefixes=SimpleNamespace(lengths=prefixes) if has_prefixes else None,
     )
     ours = attention(window, layer)(*inputs, packed_seq_params=samples)
     seen = window if layer % 2 else 0

@@ -61,9 +61,9 @@ def test_new_tokens_attend_as_in_whole_samples(name: str) -> None:
     query, key, value = (torch.randn(ends[-1], count, size) for count in (heads, groups, groups))
 
     def attend(query, key, value, cached):
-        cu_seqlens = torch.from_numpy(ends)
+        sizes = tuple(lengths.tolist())
         samples = PackedSamples(
-            qkv_format="thd", cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, cached=cached
+            qkv_format="thd", query_lengths=sizes, key_lengths=sizes, cached=cached
         )
         return layer(query, key, value, packed_seq_params=samples)
 

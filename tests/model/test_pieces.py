@@ -95,9 +95,8 @@ def test_attention_of_a_pack_is_that_of_its_samples_with_grouped_queries() -> No
     key = torch.randn(9, 2, 8)
     value = torch.randn(9, 2, 8)
     ends = torch.tensor([0, 4, 5, 9], dtype=torch.int32)
-    packed = PackedSamples(
-        qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=4, max_seqlen_kv=4
-    )
+    lengths = tuple(ends.diff().tolist())
+    packed = PackedSamples(qkv_format="thd", query_lengths=lengths, key_lengths=lengths)
     answer = PackedAttention()(query, key, value, None, packed_seq_params=packed)
     scores = torch.einsum("qhd,khd->hqk", query, key.repeat_interleave(2, 1)) / 8**0.5
     sample = torch.tensor([0, 0, 0, 0, 1, 2, 2, 2, 2])
@@ -112,14 +111,7 @@ def test_attention_of_a_pack_keeps_no_matrix_of_all_pairs_of_tokens() -> None:
     tokens = 2000
     query = torch.randn(tokens, 4, 8, requires_grad=True)
     key, value = (torch.randn(tokens, 2, 8, requires_grad=True) for _ in range(2))
-    ends = torch.tensor([0, tokens], dtype=torch.int32)
-    packed = PackedSamples(
-        qkv_format="thd",
-        cu_seqlens_q=ends,
-        cu_seqlens_kv=ends,
-        max_seqlen_q=tokens,
-        max_seqlen_kv=tokens,
-    )
+    packed = PackedSamples(qkv_format="thd", query_lengths=(tokens,), key_lengths=(tokens,))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor

@@ -34,7 +34,7 @@ def samples() -> PackedSamples:
     ends = np.append(0, np.cumsum(LENGTHS)).astype(np.int32)
     prefixes = find_prefixes(supervised, np.arange(sum(LENGTHS)), ends)
     assert prefixes.ends.diff().tolist() == [5, 4, 1, 1, 1]
-    assert (prefixes.longest, prefixes.longest_rest) == (5, 6)
+    assert (max(prefixes.lengths), prefixes.longest_rest) == (5, 6)
     everything = torch.cat([prefixes.inside, prefixes.outside])
     assert sorted(everything.tolist()) == list(range(sum(LENGTHS)))
     found = torch.from_numpy(ends)
@@ -43,6 +43,8 @@ def samples() -> PackedSamples:
         cu_seqlens_q=found,
         cu_seqlens_kv=found,
         max_seqlen_q=max(LENGTHS),
+        query_lengths=tuple(LENGTHS),
+        key_lengths=tuple(LENGTHS),
         max_seqlen_kv=max(LENGTHS),
         prefixes=prefixes,
     )

@@ -19,6 +19,7 @@ HEADS = 6
 GROUPS = 2
 SIZE = 8
 ENDS = (0, 9, 10, 30, 30, 41)
+LENGTHS = (9, 1, 20, 0, 11)
 
 
 class _Alone:
@@ -74,8 +75,7 @@ def test_each_sample_of_a_pack_is_that_of_transformers(
     inputs = [
         torch.randn(ENDS[-1], heads, SIZE, requires_grad=True) for heads in (HEADS, GROUPS, GROUPS)
     ]
-    ends = torch.tensor(ENDS, dtype=torch.int32)
-    samples = PackedSamples(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends)
+    samples = PackedSamples(qkv_format="thd", query_lengths=LENGTHS, key_lengths=LENGTHS)
     ours = module(*inputs, packed_seq_params=samples)
     sinks = module.softmax_offset.detach().clone().requires_grad_()
     seen = window if layer % 2 else 0
@@ -98,8 +98,7 @@ def test_no_matrix_of_all_pairs_of_tokens_is_kept() -> None:
     inputs = [
         torch.randn(tokens, heads, SIZE, requires_grad=True) for heads in (HEADS, GROUPS, GROUPS)
     ]
-    ends = torch.tensor([0, tokens], dtype=torch.int32)
-    samples = PackedSamples(qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends)
+    samples = PackedSamples(qkv_format="thd", query_lengths=(tokens,), key_lengths=(tokens,))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor

@@ -42,7 +42,8 @@ class HostWaits(TorchDispatchMode):
     """Collects waits in ``found``: how often each was seen, by its kind and place.
 
     Attributes:
-        lengths: lengths of the samples of the pack at hand: the numbers that local attention reads.
+        lengths: lengths of the samples of the pack at hand: the numbers that megatron-core's rotary
+            embedding reads beside local layers.
         experts: of a layer, and how many a token goes to; those of the pack at hand get as many
             tokens each as can be.
     """

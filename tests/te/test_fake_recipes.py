@@ -15,16 +15,13 @@ from tests.te.process import answer_of
 from tests.te.test_fake_step import MISSING
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
-BLOCKS = ("block_attention.py",)
-LOCAL = ("rope_utils.py", *BLOCKS)
+LOCAL = ("rope_utils.py",)
 EXPERTS = ("moe_utils.py",)
 # Files whose functions need numbers of the device: lengths of samples, tokens of experts.
 WAITS = {
-    "PaliGemma 2": BLOCKS,
     "PaliGemma 2, local": LOCAL,
-    "PaliGemma 2, FP8": BLOCKS,
     "experts": EXPERTS,
-    "GPT-OSS": BLOCKS + EXPERTS,
+    "GPT-OSS": EXPERTS,
     "GPT-OSS, local": LOCAL + EXPERTS,
 }
 

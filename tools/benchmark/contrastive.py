@@ -70,6 +70,7 @@ def make_batch(config: Config, pairs: int, seed: int) -> Any:
         sources=np.zeros(tokens, np.int32),
         is_padding=np.zeros(tokens, bool),
         sample_ends=ends,
+        sample_lengths=(_WORDS,) * pairs,
         longest_sample=_WORDS,
         prefixes=find_prefixes(np.ones(tokens, bool), np.arange(tokens), ends),
         tiles=rng.integers(0, 256, (pairs, 3, side, side), dtype=np.uint8),

@@ -83,13 +83,14 @@ class Prefixes(_Tensors):
         inside: int64 [tokens of all prefixes], their positions in the pack, ascending.
         outside: int64 [the other tokens], likewise.
         ends: int32 [N + 1], where the prefix of each sample starts and ends in ``inside``.
-        longest, longest_rest: tokens of the longest prefix, and of the longest rest of a sample.
+        lengths: tokens of each prefix, known without asking the device.
+        longest_rest: tokens of the longest rest of a sample.
     """
 
     inside: torch.Tensor
     outside: torch.Tensor
     ends: torch.Tensor
-    longest: int
+    lengths: tuple[int, ...]
     longest_rest: int
 
 
@@ -104,7 +105,7 @@ class Media(_Tensors):
         images: int64 [segments], which tile of the whole pack each reads.
         image_ends: int32 [segments + 1], 0, 1, 2, ...: where the tile of each segment starts and
             ends among the tiles that are read.
-        longest: tokens of the longest segment.
+        lengths: tokens of each segment, known without asking the device.
         is_real: whether any token reads an image. If none does there is one segment all the same,
             whose result counts nothing, so that every rank runs the same.
     """
@@ -113,7 +114,7 @@ class Media(_Tensors):
     ends: torch.Tensor
     images: torch.Tensor
     image_ends: torch.Tensor
-    longest: int
+    lengths: tuple[int, ...]
     is_real: bool
 
 
@@ -163,7 +164,9 @@ class Batch(_Tensors):
             sample to a multiple of the alignment.
         sample_ends: int32 [N + 1], from 0 to the capacity: where samples start and end in the whole
             pack. The padding at the end is one more sample.
-        longest_sample: tokens of the longest sample, the padding counted as one.
+        sample_lengths: tokens of each sample in the whole pack, known without asking the device.
+        longest_sample: tokens of the longest sample, the padding counted as one; of new tokens, of
+            the longest sample that any is from.
         prefixes: where samples are divided for a prefix-LM; none in a pass of new tokens.
         media: which tokens read which image, for cross-attention; none if images have more than one
             placeholder token.
@@ -203,6 +206,7 @@ class Batch(_Tensors):
     sources: torch.Tensor
     is_padding: torch.Tensor
     sample_ends: torch.Tensor
+    sample_lengths: tuple[int, ...]
     longest_sample: int
     prefixes: Prefixes | None
     tiles: torch.Tensor

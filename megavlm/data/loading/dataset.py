@@ -324,11 +324,13 @@ def label(
 
 def _of_samples(
     pack: Pack, ends: np.ndarray, with_pair_ids: bool
-) -> dict[str, np.ndarray | int | None]:
+) -> dict[str, np.ndarray | tuple[int, ...] | int | None]:
     """Return what a batch says of its samples; arguments as in ``PackedDataset.batch``."""
+    lengths = tuple(np.diff(ends).tolist())
     return {
         "sample_ends": ends,
-        "longest_sample": int(np.diff(ends).max()),
+        "sample_lengths": lengths,
+        "longest_sample": max(lengths),
         "samples": len(pack.lengths),
         "pair_ids": pair_ids(pack) if with_pair_ids else None,
     }

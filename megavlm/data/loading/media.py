@@ -91,6 +91,6 @@ def sort_by_image(read: np.ndarray, rows: np.ndarray) -> Media:
         ends=np.append(0, np.cumsum(sizes)).astype(np.int32),
         images=images,
         image_ends=np.arange(len(images) + 1, dtype=np.int32),
-        longest=int(sizes.max()),
+        lengths=tuple(sizes.tolist()),
         is_real=is_real,
     )

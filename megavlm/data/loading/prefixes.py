@@ -28,6 +28,6 @@ def find_prefixes(supervised: np.ndarray, positions: np.ndarray, ends: np.ndarra
         inside=inside,
         outside=np.flatnonzero(is_outside),
         ends=prefix_ends.astype(np.int32),
-        longest=int(lengths.max()),
+        lengths=tuple(lengths.tolist()),
         longest_rest=int((np.diff(ends) - lengths).max()),
     )

@@ -19,13 +19,14 @@ def make_batch() -> Batch:
         loss_positions=np.arange(4),
         sources=np.zeros(4, np.int32),
         sample_ends=np.array([0, 4], np.int32),
+        sample_lengths=(4,),
         longest_sample=4,
         is_padding=np.zeros(4, bool),
         prefixes=Prefixes(
             inside=torch.arange(3),
             outside=torch.tensor([3]),
             ends=torch.tensor([0, 3], dtype=torch.int32),
-            longest=3,
+            lengths=(3,),
             longest_rest=1,
         ),
         tiles=np.zeros((1, 3, 2, 2), np.uint8),
@@ -70,8 +71,8 @@ def test_to_moves_every_tensor():
         assert not isinstance(value, torch.Tensor) or value.device.type == "meta", entry.name
     parts = moved.prefixes
     assert {parts.inside.device.type, parts.outside.device.type, parts.ends.device.type} == {"meta"}
-    assert (parts.longest, parts.longest_rest) == (3, 1)
-    assert (moved.longest_sample, moved.weight_sum, moved.pack_id) == (4, 4.0, 7)
+    assert (parts.lengths, parts.longest_rest) == ((3,), 1)
+    assert (moved.sample_lengths, moved.weight_sum, moved.pack_id) == ((4,), 4.0, 7)
 
 
 def test_batches_that_differ_in_anything_are_not_equal():
@@ -80,7 +81,7 @@ def test_batches_that_differ_in_anything_are_not_equal():
     for name, value in {
         "tokens": batch.tokens + 1,
         "tiles": batch.tiles[:0],
-        "prefixes": dataclasses.replace(batch.prefixes, longest=2),
+        "prefixes": dataclasses.replace(batch.prefixes, lengths=(2,)),
         "weight_sum": 5.0,
         "instructions": batch.prefixes,
     }.items():

@@ -144,12 +144,12 @@ def test_segments_attend_as_a_dense_mask_says_on_any_number_of_ranks() -> None:
                 ]
                 samples = PackedSamples(
                     qkv_format="thd",
-                    cu_seqlens_q=media.ends,
-                    cu_seqlens_kv=media.image_ends * features,
+                    query_lengths=media.lengths,
+                    key_lengths=tuple((media.image_ends * features).diff().tolist()),
                 )
                 attention.is_causal = False
                 found[media.rows] = attention(mine[media.rows], *blocks, packed_seq_params=samples)
-                assert media.longest == int(media.ends.diff().max())
+                assert media.lengths == tuple(media.ends.diff().tolist())
             else:
                 assert (seen[own] < 0).all() and media.ends.tolist() == [0, 1]
             torch.testing.assert_close(found.view(-1, 2, 4), expected[own], atol=1e-6, rtol=1e-5)

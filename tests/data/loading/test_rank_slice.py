@@ -99,6 +99,7 @@ def test_shares_together_are_the_whole_batch(dataset: PackedDataset, pack_id: in
             assert torch.equal(getattr(rank_slice, name), getattr(whole, name)[own])
         assert (
             torch.equal(rank_slice.sample_ends, whole.sample_ends)
+            and rank_slice.sample_lengths == whole.sample_lengths
             and rank_slice.longest_sample == whole.longest_sample
         )
         assert torch.equal(
