@@ -1,0 +1,27 @@
+"""What tests are told of ranks that end."""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+
+from tests.ranks.pool import Pool
+
+
+def read_nothing() -> None:
+    ctypes.string_at(0)
+
+
+def answer() -> int:
+    return 7
+
+
+def test_a_crash_tells_where_machine_code_and_python_were(ranks: Pool) -> None:
+    with pytest.raises(AssertionError, match="exit code -11") as error:
+        ranks.run(read_nothing, 2)
+    told = str(error.value)
+    native = told.index("ffi_call")
+    assert native < told.index("Fatal Python error") < told.index("in read_nothing")
+    assert told.count("SIGSEGV(11)") == 1
+    assert ranks.run(answer, 2) == [7, 7]
