@@ -4,7 +4,8 @@ megatron-core asks ``torch.cuda`` for the current device, for streams and for ra
 it runs. On a machine without a CUDA device ``install`` answers those questions for the CPU. Nothing
 of megatron-core is replaced but its optimizer class (see ``parallel/adamw``), two functions that
 read CUDA's random state, one that moves counts of tokens to the host, and two that exchange tokens
-between ranks that share experts; all of its other parallelism runs as it is.
+between ranks that share experts; all of its other parallelism runs as it is. Groups of gloo get one
+thread each (see ``parallel/gloo_workers``).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from types import ModuleType
 
 import torch
 
-from megavlm.parallel import adamw
+from megavlm.parallel import adamw, gloo_workers
 
 _CPU = torch.device("cpu")
 # Modules of megatron-core that make tensors with device="cuda", and the functions of torch that
@@ -170,3 +171,4 @@ def install() -> None:
     _replace_uneven_gathers(dispatcher)
     _replace_random_states(random)
     adamw.install()
+    gloo_workers.install()

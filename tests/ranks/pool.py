@@ -153,7 +153,7 @@ def _serve(connection: Connection, crash_file: Path) -> None:
     import torch
     import torch.distributed as dist
 
-    from megavlm.parallel import process_groups
+    from megavlm.parallel import gloo_workers, process_groups
 
     warnings.filterwarnings("ignore")
     crashes = crash_file.open("w")
@@ -161,6 +161,7 @@ def _serve(connection: Connection, crash_file: Path) -> None:
     torch._C._set_print_stack_traces_on_fatal_signal(True)
     faulthandler.enable(crashes)
     torch.set_num_threads(1)
+    gloo_workers.install()  # the group of all ranks is made before a job is
     groups: list[dist.ProcessGroup] = []
     while True:
         gc.freeze()  # what was imported stays, and each job and each save collects garbage

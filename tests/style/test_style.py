@@ -86,9 +86,6 @@ WITHOUT_TORCH = ("megavlm/config/", "megavlm/data/")
 TORCH_IN_DATA = {"megavlm/data/loading/batch.py", "megavlm/data/loading/loader.py"}
 # Puts stand-ins for CUDA's functions into torch and megatron-core, by name.
 MAY_SET = {"megavlm/parallel/cpu_backend.py"}
-# Answers on a CPU only, where nothing has to wait for a device; or, on local kernels, cuts a pack
-# into samples by itself, because no kernel with sinks or soft caps does, as docs/experts.md tells.
-MAY_SYNCHRONISE = {"megavlm/model/attention.py", "megavlm/model/block_attention.py"}
 # The training loop reads like the algorithm, from top to bottom.
 LONG_FUNCTIONS = {"megavlm/train/loop.py": 120}
 # None at the moment; a new entry needs its reason beside it.
@@ -221,7 +218,7 @@ def no_waiting(files: Iterable[Source]) -> Iterator[str]:
     """Report calls in the step that wait for the device."""
     for file in files:
         in_step = file.path.startswith("megavlm/model/") or file.path == "megavlm/train/step.py"
-        if in_step and file.path not in MAY_SYNCHRONISE:
+        if in_step:
             for line, name in file.calls():
                 if name in ("item", "cpu", "tolist"):
                     yield f"{file.path}:{line}: .{name}() waits for the device"
