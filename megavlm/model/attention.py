@@ -6,7 +6,6 @@ its place in the layer specs.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -28,8 +27,8 @@ class PackedSamples(PackedSeqParams):
     """Where samples end in a pack, for attention and rotary embedding.
 
     Args:
-        query_lengths, key_lengths: tokens between the ends of both kinds, in the whole pack, for
-            our own attention: to ask the device for them makes the host wait, in each layer.
+        query_lengths, key_lengths: tokens between the ends of both kinds, for our own attention: to
+            ask the device for them makes the host wait, in each layer.
         pad_between_seqs: whether padding stands between samples. Transformer Engine compares both
             kinds of ends on the device and waits for the answer, unless it is told.
         prefixes: where samples are divided, for a prefix-LM; none: attention is causal, or without
@@ -67,7 +66,10 @@ class PackedSamples(PackedSeqParams):
             cu_seqlens_kv=self.cu_seqlens_kv,
             max_seqlen_q=self.prefixes.longest_rest,
             max_seqlen_kv=self.max_seqlen_kv,
-            query_lengths=tuple(map(operator.sub, self.query_lengths, self.prefixes.lengths)),
+            query_lengths=tuple(
+                whole - prefix
+                for whole, prefix in zip(self.query_lengths, self.prefixes.lengths, strict=True)
+            ),
             key_lengths=self.key_lengths,
         )
 
@@ -170,7 +172,7 @@ class PackedAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], grouped: bool
     ) -> Tensor:
         ends = ends_of(lengths)
-        positions = own_positions(ends, self.group)
+        positions = own_positions(ends, self.group).to(query.device, non_blocking=True)
         key, value = gather_tokens(torch.cat([key, value], dim=-1), ends, self.group).split(
             (key.shape[-1], value.shape[-1]), dim=-1
         )
@@ -184,13 +186,14 @@ class PackedAttention(nn.Module):
         )
         attended = []
         for q, k, v, position, start in zip(*parts, ends[:-1], strict=True):
-            seen = position[:, None] >= torch.arange(start, start + k.shape[2])
+            places = torch.arange(start, start + k.shape[2], device=position.device)
+            seen = position[:, None] >= places
             attended.append(
                 scaled_dot_product_attention(
                     q,
                     k,
                     v,
-                    attn_mask=seen.to(q.device),
+                    attn_mask=seen,
                     scale=self.scale,
                     enable_gqa=grouped,
                 )

@@ -5,7 +5,7 @@ share, and takes no lock (``ProcessGroupGloo::runLoop``, found in torch 2.11 and
 more than 15 letters has memory of its own, which both may free: that of gathers that are coalesced,
 as ``DistributedDataParallel`` of megatron-core gathers parameters. Twenty seconds of nothing but
 such gathers crash a process, with a segmentation fault or "malloc(): unaligned tcache chunk
-detected"; a training run was hit once in some hundred thousand of them.
+detected"; with other collectives between them, one crash was seen in 400,000.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ import functools
 import os
 from datetime import timedelta
 
+import torch.distributed as dist
 from torch.distributed import ProcessGroupGloo, Store
 
 
 def _devices() -> list[ProcessGroupGloo.Device]:
     """Return the network devices that torch would choose."""
     names = os.environ.get("GLOO_SOCKET_IFNAME", "")
-    if not names:
+    if len(names) < 2:
         return [ProcessGroupGloo.create_default_device()]
-    return [ProcessGroupGloo.create_device(interface=name) for name in names.split(",")]
+    interfaces = names.removesuffix(",").split(",")
+    return [ProcessGroupGloo.create_device(interface=interface) for interface in interfaces]
 
 
 @functools.cache
@@ -33,8 +35,16 @@ def install() -> None:
     make = ProcessGroupGloo.__init__
 
     def make_with_one(
-        self: ProcessGroupGloo, store: Store, rank: int, size: int, timeout: timedelta
+        self: ProcessGroupGloo,
+        store: Store,
+        rank: int,
+        size: int,
+        timeout: timedelta = dist.default_pg_timeout,
+        **wishes: bool,
     ) -> None:
+        if any(wishes.values()):  # of a torch to come, for what options cannot say
+            make(self, store, rank, size, timeout=timeout, **wishes)
+            return
         options = ProcessGroupGloo._Options()
         options._devices = _devices()
         options._timeout = timeout

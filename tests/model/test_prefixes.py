@@ -126,8 +126,14 @@ def test_transformer_engine_is_called_twice_with_its_names_of_masks(
             self.kept_packed_seq_params: set[str] = set()
 
         def forward(self, query, key, value, attention_mask, attn_mask_type, packed_seq_params):
-            calls.append((attn_mask_type.name, len(query), packed_seq_params.max_seqlen_q))
-            assert packed_seq_params.prefixes is None
+            told = packed_seq_params
+            calls.append((attn_mask_type.name, len(query), told.max_seqlen_q))
+            assert told.prefixes is None
+            for ends, lengths, longest in (
+                (told.cu_seqlens_q, told.query_lengths, told.max_seqlen_q),
+                (told.cu_seqlens_kv, told.key_lengths, told.max_seqlen_kv),
+            ):
+                assert tuple(ends.diff().tolist()) == lengths and longest == max(lengths)
             return query.flatten(1)
 
     module = of_packs(Attention)()

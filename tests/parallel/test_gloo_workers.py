@@ -13,6 +13,7 @@ PROGRAM = """
 import os
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroupGloo
 from megavlm.parallel import gloo_workers
 
 gloo_workers.install()
@@ -34,10 +35,13 @@ for _ in range(20):
     for work in works:
         work.wait()
 print(gathered.sum().item())
+# As torch's development branch calls it.
+later = ProcessGroupGloo(dist.HashStore(), 0, 1, enable_reconfigure=False)
+print(later.options._threads)
 """
 
 
-@pytest.mark.parametrize(("interface", "devices"), [("", 1), ("lo", 1), ("lo,lo", 2)])
+@pytest.mark.parametrize(("interface", "devices"), [("", 1), ("lo", 1), ("lo,", 1), ("lo,lo", 2)])
 def test_a_group_has_one_worker_and_the_network_that_was_asked_for(
     interface: str, devices: int
 ) -> None:
@@ -49,9 +53,11 @@ def test_a_group_has_one_worker_and_the_network_that_was_asked_for(
         env=environment,
         capture_output=True,
         text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    options, threads, total = done.stdout.splitlines()
+    options, threads, total, later = done.stdout.splitlines()
     assert options.split() == ["1", str(devices), "1800.0"]
     assert int(threads) == 1 + devices
     assert float(total) == 256.0
+    assert later == "1"

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import re
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -108,8 +107,8 @@ class Pool:
         if failed:
             exit_codes = self.close()
             if answer is None:
-                stacks = _stacks_of_crash(self._crash_file(rank).read_text())
-                answer = f"the process died, exit code {exit_codes[rank]}\n{stacks}"
+                stack = self._crash_file(rank).read_text()
+                answer = f"the process died, exit code {exit_codes[rank]}\n{stack}"
             raise AssertionError(f"rank {rank}: {answer}")
         return answer
 
@@ -136,18 +135,9 @@ class Pool:
         return [process.exitcode for process, _ in workers]
 
 
-def _stacks_of_crash(text: str) -> str:
-    """Return the stack of the machine code that crashed, in front of those of Python; those of all
-    other threads follow in the file, and are left out.
-    """
-    (printed, *stacks) = re.split(r"^(?=SIG[A-Z]+\(\d+\), PID)", text, flags=re.MULTILINE)
-    return "".join([*stacks[:1], printed])
-
-
 def _serve(connection: Connection, crash_file: Path) -> None:
     import faulthandler
     import gc
-    import os
     import warnings
 
     import torch
@@ -157,8 +147,6 @@ def _serve(connection: Connection, crash_file: Path) -> None:
 
     warnings.filterwarnings("ignore")
     crashes = crash_file.open("w")
-    os.dup2(crashes.fileno(), 2)  # torch's handler writes to the console, which nobody sees
-    torch._C._set_print_stack_traces_on_fatal_signal(True)
     faulthandler.enable(crashes)
     torch.set_num_threads(1)
     gloo_workers.install()  # the group of all ranks is made before a job is

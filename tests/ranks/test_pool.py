@@ -17,11 +17,9 @@ def answer() -> int:
     return 7
 
 
-def test_a_crash_tells_where_machine_code_and_python_were(ranks: Pool) -> None:
+def test_a_crash_tells_where_python_was_and_other_processes_take_over(ranks: Pool) -> None:
     with pytest.raises(AssertionError, match="exit code -11") as error:
         ranks.run(read_nothing, 2)
     told = str(error.value)
-    native = told.index("ffi_call")
-    assert native < told.index("Fatal Python error") < told.index("in read_nothing")
-    assert told.count("SIGSEGV(11)") == 1
+    assert told.index("Fatal Python error") < told.index("in read_nothing")
     assert ranks.run(answer, 2) == [7, 7]

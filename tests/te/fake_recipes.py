@@ -84,6 +84,9 @@ CASES: dict[str, Case] = {
     "BLIP-2, stage 1, DP2": Case(recipe="blip2", stage="1", ranks=2),
     "InstructBLIP, TP2 with SP": Case(recipe="instructblip", stage="1", options=SP, ranks=2),
     "Flamingo, TP2 with SP": Case(recipe="flamingo", stage="1", options=SP, ranks=2),
+    "GPT-OSS, CP2": Case(
+        recipe="internvl", stage="2", model="internvl3_5-gpt-oss-20b", options=CP2, ranks=2
+    ),
     "Flamingo, CP2": Case(recipe="flamingo", stage="1", options=CP2, ranks=2),
     "CLIP, DP2": Case(recipe="clip", stage="1", ranks=2),
     "SigLIP, ring of DP2": Case(

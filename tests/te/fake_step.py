@@ -99,7 +99,7 @@ def run(config: Any, waits: Any, planted: Sequence[Any], packs_a_step: int) -> d
         def arriving(packs: list[Any] = packs) -> Iterator[Any]:
             for pack in packs:
                 with _disable_current_modes():
-                    waits.lengths = pack.sample_ends.diff().tolist()
+                    waits.lengths = list(pack.sample_lengths)
                 yield pack
 
         weight = sum(pack.weight_sum for pack in packs)

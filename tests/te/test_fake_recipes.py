@@ -23,6 +23,7 @@ WAITS = {
     "experts": EXPERTS,
     "GPT-OSS": EXPERTS,
     "GPT-OSS, local": LOCAL + EXPERTS,
+    "GPT-OSS, CP2": EXPERTS,
 }
 
 

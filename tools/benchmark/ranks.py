@@ -54,8 +54,11 @@ def _serve(
     import torch
     import torch.distributed as dist
 
+    from megavlm.parallel import gloo_workers
+
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    gloo_workers.install()
     dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size)
     answer.send(function(*args))
     dist.barrier()

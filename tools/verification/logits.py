@@ -196,9 +196,7 @@ def _inputs(
     if architecture.cross_attention.every:
         inputs = _read_images(batch, pixels, sample)
     if architecture.prefix_lm:
-        prefixes = dict(
-            zip(batch.sample_ends.tolist(), batch.prefixes.ends.diff().tolist(), strict=False)
-        )
+        prefixes = dict(zip(batch.sample_ends.tolist(), batch.prefixes.lengths, strict=False))
         places = torch.arange(end - start, device=batch.tokens.device)
         inputs["token_type_ids"] = (places >= prefixes[start]).long()[None]
     return inputs | {"input_ids": batch.tokens[None, start:end]}

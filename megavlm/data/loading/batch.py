@@ -22,7 +22,7 @@ class _Tensors:
     __slots__ = ()
 
     @classmethod
-    def of(cls, **values: np.ndarray | float | _Tensors | None) -> Self:
+    def of(cls, **values: np.ndarray | float | tuple[int, ...] | _Tensors | None) -> Self:
         """Make them of arrays of the dtypes and shapes that the class describes, whose memory they
         share.
         """
