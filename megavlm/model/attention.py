@@ -60,16 +60,15 @@ class PackedSamples(PackedSeqParams):
 
     def of_rest(self) -> PackedSamples:
         """Describe attention of the other tokens to their whole samples."""
+        both = zip(self.query_lengths, self.prefixes.lengths, strict=True)
+        lengths = tuple(whole - prefix for whole, prefix in both)
         return PackedSamples(
             qkv_format=self.qkv_format,
             cu_seqlens_q=self.cu_seqlens_q - self.prefixes.ends,
             cu_seqlens_kv=self.cu_seqlens_kv,
-            max_seqlen_q=self.prefixes.longest_rest,
+            max_seqlen_q=max(lengths),
             max_seqlen_kv=self.max_seqlen_kv,
-            query_lengths=tuple(
-                whole - prefix
-                for whole, prefix in zip(self.query_lengths, self.prefixes.lengths, strict=True)
-            ),
+            query_lengths=lengths,
             key_lengths=self.key_lengths,
         )
 

@@ -34,11 +34,10 @@ def samples() -> PackedSamples:
     ends = np.append(0, np.cumsum(LENGTHS)).astype(np.int32)
     prefixes = find_prefixes(supervised, np.arange(sum(LENGTHS)), ends)
     assert prefixes.ends.diff().tolist() == [5, 4, 1, 1, 1]
-    assert (max(prefixes.lengths), prefixes.longest_rest) == (5, 6)
     everything = torch.cat([prefixes.inside, prefixes.outside])
     assert sorted(everything.tolist()) == list(range(sum(LENGTHS)))
     found = torch.from_numpy(ends)
-    return PackedSamples(
+    packed = PackedSamples(
         qkv_format="thd",
         cu_seqlens_q=found,
         cu_seqlens_kv=found,
@@ -48,6 +47,8 @@ def samples() -> PackedSamples:
         max_seqlen_kv=max(LENGTHS),
         prefixes=prefixes,
     )
+    assert (packed.of_prefixes().max_seqlen_q, packed.of_rest().max_seqlen_q) == (5, 6)
+    return packed
 
 
 def dense(

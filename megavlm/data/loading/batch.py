@@ -84,14 +84,12 @@ class Prefixes(_Tensors):
         outside: int64 [the other tokens], likewise.
         ends: int32 [N + 1], where the prefix of each sample starts and ends in ``inside``.
         lengths: tokens of each prefix, known without asking the device.
-        longest_rest: tokens of the longest rest of a sample.
     """
 
     inside: torch.Tensor
     outside: torch.Tensor
     ends: torch.Tensor
     lengths: tuple[int, ...]
-    longest_rest: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -29,5 +29,4 @@ def find_prefixes(supervised: np.ndarray, positions: np.ndarray, ends: np.ndarra
         outside=np.flatnonzero(is_outside),
         ends=prefix_ends.astype(np.int32),
         lengths=tuple(lengths.tolist()),
-        longest_rest=int((np.diff(ends) - lengths).max()),
     )

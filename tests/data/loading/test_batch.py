@@ -27,7 +27,6 @@ def make_batch() -> Batch:
             outside=torch.tensor([3]),
             ends=torch.tensor([0, 3], dtype=torch.int32),
             lengths=(3,),
-            longest_rest=1,
         ),
         tiles=np.zeros((1, 3, 2, 2), np.uint8),
         feature_positions=np.zeros(0, np.int64),
@@ -71,7 +70,7 @@ def test_to_moves_every_tensor():
         assert not isinstance(value, torch.Tensor) or value.device.type == "meta", entry.name
     parts = moved.prefixes
     assert {parts.inside.device.type, parts.outside.device.type, parts.ends.device.type} == {"meta"}
-    assert (parts.lengths, parts.longest_rest) == ((3,), 1)
+    assert parts.lengths == (3,)
     assert (moved.sample_lengths, moved.weight_sum, moved.pack_id) == ((4,), 4.0, 7)
 
 
