@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megavlm.io import atomic
+from megavlm.io import atomic, processes
 
 FILE_NAME = ".lock"
 _FLAG = "--checkpoint.save"
@@ -173,44 +173,18 @@ def _this_process() -> Holder:
     return Holder(
         token=uuid.uuid4().hex,
         host=socket.gethostname(),
-        boot=_boot(),
-        namespace=_namespace(),
+        boot=processes.boot_id(),
+        namespace=processes.namespace_id(),
         pid=os.getpid(),
-        started=_started(os.getpid()) or "",
+        started=processes.start_ticks(os.getpid()) or "",
         since=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
     )
-
-
-def _boot() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""
-
-
-def _namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
-
-
-def _started(pid: int) -> str | None:
-    """Return when a process started; none if there is none, or only what its parent has not yet
-    taken note of.
-    """
-    try:
-        # The name in brackets may hold anything, so count from behind it: state, then 18 more.
-        state, *more = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (OSError, ValueError):
-        return None
-    return None if state in "ZX" else more[18]
 
 
 def _is_here(holder: Holder) -> bool:
     """Return whether the holder's process number means something to this process."""
     return bool(holder.boot and holder.namespace) and (
-        (holder.boot, holder.namespace) == (_boot(), _namespace())
+        (holder.boot, holder.namespace) == (processes.boot_id(), processes.namespace_id())
     )
 
 
@@ -292,7 +266,7 @@ def _wait_for_its_death(
         " another folder"
     )
     if _is_here(found):
-        if _started(found.pid) == found.started:
+        if processes.start_ticks(found.pid) == found.started:
             raise LockedError(refusal)
         return
     first = max(_age(path), 0.0)  # below 0 if a clock went back meanwhile
@@ -348,7 +322,9 @@ def _take_over_claim(claim: Path, holder: Holder) -> bool:
             claim.unlink(missing_ok=True)
         return False
     is_dead = (
-        _started(found.pid) != found.started if _is_here(found) else _age(claim) > _DEAD_SECONDS
+        processes.start_ticks(found.pid) != found.started
+        if _is_here(found)
+        else _age(claim) > _DEAD_SECONDS
     )
     return is_dead and _take_over(claim, found, holder)
 

@@ -20,6 +20,7 @@ import pytest
 from megavlm.checkpoint import lock
 from megavlm.checkpoint.directory import is_own
 from megavlm.checkpoint.lock import FILE_NAME, LockedError, held
+from megavlm.io import processes
 
 FORK = multiprocessing.get_context("fork")
 QUICK = dict(beat_seconds=0.1, dead_seconds=1.0)
@@ -216,9 +217,9 @@ def test_a_lock_that_can_never_be_read_and_is_kept_alive_is_told(tmp_path: Path)
 def test_where_processes_cannot_be_looked_up_a_holder_gives_signs_of_life(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("_boot", "_namespace"):
-        monkeypatch.setattr(lock, name, lambda: "")
-    monkeypatch.setattr(lock, "_started", lambda pid: None)
+    for name in ("boot_id", "namespace_id"):
+        monkeypatch.setattr(processes, name, lambda: "")
+    monkeypatch.setattr(processes, "start_ticks", lambda pid: None)
     with (
         held(tmp_path, **QUICK),
         pytest.raises(LockedError, match="another run writes to this folder"),
