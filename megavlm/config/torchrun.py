@@ -31,6 +31,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def local_size() -> int:
+    """Return the number of ranks on this machine; 1 without torchrun."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def problems() -> list[str]:
     """Name what is wrong with the variables of the environment that torchrun sets."""
     found = []

@@ -10,6 +10,7 @@ from pathlib import Path
 from megavlm import job_checks
 from megavlm.checkpoint.rank_errors import raised_on_all
 from megavlm.checkpoint.train_state import State
+from megavlm.config import torchrun
 from megavlm.config.checks.resume import changes
 from megavlm.config.freeze_mask import PARTS
 from megavlm.config.schema import Config, Init, Parallel
@@ -74,7 +75,7 @@ def _worker_warnings(workers: int) -> Iterator[str]:
     """Warn of more loader workers than cores of this machine that this process may use; torchrun
     says how many ranks it has started here.
     """
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks = torchrun.local_size()
     cores = len(os.sched_getaffinity(0))
     if ranks * workers > cores:
         most = cores // ranks

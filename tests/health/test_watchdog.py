@@ -39,6 +39,7 @@ def test_one_rank_tells_what_all_do_when_one_of_them_is_late() -> None:
         _wait_for(lambda: len(told) > 1)
     assert "ranks 0-2" in told[0] and "step 7" in told[0] and "test_watchdog.py" in told[0]
     assert told[1].startswith("the run continued") and len(told) == 2
+    assert not [rank for rank in range(3) if store.check([f"answer/1/{rank}"])]
 
 
 def test_a_run_that_goes_on_and_ends_at_once_says_so() -> None:

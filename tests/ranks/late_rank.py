@@ -1,4 +1,4 @@
-"""A run of which rank 1 is late once."""
+"""A run of which rank 1 is late once, or ends while the others are late."""
 
 from __future__ import annotations
 
@@ -25,15 +25,25 @@ def _freeze(seconds: float) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def _die(seconds: float) -> None:
+    """End as a process does that the kernel kills."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def main(how: str, seconds: float, config: Path) -> None:
-    """Train as ``pretrain_vlm.py`` does, with a step that begins late on one rank."""
+    """Train as ``pretrain_vlm.py`` does, with a step that begins late on one rank; if that one
+    ends, on the others, which would hear of it in their first collective.
+    """
     train_step = loop.train_step
     steps = []
 
     def late(*arguments, **settings):
         steps.append(1)
-        if os.environ["RANK"] == "1" and len(steps) == _LATE_STEP:
-            {"sleeps": _sleep, "freezes": _freeze}[how](seconds)
+        if len(steps) == _LATE_STEP:
+            if os.environ["RANK"] == "1":
+                {"sleeps": _sleep, "freezes": _freeze, "ends": _die}[how](seconds)
+            elif how == "ends":
+                _sleep(seconds)
         return train_step(*arguments, **settings)
 
     loop.train_step = late

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing import Process
@@ -54,15 +55,25 @@ LATE = {
 
 def start_rank(rank: int, port: int, how: str, config: Path) -> None:
     become_rank(rank, RANKS, port, config.with_suffix(""))
-    late_rank.main(how, 10, config)
+    late_rank.main(how, PATIENCE_SECONDS if how == "ends" else 10, config)
 
 
-@pytest.fixture(scope="module")
-def late_runs(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[tuple[Path, dict[str, list[Process]]]]:
-    """Start runs with a late rank, side by side, since they spend most of their time waiting."""
-    folder = tmp_path_factory.mktemp("late")
+def start_ranks(folder: Path, how: str, tensor: int) -> list[Process]:
+    """Start the ranks of a run on the packs ``train`` in a folder, of which one is late."""
+    config = config_for(folder / "train", steps=6, tensor_model_parallel_size=tensor)
+    quick = Health(hang_factor=1, hang_seconds=3, speed_check=False)
+    checkpoint = dataclasses.replace(config.checkpoint, save_interval=0)
+    config = dataclasses.replace(
+        config, health=quick, logging=Logging(interval=1), checkpoint=checkpoint
+    )
+    path = folder / f"{how}.yaml"
+    path.write_text(to_yaml(config))
+    port = free_port()
+    return [start_process(start_rank, rank, port, how, path) for rank in range(RANKS)]
+
+
+def make_small_packs(folder: Path) -> None:
+    """Make the packs of a run."""
     sizes = dict(
         vocab_size=199,
         context_token_id=7,
@@ -71,18 +82,16 @@ def late_runs(
         capacity=128,
     )
     make_dataset(folder / "train", packs=8, **sizes)
-    runs = {}
-    for how, (tensor, _) in LATE.items():
-        config = config_for(folder / "train", steps=6, tensor_model_parallel_size=tensor)
-        quick = Health(hang_factor=1, hang_seconds=3, speed_check=False)
-        checkpoint = dataclasses.replace(config.checkpoint, save_interval=0)
-        config = dataclasses.replace(
-            config, health=quick, logging=Logging(interval=1), checkpoint=checkpoint
-        )
-        path = folder / f"{how}.yaml"
-        path.write_text(to_yaml(config))
-        port = free_port()
-        runs[how] = [start_process(start_rank, rank, port, how, path) for rank in range(RANKS)]
+
+
+@pytest.fixture(scope="module")
+def late_runs(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[Path, dict[str, list[Process]]]]:
+    """Start runs with a late rank, side by side, since they spend most of their time waiting."""
+    folder = tmp_path_factory.mktemp("late")
+    make_small_packs(folder)
+    runs = {how: start_ranks(folder, how, tensor) for how, (tensor, _) in LATE.items()}
     yield folder, runs
     for process in (each for run in runs.values() for each in run):
         process.kill()
@@ -102,6 +111,18 @@ def test_a_rank_that_is_late_is_named_with_what_the_others_wait_in(
     report = errors[errors.index("made no progress") :]
     assert all(re.search(told, report, re.DOTALL) for told in LATE[how][1]), errors
     assert "the run continued" in report
+
+
+def test_a_rank_whose_process_has_ended_ends_the_others(tmp_path: Path) -> None:
+    make_small_packs(tmp_path)
+    waiting, killed = start_ranks(tmp_path, "ends", 1)
+    waiting.join(PATIENCE_SECONDS / 2)  # it would wait for longer by itself
+    for process in (waiting, killed):
+        process.kill()
+        process.join()
+    errors = (tmp_path / "ends.0.err").read_text()
+    assert (waiting.exitcode, killed.exitcode) == (1, -signal.SIGKILL), errors
+    assert re.search(r"watchdog: the process of rank 1 \(on .*\) has ended, and the run", errors)
 
 
 def marks_of(config: Config) -> list[str]:
