@@ -154,17 +154,16 @@ def sequential_experts(submodules: MLPSubmodules) -> type:
 
 
 def mixture_spec(
-    experts: type, column_linear: type, row_linear: type, router: Callable[..., nn.Module]
+    experts: type, shared: MLPSubmodules, router: Callable[..., nn.Module]
 ) -> ModuleSpec:
     """Describe router, experts, and the gated MLP that all tokens take, which ``MoELayer`` builds
     if the configuration has one.
 
     Args:
         experts: those of a layer that a rank holds.
-        column_linear, row_linear: linear layers of the shared expert.
+        shared: what the shared expert is made of.
         router: makes a router.
     """
-    shared = MLPSubmodules(linear_fc1=column_linear, linear_fc2=row_linear)
     submodules = MoESubmodules(
         experts=experts,
         router=router,
@@ -185,8 +184,10 @@ def grouped_experts(grouped: type, submodules: MLPSubmodules) -> type:
         named = dict(experts.named_parameters())
         for number in range(experts.num_local_experts):
             for layer in EXPERT_LINEARS:
-                name = f"{layer}.weight{number}"
-                yield number, name, f"{layer}.weight", named[name]
+                for kind in ("weight", "bias"):
+                    name = f"{layer}.{kind}{number}"
+                    if name in named:
+                        yield number, name, f"{layer}.{kind}", named[name]
                 for factor in ("a", "b"):
                     name = f"{layer}.lora.{number}.{factor}"
                     if name in named:

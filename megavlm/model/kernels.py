@@ -24,10 +24,10 @@ from megavlm.config.schema import Config
 from megavlm.model.attention import PackedAttention, TileAttention
 from megavlm.model.column_linear import ColumnLinear
 from megavlm.model.experts import ExpertRowLinear, grouped_experts, sequential_experts
+from megavlm.model.gate import Gate
 from megavlm.model.norm import Norm
 from megavlm.model.precision import uses_transformer_engine
 from megavlm.model.residual_branch import add_branch, add_branch_by_kernels
-from megavlm.model.swiglu import Swiglu
 from megavlm.model.transformer_engine import (
     accumulating,
     compiled,
@@ -52,7 +52,7 @@ class Kernels:
         packed_attention: attention, causal or not, inside the samples of a pack.
         experts: the experts of a layer that this rank holds.
         groups_experts: whether these compute one product for all of them.
-        swiglu: gate of an MLP; none: megatron-core's.
+        gate: SwiGLU and the clamped gate of an MLP or of experts; none: megatron-core's.
         is_fused: whether megatron-core's fused kernels turn queries and keys, gate the MLP and add
             residuals with biases.
         pointwise: makes one kernel of a function that works element by element.
@@ -72,7 +72,7 @@ class Kernels:
     packed_attention: type
     experts: type
     groups_experts: bool
-    swiglu: type | None
+    gate: type | None
     is_fused: bool
     pointwise: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
     add_branch: Callable[..., Tensor]
@@ -94,7 +94,7 @@ def local_kernels() -> Kernels:
             MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=ExpertRowLinear)
         ),
         groups_experts=False,
-        swiglu=None,
+        gate=None,
         is_fused=False,
         pointwise=lambda function: function,
         add_branch=add_branch,
@@ -137,10 +137,11 @@ def transformer_engine_kernels() -> Kernels:
             MLPSubmodules(
                 linear_fc1=accumulating(engine.TEColumnParallelGroupedLinear),
                 linear_fc2=accumulating(engine.TERowParallelGroupedLinear),
+                activation_func=Gate,  # built if ``use_te_activation_func``
             ),
         ),
         groups_experts=True,
-        swiglu=Swiglu,
+        gate=Gate,
         is_fused=True,
         pointwise=compiled,
         add_branch=add_branch_by_kernels,
@@ -154,11 +155,7 @@ def choose_kernels(config: Config) -> Kernels:
     if not uses_transformer_engine(config):
         return local_kernels()
     kernels = transformer_engine_kernels()
-    language = config.architecture.language
     lora = config.architecture.lora
-    if language.num_experts and language.linear_bias:
-        # Checkpoints would lack the biases of experts in Transformer Engine's grouped kernel.
-        kernels = replace(kernels, experts=local_kernels().experts, groups_experts=False)
     if lora.nf4:
         # Transformer Engine's linear layers save weights for the backward pass in their own ways.
         kernels = replace(kernels, column_linear=ColumnLinear, row_linear=RowParallelLinear)

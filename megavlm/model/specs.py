@@ -82,7 +82,7 @@ def mlp_submodules(first: type, kernels: Kernels) -> MLPSubmodules:
     return MLPSubmodules(
         linear_fc1=_adding_bias(first),
         linear_fc2=_adding_bias(kernels.row_linear),
-        activation_func=kernels.swiglu,  # ``MLP`` builds it if ``use_te_activation_func``
+        activation_func=kernels.gate,  # ``MLP`` builds it if ``use_te_activation_func``
     )
 
 
@@ -111,10 +111,15 @@ def _layer(
 
 def _with_experts(layer: ModuleSpec, kernels: Kernels, router: Callable) -> ModuleSpec:
     """Put experts in the place of the MLP; a norm of its own stands before router and experts."""
+    shared = MLPSubmodules(
+        linear_fc1=kernels.column_linear,
+        linear_fc2=kernels.row_linear,
+        activation_func=kernels.gate,
+    )
     submodules = replace(
         layer.submodules,
         pre_mlp_layernorm=kernels.norm,
-        mlp=mixture_spec(kernels.experts, kernels.column_linear, kernels.row_linear, router),
+        mlp=mixture_spec(kernels.experts, shared, router),
         sharded_state_dict_keys_map={"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
     )
     return replace(layer, submodules=submodules)

@@ -193,16 +193,33 @@ def _expert_settings(config: Config, kernels: Kernels) -> dict[str, Any]:
     return settings
 
 
+def _has_kernel(language: Language) -> bool:
+    """Return whether ``gate.Gate`` computes the gate. In experts SwiGLU is megatron-core's fused
+    kernel, which multiplies by the weight of the expert too.
+    """
+    if language.activation == "swiglu":
+        return not language.num_experts
+    return language.activation in _GATE_SETTINGS
+
+
+def _activation(language: Language, fuses_gate: bool, has_gate: bool) -> Callable[[Tensor], Tensor]:
+    """Return what megatron-core is told of the activation."""
+    if has_gate:  # It refuses other functions than this beside a gate of Transformer Engine.
+        return torch.nn.functional.silu
+    # Its fused kernel of a gate computes the approximation if it is told GELU.
+    if fuses_gate and language.activation == "geglu_tanh":
+        return gelu
+    return ACTIVATIONS[language.activation]
+
+
 def language_config(config: Config, layout: Layout, kernels: Kernels) -> TransformerConfig:
     """Configure the language model: RMSNorm, rotary positions, grouped-query attention, a gated
     MLP; or a text encoder or an OPT.
     """
     language = config.architecture.language
     parallel = config.parallel
-    has_swiglu = kernels.swiglu is not None and language.activation == "swiglu"
-    has_swiglu = has_swiglu and not language.num_experts
-    fuses_gate = kernels.is_fused and language.is_gated and not has_swiglu
-    fuses_gate = fuses_gate and language.activation not in _GATE_SETTINGS
+    has_gate = kernels.gate is not None and _has_kernel(language)
+    fuses_gate = kernels.is_fused and language.is_gated and not has_gate
     return TransformerConfig(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
@@ -217,10 +234,7 @@ def language_config(config: Config, layout: Layout, kernels: Kernels) -> Transfo
         add_qkv_bias=language.qkv_bias,
         layernorm_zero_centered_gamma=language.zero_centered_norm,
         gated_linear_unit=language.is_gated,
-        # megatron-core's fused kernel of a gate computes the approximation if it is told GELU.
-        activation_func=gelu
-        if fuses_gate and language.activation == "geglu_tanh"
-        else ACTIVATIONS[language.activation],
+        activation_func=_activation(language, fuses_gate, has_gate),
         sequence_parallel=parallel.sequence_parallel,
         context_parallel_size=parallel.context_parallel_size,
         **_GATE_SETTINGS.get(language.activation, {}),
@@ -236,7 +250,7 @@ def language_config(config: Config, layout: Layout, kernels: Kernels) -> Transfo
         )
         | {
             "bias_activation_fusion": fuses_gate,
-            "use_te_activation_func": has_swiglu,
+            "use_te_activation_func": has_gate,
             # Without a bias it is one addition, and calling what torch compiled takes longer.
             "bias_dropout_fusion": kernels.is_fused and language.has_layer_norm,
         }

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megavlm.config.schema import Architecture, Config, Language, Vision
+from tests.convert.models import EXPERTS, GEMMA2, GPT_OSS
 from tests.ranks.runs import config_for
 
 CAPACITY = 1024
@@ -33,9 +34,21 @@ SMALL = Architecture(
         max_position_embeddings=4096,
     ),
 )
+_WIDE = dict(ffn_hidden_size=768, expert_ffn_hidden_size=256)
+LANGUAGES: dict[str, dict[str, Any]] = {
+    "Qwen2": {},
+    "experts": EXPERTS | _WIDE,
+    "GPT-OSS": GPT_OSS | _WIDE | dict(window_size=64),
+    "Gemma 2": GEMMA2 | dict(window_size=64, query_pre_attn_scalar=64),
+}
+"""Kinds of language models: what is other than in ``SMALL``."""
 
 
-def small(dataset: Path, **settings: Any) -> Config:
-    """Configure a run of the small model in bfloat16; ``settings`` as in ``config_for``."""
+def small(dataset: Path, language: str = "Qwen2", **settings: Any) -> Config:
+    """Configure a run of the small model in bfloat16, with one of ``LANGUAGES``; ``settings`` as in
+    ``config_for``.
+    """
     defaults = dict(precision="bfloat16", lr=1e-3, steps=10)
-    return dataclasses.replace(config_for(dataset, **defaults | settings), architecture=SMALL)
+    changed = dataclasses.replace(SMALL.language, **LANGUAGES[language])
+    model = dataclasses.replace(SMALL, language=changed)
+    return dataclasses.replace(config_for(dataset, **defaults | settings), architecture=model)

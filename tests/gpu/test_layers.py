@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megavlm.parallel import backend
-from tests.gpu.models import CAPACITY, SMALL, small
+from tests.gpu.models import CAPACITY, LANGUAGES, SMALL, small
 from tests.ranks.runs import EVERYTHING
 
 
@@ -40,17 +40,31 @@ def distance(gradient: torch.Tensor, exact: torch.Tensor) -> float:
     return float((gradient - exact).norm() / exact.norm().clamp_min(1e-12))
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    ("language", "recompute"),
+    [
+        ("Qwen2", "none"),
+        ("Qwen2", "selective"),
+        ("Qwen2", "full"),
+        ("experts", "none"),
+        ("experts", "selective"),
+        ("GPT-OSS", "none"),
+        ("GPT-OSS", "selective"),
+        ("Gemma 2", "none"),
+    ],
+)
 def test_loss_and_gradients_are_as_near_to_float32_as_those_of_local_layers(
-    job, dataset: Path, recompute: str
+    job, dataset: Path, language: str, recompute: str
 ) -> None:
+    # Where two experts come close, rounding sends some tokens to another one.
+    slack = 0.1 if "num_experts" in LANGUAGES[language] else 0.02
     answers = {}
     for name, settings in {
         "exact": dict(kernels="local", precision="float32"),
         "local": dict(kernels="local"),
         "engine": dict(kernels="transformer_engine", recompute=recompute),
     }.items():
-        with job(small(dataset, drop_path=0.2, **settings)) as built:
+        with job(small(dataset, language, drop_path=0.2, **settings)) as built:
             answers[name] = gradients(built)
     (exact_loss, exact) = answers["exact"]
     (local_loss, local) = answers["local"]
@@ -60,7 +74,7 @@ def test_loss_and_gradients_are_as_near_to_float32_as_those_of_local_layers(
     )
     assert engine.keys() == exact.keys()
     for key in exact:
-        assert distance(engine[key], exact[key]) < 2 * distance(local[key], exact[key]) + 0.02, key
+        assert distance(engine[key], exact[key]) < 2 * distance(local[key], exact[key]) + slack, key
 
 
 def test_packed_attention_sees_one_sample_at_a_time() -> None:

@@ -18,12 +18,17 @@ from tests.te.fake_step import prepare
 
 TOKENS = (0, 5, 33, 16)
 """Of the experts of a layer."""
+BIASES = " with biases"
 SETTINGS = {
     "16 bits": Fp8(),
     "tensorwise": Fp8(language="tensorwise"),
     "blockwise": Fp8(language="blockwise"),
     "mxfp8": Fp8(language="mxfp8"),
     "a layer in 16 bits": Fp8(language="tensorwise", first_bf16_layers=1),
+    f"16 bits{BIASES}": Fp8(),
+    f"tensorwise{BIASES}": Fp8(language="tensorwise"),
+    f"blockwise{BIASES}": Fp8(language="blockwise"),
+    f"mxfp8{BIASES}": Fp8(language="mxfp8"),
 }
 
 
@@ -62,8 +67,10 @@ def split_quantize(tensor: Any, sizes: list[int], quantizers: list) -> list:
     ]
 
 
-def run(fp8: Fp8, products: GroupedProducts) -> dict[str, Any]:
-    """Run the experts of the first layer on sorted tokens, as the dispatcher gives them."""
+def run(fp8: Fp8, has_biases: bool, products: GroupedProducts) -> dict[str, Any]:
+    """Run the experts of the first layer on sorted tokens, as the dispatcher gives them; those with
+    biases have GPT-OSS's gate too.
+    """
     import torch
     from megatron.core.fp8_utils import get_fp8_context
 
@@ -76,6 +83,8 @@ def run(fp8: Fp8, products: GroupedProducts) -> dict[str, Any]:
     config = small(Path("unused"), kernels="transformer_engine", fp8=fp8)
     model = mixture(config.architecture)
     sizes = dict(num_experts=len(TOKENS), expert_ffn_hidden_size=96)
+    if has_biases:
+        sizes |= dict(linear_bias=True, activation="clamped_quick_geglu")
     model = dataclasses.replace(model, language=dataclasses.replace(model.language, **sizes))
     config = dataclasses.replace(config, architecture=model)
     groups = process_groups.create(config.parallel, 0)
@@ -95,8 +104,10 @@ def run(fp8: Fp8, products: GroupedProducts) -> dict[str, Any]:
             output.sum().backward()
     finally:
         process_groups.destroy()
+    biases = [one for name, one in layer.mlp.experts.named_parameters() if ".bias" in name]
     return {
         "shapes": [list(one.shape) for one in (output, hidden.grad, weights.grad)],
+        "biases": [None if one.grad is None else list(one.grad.shape) for one in biases],
         "products": products.found[:],
     }
 
@@ -139,7 +150,7 @@ def main() -> None:
     found = {}
     for name, fp8 in SETTINGS.items():
         with FakeTensorMode(allow_non_fake_inputs=True), waits:
-            found[name] = run(fp8, products)
+            found[name] = run(fp8, name.endswith(BIASES), products)
     json.dump(found, os.fdopen(int(sys.argv[1]), "w"))
 
 

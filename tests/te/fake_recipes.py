@@ -74,6 +74,9 @@ CASES: dict[str, Case] = {
     "InternVL-C, stage 3": Case(recipe="internvl_c", stage="3"),
     "experts": Case(recipe="internvl", stage="2", model="internvl3_5-30b-a3b"),
     "GPT-OSS": Case(recipe="internvl", stage="2", model="internvl3_5-gpt-oss-20b"),
+    "GPT-OSS, FP8": Case(
+        recipe="internvl", stage="2", model="internvl3_5-gpt-oss-20b", options=FP8
+    ),
     "GPT-OSS, local": Case(
         recipe="internvl", stage="2", model="internvl3_5-gpt-oss-20b", options=LOCAL
     ),

@@ -42,6 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "Gemma 2, recompute selective": dict(language=GEMMA2, recompute="selective"),
     "GPT-OSS": dict(language=GPT_OSS),
     "GPT-OSS, recompute full": dict(language=GPT_OSS, recompute="full"),
+    "GPT-OSS, recompute selective": dict(language=GPT_OSS, recompute="selective"),
     "adapters on 4 bits": dict(
         adapters=True, nf4=("vision", "language"), trainable=("connector", "*.lora")
     ),

@@ -101,6 +101,16 @@ def bias_gradient_and_quantize(tensor: Tensor, quantizer: Any) -> tuple[Tensor, 
     return tensor.new_empty(tensor.shape[-1]), quantize(tensor, quantizer)
 
 
+def gate(halves: Tensor, quantizer: None, limit: float = 7.0) -> Tensor:
+    """Return rows of half the width, as the gates of an MLP do."""
+    return halves[..., halves.shape[-1] // 2 :].contiguous()
+
+
+def gate_backward(grad: Tensor, halves: Tensor, quantizer: None, limit: float = 7.0) -> Tensor:
+    """Return rows of both halves, as the gradients of ``gate``."""
+    return torch.cat([grad, grad], -1)
+
+
 def _dtype(kind: Any) -> torch.dtype | None:
     """Translate Transformer Engine's word for a dtype."""
     import transformer_engine_torch as tex
@@ -311,8 +321,10 @@ def install() -> None:
         "fp8_transpose": transpose,
         "fused_rope_forward": rotary,
         "fused_rope_backward": rotary,
-        "swiglu": lambda halves, quantizer: halves[..., halves.shape[-1] // 2 :].contiguous(),
-        "dswiglu": lambda grad, halves, quantizer: torch.cat([grad, grad], -1),
+        "swiglu": gate,
+        "dswiglu": gate_backward,
+        "clamped_swiglu": gate,
+        "clamped_dswiglu": gate_backward,
         "multi_tensor_adam": adam,
         "multi_tensor_adam_param_remainder": adam,
         "get_cublasLt_version": lambda: 130100,

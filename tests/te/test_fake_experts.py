@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 
 from tests.te import fake_cuda
-from tests.te.fake_experts import SETTINGS, TOKENS
+from tests.te.fake_experts import BIASES, SETTINGS, TOKENS
 from tests.te.process import answer_of
 from tests.te.test_fake_step import MISSING
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
-PADDED = {"tensorwise": 16, "blockwise": 16, "mxfp8": 32}
+PADDED = {
+    f"{recipe}{biases}": multiple
+    for recipe, multiple in {"tensorwise": 16, "blockwise": 16, "mxfp8": 32}.items()
+    for biases in ("", BIASES)
+}
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +34,13 @@ def test_output_and_gradients_have_the_rows_of_the_tokens(found: dict[str, Any],
     assert found[name]["shapes"] == [[tokens, 256], [tokens, 256], [tokens]]
     # Two linear layers: output, and gradients of input and weight.
     assert len(found[name]["products"]) == 6
+
+
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name.endswith(BIASES)])
+def test_every_bias_has_a_gradient(found: dict[str, Any], name: str) -> None:
+    # Gate and other half of each expert, and what comes out.
+    count = len(TOKENS)
+    assert found[name]["biases"] == [[2 * 96]] * count + [[256]] * count
 
 
 @pytest.mark.parametrize("name", PADDED)

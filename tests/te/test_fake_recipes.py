@@ -22,6 +22,7 @@ WAITS = {
     "PaliGemma 2, local": LOCAL,
     "experts": EXPERTS,
     "GPT-OSS": EXPERTS,
+    "GPT-OSS, FP8": EXPERTS,
     "GPT-OSS, local": LOCAL + EXPERTS,
     "GPT-OSS, CP2": EXPERTS,
 }

@@ -82,6 +82,8 @@ def _backward(
     """Return the gradients of queries, keys and values [..., H, T, D] of one sample."""
     weights = (_scores(q, k, scale, mask) - sums).exp()
     inner = weights * (grad @ v.mT - (grad * out).sum(-1, keepdim=True)) * scale
+    inner = inner.to(q.dtype)
+    weights = weights.to(q.dtype)
     return inner @ k, inner.mT @ q, weights.mT @ grad
 
 

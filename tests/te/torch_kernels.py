@@ -56,13 +56,19 @@ def grouped_gemm(
     out: list[Tensor],
     *rest: Any,
 ) -> list[Tensor]:
-    """Multiply as ``tex.te_general_grouped_gemm`` does: each b @ a, without bias."""
-    (_, sizes, bias, _, is_single, _, _, _, _, accumulate, *_) = rest
+    """Multiply as ``tex.te_general_grouped_gemm`` does: each b @ a, with biases, or with their
+    gradients, which it writes where biases would stand; one without rows is empty.
+    """
+    (_, sizes, biases, _, is_single, _, is_gradient, _, _, accumulate, *_) = rest
     targets = out[0].split(sizes) if is_single else out
-    for left, right, target in zip(b, a, targets, strict=True):
+    for left, right, target, bias in zip(b, a, targets, biases, strict=True):
         made = (left.T if transpose_b else left) @ (right.T if transpose_a else right)
+        if is_gradient and bias.numel():
+            bias.copy_(left.sum(0))
+        elif bias.numel():
+            made = made + bias
         target.add_(made) if accumulate else target.copy_(made)
-    return bias
+    return biases
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *rest: Any) -> Normed:
@@ -114,6 +120,22 @@ def swiglu_backward(grad: Tensor, halves: Tensor, quantizer: None) -> Tensor:
     with torch.enable_grad():
         inside = halves.detach().requires_grad_()
         return torch.autograd.grad(swiglu(inside, None), inside, grad)[0]
+
+
+def clamped_gate(halves: Tensor, quantizer: None, limit: float = 7.0) -> Tensor:
+    """Gate one half by the other as in GPT-OSS, as ``tex.clamped_swiglu``."""
+    gate, value = halves.chunk(2, -1)
+    gate = gate.clamp(max=limit)
+    return gate * torch.sigmoid(1.702 * gate) * (value.clamp(-limit, limit) + 1)
+
+
+def clamped_gate_backward(
+    grad: Tensor, halves: Tensor, quantizer: None, limit: float = 7.0
+) -> Tensor:
+    """Return the gradient of both halves, as ``tex.clamped_dswiglu``."""
+    with torch.enable_grad():
+        inside = halves.detach().requires_grad_()
+        return torch.autograd.grad(clamped_gate(inside, None, limit), inside, grad)[0]
 
 
 def add_branch_backward(
@@ -197,6 +219,11 @@ def _answer_as_hopper() -> None:
     cuda.nvtx.range_pop = lambda *args: None
 
 
+def _empty(*size: int, device: str, **options: Any) -> Tensor:
+    """Make what Transformer Engine's Python makes on a GPU by name."""
+    return torch.empty(*size, **options)
+
+
 def _dummy_gradient(shape: list[int], dtype: torch.dtype, zero: bool = False) -> Tensor:
     # NaN: nobody may read a gradient that was summed elsewhere.
     return torch.full(shape, 0.0 if zero else float("nan"), dtype=dtype)
@@ -239,6 +266,8 @@ def install() -> None:
             "fused_rope_backward": rotary(-1),
             "swiglu": swiglu,
             "dswiglu": swiglu_backward,
+            "clamped_swiglu": clamped_gate,
+            "clamped_dswiglu": clamped_gate_backward,
             "get_cublasLt_version": lambda: 130100,
         }
     )
@@ -257,6 +286,7 @@ def install() -> None:
         module.get_dummy_wgrad = _dummy_gradient
     gemms.get_cublas_workspace = lambda *args: torch.empty(1, 1)
     gemms.get_tensor_device = lambda *args: 0
+    gemms.torch = types.SimpleNamespace(**vars(torch) | {"empty": _empty})
     engine._get_cuda_rng_state = lambda *args, **settings: torch.get_rng_state()
     engine._set_cuda_rng_state = lambda *args, **settings: None
     fused = tex.NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen

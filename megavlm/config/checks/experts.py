@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from megavlm.config.checks.limits import at_least
 from megavlm.config.differences import changed
@@ -256,26 +256,44 @@ def _ignored_settings(config: Config) -> Iterator[str]:
 
 
 def grouped_expert_problems(config: Config) -> Iterator[str]:
-    """Yield what Transformer Engine's grouped kernel does not do: it asks the first expert of a
-    layer whether weights have gradients, for all of them.
+    """Yield what Transformer Engine's grouped kernel does not do: it asks the weight of the first
+    expert of a layer whether it has a gradient, for the weights of all of them, and for the biases
+    that the kernel adds, those of the first linear layers.
     """
     language = config.architecture.language
     trainable = config.training.trainable
-    is_grouped = language.num_experts and not language.linear_bias
-    for layer in range(language.num_layers if is_grouped else 0):
+    mask = f"--training.trainable {','.join(trainable)}"
+    kernel = "Transformer Engine's grouped kernel"
+    for layer in range(language.num_layers if language.num_experts else 0):
         for name in ("linear_fc1", "linear_fc2"):
             stem = f"language.decoder.layers.{layer}.mlp.experts"
-            keys = [f"{stem}.{expert}.{name}.weight" for expert in range(language.num_experts)]
-            trained = [matches_any(key, trainable) for key in keys]
-            if len(set(trained)) > 1:
-                one, other = (keys[trained.index(is_trained)] for is_trained in (True, False))
+            stems = [f"{stem}.{expert}.{name}" for expert in range(language.num_experts)]
+            weights = _by_mask([f"{stem}.weight" for stem in stems], trainable)
+            if len(weights) > 1:
                 yield (
-                    f"--training.trainable {','.join(trainable)}: trains {one} and not {other};"
-                    " Transformer Engine's grouped kernel"
+                    f"{mask}: trains {weights[True][0]} and not {weights[False][0]}; {kernel}"
                     " trains all experts of a layer or none, so name all, or use"
                     " --training.kernels local"
                 )
                 return
+            if not language.linear_bias or name == "linear_fc2" or True in weights:
+                continue
+            biases = _by_mask([f"{stem}.bias" for stem in stems], trainable)
+            if True in biases:
+                yield (
+                    f"{mask}: trains {biases[True][0]} and not {weights[False][0]}; {kernel} has"
+                    " no gradients of biases without those of weights, so name both, or use"
+                    " --training.kernels local"
+                )
+                return
+
+
+def _by_mask(keys: Sequence[str], trainable: Sequence[str]) -> dict[bool, list[str]]:
+    """Sort keys by whether a mask trains them; neither list is empty."""
+    found: dict[bool, list[str]] = {}
+    for key in keys:
+        found.setdefault(matches_any(key, trainable), []).append(key)
+    return found
 
 
 def spans_data_ranks(parallel: Parallel) -> bool:

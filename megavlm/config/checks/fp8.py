@@ -73,8 +73,3 @@ def _foreign_layers(fp8: Fp8, config: Config) -> Iterator[str]:
             " 4 bits are not Transformer Engine's, which FP8 needs; use no recipe for --fp8.vision"
             " and --fp8.language, or no 4 bits"
         )
-    if "language" in fp8.recipes and arch.language.num_experts and arch.language.linear_bias:
-        yield (
-            f"--fp8.language {fp8.language}: experts with biases (--architecture.language"
-            ".linear_bias true) are not Transformer Engine's, which FP8 needs; use none"
-        )

@@ -79,10 +79,6 @@ def test_attention_in_blocks_stands_between_transformer_engine_s_layers() -> Non
     for model in (MODEL, CAPPED):
         config = parse([*_model(model), "--training.kernels", "transformer_engine"])
         assert not device_problems(config, gpu)
-    for model, count in ((CAPPED, 0), (MODEL, 1)):
         config = parse([*_model(model), "--fp8.language", "tensorwise"])
-        told = [
-            one for one in [*problems(config, 8), *device_problems(config, gpu)] if "fp8" in one
-        ]
-        assert len(told) == count
-        assert all(one.startswith("--fp8.language tensorwise: experts with biases") for one in told)
+        told = [*problems(config, 8), *device_problems(config, gpu)]
+        assert not [one for one in told if "fp8" in one]

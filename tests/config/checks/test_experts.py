@@ -142,11 +142,32 @@ def test_the_models_of_the_table_can_run() -> None:
     assert not found(*split, "--expert-model-parallel-size", "8", model="internvl3_5-241b-a28b")
 
 
+GPU = DeviceCapabilities(capability=(9, 0), has_transformer_engine=True)
+
+
 def test_a_mask_of_single_experts_needs_local_layers() -> None:
     one = "language.decoder.layers.3.mlp.experts.17"
-    gpu = DeviceCapabilities(capability=(9, 0), has_transformer_engine=True)
     for mask, count in ((f"connector,{one}", 1), ("language.*.experts", 0), ("connector", 0)):
         config = parse(["--stage", "2", "--model", MODEL, "--training.trainable", mask])
-        found = [told for told in device_problems(config, gpu) if "all experts of a layer" in told]
+        found = [told for told in device_problems(config, GPU) if "all experts of a layer" in told]
         assert len(found) == count, mask
         assert not device_problems(config, DeviceCapabilities())
+
+
+@pytest.mark.parametrize(
+    ("mask", "count"),
+    [
+        ("language.*.experts.*.linear_fc1.bias", 1),
+        ("language.*.experts.*.bias", 1),
+        ("language.*.experts.3.linear_fc1.bias", 1),
+        ("language.*.experts.*.linear_fc2.bias", 0),
+        ("language.*.experts.*.linear_fc1", 0),
+        ("language.*.experts.*.weight", 0),
+        ("language", 0),
+    ],
+)
+def test_first_biases_of_experts_need_their_weights_or_local_layers(mask: str, count: int) -> None:
+    words = ["--stage", "2", "--model", "internvl3_5-gpt-oss-20b", "--training.trainable", mask]
+    for device, told in ((GPU, count), (DeviceCapabilities(), 0)):
+        found = device_problems(parse(words), device)
+        assert len([one for one in found if "no gradients of biases without" in one]) == told

@@ -1,0 +1,62 @@
+"""Gates of MLPs by Transformer Engine's kernels. What torch compiles of SwiGLU writes the gradient
+of both halves by one kernel with a slow branch, at half of the memory's rate; and megatron-core's
+function of the clamped gate clamps beside what it compiles, and sends a number to the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+
+class _Swiglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, halves: Tensor) -> Tensor:
+        import transformer_engine_torch as tex
+
+        ctx.save_for_backward(halves)
+        return tex.swiglu(halves, None)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
+        import transformer_engine_torch as tex
+
+        return tex.dswiglu(grad.contiguous(), *ctx.saved_tensors, None)
+
+
+class _ClampedGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, halves: Tensor, limit: float) -> Tensor:
+        import transformer_engine_torch as tex
+
+        ctx.save_for_backward(halves)
+        ctx.limit = limit
+        return tex.clamped_swiglu(halves, None, limit)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        import transformer_engine_torch as tex
+
+        return tex.clamped_dswiglu(grad.contiguous(), *ctx.saved_tensors, None, ctx.limit), None
+
+
+class Gate:
+    """``silu(first half) * second half`` (SwiGLU, Shazeer, arXiv 2002.05202): [T, 1, 2F] -> [T, 1,
+    F]; or, with a limit L, ``quick_gelu(min(first, L)) * (clamp(second, -L, L) + 1)``, as in
+    GPT-OSS.
+
+    megatron-core's ``MLP`` and experts build it and call it behind their first linear layer; it is
+    no ``torch.nn.Module``, since it has nothing to be saved.
+
+    Args:
+        config: of the part, of which ``activation_func_clamp_value`` is the limit.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        self._limit = config.activation_func_clamp_value
+
+    def __call__(self, halves: Tensor) -> Tensor:
+        if self._limit is None:
+            return _Swiglu.apply(halves)
+        return _ClampedGate.apply(halves, self._limit)
