@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from megavlm.data.loading.blend import Packs
 from megavlm.data.loading.order import Order
 from megavlm.data.loading.worker_processes import (
     failing_with_workers,
+    how_ended,
     ignore_signals_but_from_parent,
     kill_frozen,
     starting_workers,
@@ -90,7 +92,7 @@ def batches(
             except Exception as error:
                 if not workers:
                     raise
-                raise _explain(error, dataset, plan, position, board) from None
+                raise _explain(error, dataset, plan, position, board, processes) from None
             yield batch
     finally:
         del arriving  # nothing else holds DataLoader's iterator, so the workers end
@@ -216,7 +218,12 @@ def _made(arrived: Batch | Unreadable) -> Batch:
 
 
 def _explain(
-    error: Exception, dataset: Packs, plan: Order, position: int, board: WorkerStatusBoard
+    error: Exception,
+    dataset: Packs,
+    plan: Order,
+    position: int,
+    board: WorkerStatusBoard,
+    processes: Sequence[BaseProcess],
 ) -> Exception:
     """Return the error to raise if workers deliver nothing: their own, or one that says which of
     them died.
@@ -227,31 +234,35 @@ def _explain(
     error.__cause__ = error.__context__ = None
     # A worker that dies while it hands a batch over leaves half of one behind.
     if str(error).startswith((DIED, STUCK)) or isinstance(error, EOFError | ConnectionError):
-        return _worker_is_gone(dataset, plan, position, board, error)
+        return _worker_is_gone(dataset, plan, position, board, processes, error)
     return error
 
 
-def _without_process(at_work: list[tuple[int, int, float]]) -> list[tuple[int, int, float]]:
-    """Those of the workers that are dead; what they leave behind may arrive a moment before they
-    are gone.
-    """
+def _wait_for_end(processes: Sequence[BaseProcess]) -> str:
+    """Say how workers ended; what they leave behind may arrive a moment before they are gone."""
     for _ in range(40):
-        alive = {process.pid for process in multiprocessing.active_children()}
-        gone = [each for each in at_work if each[0] not in alive]
-        if gone:
-            return gone
+        if ended := how_ended(processes):
+            return ended
         time.sleep(0.05)
-    return []
+    return ""
 
 
 def _worker_is_gone(
-    dataset: Packs, plan: Order, position: int, board: WorkerStatusBoard, error: Exception
+    dataset: Packs,
+    plan: Order,
+    position: int,
+    board: WorkerStatusBoard,
+    processes: Sequence[BaseProcess],
+    error: Exception,
 ) -> WorkerError:
     """Describe a worker that died or is stuck: the pack it was at, and its samples' origins."""
     text = f"{type(error).__name__} {error}"
     at_work = board.at_work()
     if STUCK not in text:
-        gone = _without_process(at_work)
+        # In the place of PyTorch's words, which do not tell how.
+        text = _wait_for_end(processes) or text
+        alive = {process.pid for process in processes if process.is_alive()}
+        gone = [each for each in at_work if each[0] not in alive]
         advice = (
             "Out of memory (see the kernel log), a full /dev/shm, or a file that crashes the image"
             " decoder are common causes; --data.workers 0 shows which"

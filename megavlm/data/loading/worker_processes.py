@@ -94,13 +94,21 @@ def failing_with_workers(processes: Sequence[BaseProcess]) -> ChildWatcher:
     return ChildWatcher(partial(_require_alive, processes))
 
 
+def how_ended(processes: Sequence[BaseProcess]) -> str:
+    """Say of each worker that is gone how it ended; empty if all are alive."""
+    codes = [(process.pid, process.exitcode) for process in processes]
+    return "; ".join(
+        f"DataLoader worker (pid {pid})"
+        + (
+            f" was killed by signal {-code} ({signal.Signals(-code).name})"
+            if code < 0
+            else f" exited unexpectedly with status {code}"
+        )
+        for pid, code in codes
+        if code is not None
+    )
+
+
 def _require_alive(processes: Sequence[BaseProcess]) -> None:
-    for process in processes:
-        if (code := process.exitcode) is not None:
-            killed = (
-                f"was killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else ""
-            )
-            raise RuntimeError(
-                f"DataLoader worker (pid {process.pid})"
-                f" {killed or f'exited unexpectedly with status {code}'}"
-            )
+    if ended := how_ended(processes):
+        raise RuntimeError(ended)
