@@ -18,7 +18,7 @@ import torch
 from megavlm.data.loading import loader
 from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.dataset import PackedDataset
-from megavlm.data.loading.loader import WorkerError, batches
+from megavlm.data.loading.loader import WorkerError, WorkerStatusBoard, batches
 from megavlm.data.loading.order import Plan
 from megavlm.io.storage import ReadError
 from tests.data.loading.test_dataset import write_broken_image
@@ -183,6 +183,48 @@ def test_a_worker_that_dies_is_told_of_only_where_a_batch_is_waited_for(dataset)
     with pytest.raises(WorkerError, match=r"no batch for pack [123] .*killed by signal 9 \(SIGK"):
         for _ in range(3):
             next(stream)
+
+
+def test_a_board_tells_of_the_workers_that_are_making_a_batch():
+    board = WorkerStatusBoard(4)
+    assert board.at_work() == []
+    for worker, position in ((1, 0), (2, 7), (3, 8)):
+        board.start(worker, position)
+    board.end(2)
+    time.sleep(0.1)
+    (first, second) = board.at_work()
+    assert (first[:2], second[:2]) == ((os.getpid(), 0), (os.getpid(), 8))
+    assert 0.1 <= first[2] < 60 and 0.1 <= second[2] < 60, "seconds"
+
+
+def test_a_stream_that_ends_leaves_the_workers_of_another_one_alone(dataset):
+    """As an evaluation does, while training waits."""
+    training = batches(
+        dataset, Plan(num_packs=7, shuffle=False), range(99), workers=1, with_tiles=False
+    )
+    next(training)
+    assert len(load(dataset, range(3), workers=1)) == 3
+    assert [next(training).pack_id for _ in range(9)] == [1, 2, 3, 4, 5, 6, 0, 1, 2]
+    training.close()
+
+
+class Signalled(PackedDataset):
+    """Packs on whose way to a worker it gets the signal that ends a process group."""
+
+    def __reduce__(self):
+        return open_signalled, (self.folder,)
+
+
+def open_signalled(folder):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return PackedDataset(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
+def test_a_worker_outlives_a_signal_to_the_process_group_while_it_starts(dataset, start_method):
+    packs = Signalled(dataset.folder)
+    assert len(load(packs, range(3), workers=1, start_method=start_method)) == 3
 
 
 class Noted(PackedDataset):
