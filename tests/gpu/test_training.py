@@ -229,17 +229,18 @@ def test_resuming_from_a_checkpoint_is_as_if_never_stopped(
     assert list(rest) == [4, 5, 6] and rest == {step: whole[step] for step in rest}
 
 
+@pytest.mark.parametrize("language", ["Qwen2", "GPT-OSS"])
 @pytest.mark.parametrize(
     ("first", "second"), [("transformer_engine", "local"), ("local", "transformer_engine")]
 )
 def test_a_checkpoint_of_one_kind_of_layers_goes_on_with_the_other(
-    dataset: Path, tmp_path: Path, first: str, second: str
+    dataset: Path, tmp_path: Path, first: str, second: str, language: str
 ) -> None:
     engine(dataset)
-    run(saving(small(dataset, steps=6, kernels=first), tmp_path / "whole"))
+    run(saving(small(dataset, language, steps=6, kernels=first), tmp_path / "whole"))
     run(
         saving(
-            small(dataset, steps=6, kernels=second),
+            small(dataset, language, steps=6, kernels=second),
             tmp_path / "rest",
             load=tmp_path / "whole" / "step_00000003",
         )
