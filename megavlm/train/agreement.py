@@ -16,6 +16,7 @@ from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.config import torchrun
 from megavlm.config.schema import Config
 from megavlm.health.preflight import DisagreementError, RankView, check_consistency, snapshot
+from megavlm.parallel.environment import check_interfaces
 from megavlm.train.inspection import inspect
 from megavlm.train.resume import Start
 from megavlm.train.tasks import task_facts
@@ -39,6 +40,7 @@ def agree_to_start(
     start = None
     lock = None
     try:
+        check_interfaces()
         ahead()
         if config.checkpoint.save and torchrun.rank() == 0:
             lock = _lock_save_folder(Path(config.checkpoint.save), stack)

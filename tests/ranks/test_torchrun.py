@@ -80,15 +80,16 @@ def test_a_refusal_is_told_before_anything_starts_and_again_below_the_traceback_
 @pytest.mark.parametrize(
     ("of_rank_1", "told"),
     [
-        ("--data.train elsewhere", ["rank 1 (", "--data.train elsewhere: no such path"]),
-        ("--config missing.yaml", ["error on rank 1 (", "missing.yaml: no such file"]),
+        ("more='--data.train elsewhere'", ["rank 1 (", "--data.train elsewhere: no such path"]),
+        ("more='--config missing.yaml'", ["error on rank 1 (", "missing.yaml: no such file"]),
+        ("export GLOO_SOCKET_IFNAME=x", ["rank 1 (", "GLOO_SOCKET_IFNAME=x in the environment"]),
     ],
 )
 def test_a_rank_that_was_started_otherwise_is_named(
     config_file: Path, of_rank_1: str, told: list[str]
 ) -> None:
     start = f"{sys.executable} {TORCHRUN[-1]} --config {config_file} --checkpoint.save_interval 0"
-    command = f"exec {start} $([ $RANK = 1 ] && echo {of_rank_1})"
+    command = f"if [ $RANK = 1 ]; then {of_rank_1}; fi; exec {start} $more"
     done = subprocess.run(
         [*TORCHRUN[:-1], "--no-python", "bash", "-c", command],
         env=ENVIRONMENT,
