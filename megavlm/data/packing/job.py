@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from megavlm.data.packing.write_shards import (
     WORK_FILES,
     ShardTask,
     WrittenShard,
+    WrittenShards,
     find_written,
     remove_shards,
     write_shard,
@@ -260,10 +261,13 @@ def _plan(job: Job, samples: Samples) -> PackPlan:
 
 def _write_shards(
     job: Job, settings: EncoderSettings, scan: Scan, plan: PackPlan, folder: Path
-) -> list[WrittenShard]:
+) -> WrittenShards:
     """Run the second pass: write all shards but those that are finished already."""
-    shards = {number: find_written(folder, number) for number in range(plan.shards)}
-    missing = [number for number, written in shards.items() if written is None]
+    shards = WrittenShards(len(job.sources))
+    for number in range(plan.shards):
+        if (written := find_written(folder, number)) is not None:
+            shards.add(number, written)
+    missing = [number for number in range(plan.shards) if number not in shards]
     rules = PackRules(capacity=job.capacity, tile_cap=plan.tile_cap, alignment=job.alignment)
     sources = write_sources(folder.absolute(), job.sources)
 
@@ -283,13 +287,13 @@ def _write_shards(
 
     done = plan.packs - sum(len(plan.shard(number)) - 1 for number in missing)
     first_rejected = count_unwanted(scan.rejects)
-    rejected = sum(len(written.rejects) for written in shards.values() if written)
-    written_bytes = sum(written.totals.bytes for written in shards.values() if written)
+    rejected = sum(len(written.rejects) for written in shards)
+    written_bytes = sum(written.totals.bytes for written in shards)
     with Progress("writing", "packs", plan.packs, done) as progress:
         for number, written in zip(
             missing, ordered_map(write_shard, tasks(), job.workers, job.executor), strict=True
         ):
-            shards[number] = written
+            shards.add(number, written)
             rejected += len(written.rejects)
             written_bytes += written.totals.bytes
             progress.add(
@@ -297,10 +301,9 @@ def _write_shards(
             )
             # The exact count looks at all rejects, and is made only if it may matter.
             if first_rejected + rejected > job.max_rejects * scan.records:
-                check_shards(job, scan, [each for each in shards.values() if each])
-    finished = [shards[number] for number in range(plan.shards)]
-    check_shards(job, scan, finished)
-    return finished
+                check_shards(job, scan, shards)
+    check_shards(job, scan, shards)
+    return shards
 
 
 def _report(
@@ -309,7 +312,7 @@ def _report(
     samples: Samples,
     plan: PackPlan,
     late: list[Reject],
-    shards: list[WrittenShard] | None,
+    shards: WrittenShards | None,
     totals: Totals | None,
     start: float,
 ) -> Report:
@@ -320,7 +323,7 @@ def _report(
         records=scan.records,
         packed_records=scan.packable - len(late),
         rejects=dict(sorted(reasons.items())),
-        sources=report_sources(job.sources, scan, plan, late, shards),
+        sources=report_sources(job.sources, scan, plan, late, shards and shards.sources),
         capacity=job.capacity,
         seed=job.seed,
         tile_multiple=job.tile_multiple,
@@ -332,7 +335,7 @@ def _report(
         return make_report(samples, plan, facts)
 
 
-def _levels(plan: PackPlan, shards: Sequence[WrittenShard]) -> tuple[Level, ...]:
+def _levels(plan: PackPlan, shards: Iterable[WrittenShard]) -> tuple[Level, ...]:
     """Return the levels of difficulty, without the packs that could not be written."""
     lost_packs = [
         number * plan.packs_per_shard + pack
@@ -346,14 +349,11 @@ def _manifest(
     job: Job,
     scan: Scan,
     plan: PackPlan,
-    shards: list[WrittenShard],
+    shards: WrittenShards,
     late: list[Reject],
     tokenizer_facts: dict[str, Any],
 ) -> Manifest:
     """Return the manifest of the dataset, without shards and totals."""
-    taken: Counter[int] = Counter()
-    for written in shards:
-        taken.update({index: packed.samples for index, packed in written.sources.items()})
     reasons = Counter(scan.rejects) + Counter(reject.reason for reject in late)
     default = chat_format(job.template).system_message
     return Manifest(
@@ -381,11 +381,11 @@ def _manifest(
                 annotations=source.path,
                 root=source.root,
                 records=counts.records,
-                samples=taken[index],
+                samples=taken.samples,
                 repeat_time=source.repeat_time,
                 augment=source.augment,
             )
-            for index, (source, counts) in enumerate(zip(job.sources, scan.sources, strict=True))
+            for source, counts, taken in zip(job.sources, scan.sources, shards.sources, strict=True)
         ),
         levels=_levels(plan, shards),
         rejects=dict(sorted(reasons.items())),

@@ -11,7 +11,7 @@ import numpy as np
 
 from megavlm.data.packing.plan import PackPlan
 from megavlm.data.packing.scan import Scan
-from megavlm.data.packing.write_shards import SourceTotals, WrittenShard
+from megavlm.data.packing.write_shards import SourceTotals
 from megavlm.data.records.meta_file import Annotations
 from megavlm.data.records.reject import Reject
 from megavlm.io.record_file import RecordFile
@@ -71,7 +71,7 @@ def report_sources(
     scan: Scan,
     plan: PackPlan,
     late: Sequence[Reject],
-    shards: Sequence[WrittenShard] | None,
+    packed: Sequence[SourceTotals] | None,
 ) -> tuple[SourceReport, ...]:
     """Return the figures of each source, in the order of the meta file.
 
@@ -80,15 +80,9 @@ def report_sources(
         scan: their records.
         plan: the samples that were to be packed.
         late: records that the second pass rejected.
-        shards: what it wrote; None: a dry run.
+        packed: what it wrote of each file; None: a dry run.
     """
-    if shards is None:
-        taken = _planned(scan.rows, plan, len(sources))
-    else:
-        taken = [
-            sum_totals([shard.sources[index] for shard in shards if index in shard.sources])
-            for index in range(len(sources))
-        ]
+    taken = _planned(scan.rows, plan, len(sources)) if packed is None else packed
     all_tokens = max(1, sum(each.tokens for each in taken))
     lost = Counter(reject.source for reject in late)
     reports = []
@@ -100,27 +94,24 @@ def report_sources(
         for index in own:
             unread.update(scan.sources[index].unread)
         counts = [scan.sources[index] for index in own]
-        packed = dataclasses.asdict(sum_totals([taken[index] for index in own]))
-        if shards is None:
-            packed["images"] = None
+        total = SourceTotals()
+        for index in own:
+            total.add(taken[index])
+        figures = dataclasses.asdict(total)
+        if packed is None:
+            figures["images"] = None
         reports.append(
             SourceReport(
                 name=name,
                 records=sum(each.records for each in counts),
                 rejected=sum(sum(each.rejects.values()) for each in counts)
                 + sum(lost[index] for index in own),
-                share=packed["tokens"] / all_tokens,
+                share=total.tokens / all_tokens,
                 unread=dict(sorted(unread.items())),
-                **packed,
+                **figures,
             )
         )
     return tuple(reports)
-
-
-def sum_totals(parts: Sequence[SourceTotals]) -> SourceTotals:
-    """Add up what is in several shards, or of several sources."""
-    names = [field.name for field in dataclasses.fields(SourceTotals)]
-    return SourceTotals(**{name: sum(vars(part)[name] for part in parts) for name in names})
 
 
 def _planned(rows: RecordFile, plan: PackPlan, sources: int) -> list[SourceTotals]:

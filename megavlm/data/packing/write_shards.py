@@ -90,6 +90,15 @@ class SourceTotals:
         self.images += len(sample.images)
         self.deep_images += sum(image.deep for image in sample.images)
 
+    def add(self, other: SourceTotals) -> None:
+        """Add what is in another shard."""
+        self.samples += other.samples
+        self.text_only += other.text_only
+        self.tokens += other.tokens
+        self.tiles += other.tiles
+        self.images += other.images
+        self.deep_images += other.deep_images
+
 
 @dataclass(frozen=True, kw_only=True)
 class WrittenShard:
@@ -112,6 +121,37 @@ class WrittenShard:
     def to_json(self) -> str:
         """Return the content of the shard's marker."""
         return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+
+
+class WrittenShards:
+    """The finished shards of a packing. What they hold of each source is added up when it comes: a
+    shard of 60,000 samples has nearly as many sources if there are so many, and a packing may have
+    16,384 shards.
+
+    Args:
+        sources: number of sources.
+
+    Attributes:
+        sources: what all shards hold of each.
+    """
+
+    def __init__(self, sources: int) -> None:
+        self.sources = [SourceTotals() for _ in range(sources)]
+        self._by_number: dict[int, WrittenShard] = {}
+
+    def add(self, number: int, written: WrittenShard) -> None:
+        """Add a shard; each is added once."""
+        for source, totals in written.sources.items():
+            self.sources[source].add(totals)
+        self._by_number[number] = dataclasses.replace(written, sources={})
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._by_number
+
+    def __iter__(self) -> Iterator[WrittenShard]:
+        """Yield the shards in their order, without what they hold of each source."""
+        for number in sorted(self._by_number):
+            yield self._by_number[number]
 
 
 class Documents(OrderedDict[tuple[int, int], tuple[RawRecord, tuple[Sample, ...]]]):

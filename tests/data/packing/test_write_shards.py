@@ -17,10 +17,16 @@ from megavlm.data.packing.encode import Encoder
 from megavlm.data.packing.job import pack_dataset
 from megavlm.data.packing.plan import plan_packs
 from megavlm.data.packing.windows import Windows
-from megavlm.data.packing.write_shards import Documents
+from megavlm.data.packing.write_shards import (
+    Documents,
+    SourceTotals,
+    WrittenShard,
+    WrittenShards,
+)
 from megavlm.data.records.meta_file import single_source
 from megavlm.data.records.raw_record import RawRecord
 from megavlm.data.sample import Image, Sample
+from megavlm.data.store.manifest import Shard, Totals
 from megavlm.data.store.reader import Reader
 from megavlm.data.text.tokenizer import load_tokenizer
 from tests.data.packing.test_repair import bytes_of, chat, job, save
@@ -56,6 +62,26 @@ def test_the_documents_used_last_are_kept_up_to_a_size(monkeypatch: pytest.Monke
     ):
         keep(offset, size)
         assert [offset for _, offset in documents] == kept
+
+
+def test_what_shards_hold_of_sources_is_added_up_and_not_kept() -> None:
+    shards = WrittenShards(3)
+    for number in (1, 0):
+        counts = dict(samples=5, text_only=1, tokens=70, tiles=8, images=6, deep_images=2)
+        totals = SourceTotals(**{name: count + number for name, count in counts.items()})
+        shard = Shard(name=f"packs-{number}", packs=1, bin_bytes=64)
+        written = WrittenShard(
+            shard=shard, totals=Totals(), rejects=(), sources={0: totals, 2 - number: totals}
+        )
+        shards.add(number, written)
+    assert [(each.shard.name, each.sources) for each in shards] == [
+        ("packs-0", {}),
+        ("packs-1", {}),
+    ]
+    assert 0 in shards and 2 not in shards
+    names = ("samples", "text_only", "tokens", "tiles", "images", "deep_images")
+    found = [[vars(each)[name] for name in names] for each in shards.sources]
+    assert found == [[11, 3, 141, 17, 13, 5], [6, 2, 71, 9, 7, 3], [5, 1, 70, 8, 6, 2]]
 
 
 def test_a_document_with_a_damaged_image_is_left_out_whole(tmp_path: Path) -> None:
