@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from megavlm.data.packing.executors import ordered_map
+from megavlm.data.packing.file_ranges import FileToCut, cut_files
 from megavlm.data.packing.job_state import SHOWN_REJECTS, reject_lines, save_state
 from megavlm.data.packing.scan import HOPELESS_RECORDS, SAVE_INTERVAL_SECONDS
 from megavlm.data.packing.work_folder import partial_folder, publish
 from megavlm.data.records import scores
-from megavlm.data.records.readers import open_reader
 from megavlm.io import atomic
 from megavlm.io.progress import Progress
 from megavlm.io.remote import file_state
@@ -115,9 +115,12 @@ def _embedding_bytes(job: Job) -> int:
 def _tasks(job: Job) -> Iterator[ScoreTask]:
     """Cut the annotation files into tasks."""
     settings = job.for_workers
-    for number, source in enumerate(job.sources):
-        for extent in open_reader(source.path).ranges(RECORDS_PER_TASK):
-            yield ScoreTask(settings=settings, annotations=source, source=number, records=extent)
+    files = [FileToCut(path=source.path, records=RECORDS_PER_TASK) for source in job.sources]
+    for number, extents in enumerate(cut_files(files, job.processes, job.executor)):
+        for extent in extents:
+            yield ScoreTask(
+                settings=settings, annotations=job.sources[number], source=number, records=extent
+            )
 
 
 def _count(state: ScoringState, found: Scored, unscored_bytes: int) -> None:

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, TypeVar
 
 from megavlm.data.records.reject import Reject
@@ -29,7 +30,12 @@ class DamagedStateError(ValueError):
     """A file of a stopped job is not as the job left it."""
 
 
-def read_state(path: Path, kind: type[State], sources: int) -> State | None:
+def read_state(
+    path: Path,
+    kind: type[State],
+    sources: int,
+    of_source: Mapping[str, Any] = MappingProxyType({}),
+) -> State | None:
     """Read what ``save_state`` wrote; none if there is nothing, or if a power cut left the file
     empty.
 
@@ -37,6 +43,7 @@ def read_state(path: Path, kind: type[State], sources: int) -> State | None:
         path: of the state.
         kind: its dataclass.
         sources: how many the job has.
+        of_source: what earlier versions did not keep of each of them, and what it counts as.
 
     Raises:
         DamagedStateError: the file holds something else.
@@ -44,6 +51,10 @@ def read_state(path: Path, kind: type[State], sources: int) -> State | None:
     facts = atomic.read_json(path)
     if facts is None:
         return None
+    if isinstance(listed := facts.get("sources"), list):
+        facts["sources"] = [
+            {**of_source, **one} if isinstance(one, dict) else one for one in listed
+        ]
     try:
         state = build(kind, facts, str(path))
     except ValueError as error:
@@ -87,4 +98,11 @@ def save_state(path: Path, state: Any, *files: BinaryIO) -> None:
     """
     for file in files:
         atomic.sync_file(file)
-    atomic.write_text(path, json.dumps(dataclasses.asdict(state), ensure_ascii=False))
+    atomic.write_text(path, json.dumps(state, ensure_ascii=False, default=_fields))
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass by name. Unlike ``dataclasses.asdict`` it copies nothing:
+    a job has a hundred thousand sources, and saves them again and again.
+    """
+    return dataclasses.asdict(value) if isinstance(value, Reject) else vars(value)

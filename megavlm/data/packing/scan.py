@@ -8,19 +8,19 @@ when it resumes.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from megavlm.data.packing.encode import Images
 from megavlm.data.packing.executors import EncoderSettings, Executor, build_encoder, ordered_map
+from megavlm.data.packing.file_ranges import FileToCut, cut_files
 from megavlm.data.packing.job_state import reject_lines, save_state
+from megavlm.data.packing.repeats import MOST_SAMPLES
 from megavlm.data.packing.scan_state import (
     MOST_UNREAD_KEYS,
     ROW,
@@ -28,6 +28,7 @@ from megavlm.data.packing.scan_state import (
     ScanState,
     SourceCounts,
     count_measured,
+    first_unfinished,
     read_state,
 )
 from megavlm.data.records.meta_file import Annotations
@@ -146,8 +147,8 @@ def scan_records(
         All records; if none of the first ``HOPELESS_RECORDS`` can be used, only those.
 
     Raises:
-        ValueError: a source has other records than its ``length`` says, or a file is damaged so
-            that its records cannot be counted.
+        ValueError: a source has other records than its ``length`` says, a file is damaged so that
+            its records cannot be counted, or there are more samples than a dataset can have.
     """
     state = read_state(folder, len(sources))
     if not state.complete:
@@ -173,12 +174,12 @@ def _scan_rest(
     executor: Executor,
 ) -> None:
     """Measure the records that a state lacks, and bring it up to date."""
-    total_bytes = sum(file_state(source.path).size for source in sources)
-    tasks = islice(_tasks(sources, settings, images), state.tasks, None)
+    sizes = [file_state(source.path).size for source in sources]
+    tasks = _tasks(sources, sizes, settings, images, state, workers, executor)
     with (
         open(folder / state.rows_name, "ab") as rows,
         open(folder / state.rejects_name, "ab") as rejects,
-        Progress("reading", "B", total_bytes, state.bytes) as progress,
+        Progress("reading", "B", sum(sizes), state.bytes) as progress,
     ):
         rows.truncate(state.rows * ROW.itemsize)
         rejects.truncate(state.rejects_bytes)
@@ -190,7 +191,6 @@ def _scan_rest(
             rows.write(measured.rows.tobytes())
             lines = reject_lines(measured.rejects)
             rejects.write(lines)
-            state.tasks += 1
             state.bytes += measured.task.records.size
             state.rows += len(measured.rows)
             state.rejects_bytes += len(lines)
@@ -198,6 +198,11 @@ def _scan_rest(
             records += measured.counts.records
             rejected += len(measured.rejects)
             progress.add(measured.task.records.size, f"{records} records, {rejected} rejected")
+            if state.rows > MOST_SAMPLES:
+                raise ValueError(
+                    f"more than {MOST_SAMPLES:,} samples, the most that a dataset can have; pack"
+                    " the annotation files in several parts, and name all of them in --data.train"
+                )
             # Records that a filter leaves out are no reason to give up.
             if not state.rows and records >= HOPELESS_RECORDS:
                 unwanted = sum(count_unwanted(source.rejects) for source in state.sources)
@@ -254,31 +259,36 @@ def measure(task: ScanTask) -> Measured:
 
 
 def _tasks(
-    sources: Sequence[Annotations], settings: EncoderSettings, images: Images
+    sources: Sequence[Annotations],
+    sizes: Sequence[int],
+    settings: EncoderSettings,
+    images: Images,
+    state: ScanState,
+    workers: int,
+    executor: Executor,
 ) -> Iterator[ScanTask]:
-    """Cut the annotation files into tasks."""
-    for source, file in enumerate(sources):
-        for extent in _taken(file):
+    """Yield the tasks that a state lacks; ``sizes`` are bytes of the annotation files."""
+    files = [
+        FileToCut(
+            path=source.path,
+            records=RECORDS_PER_LARGE_TASK if size > LARGE_FILE_BYTES else RECORDS_PER_TASK,
+            share=source.repeat_time,
+        )
+        for source, size in zip(sources, sizes, strict=True)
+    ]
+    first, done = first_unfinished(state)
+    for number, extents in enumerate(cut_files(files[first:], workers, executor), start=first):
+        for extent in extents:
+            if done:
+                done -= 1
+                continue
             yield ScanTask(
-                settings=settings, annotations=file, source=source, records=extent, images=images
+                settings=settings,
+                annotations=sources[number],
+                source=number,
+                records=extent,
+                images=images,
             )
-
-
-def _taken(file: Annotations) -> Iterator[OffsetRange]:
-    """Yield the records of a file in ranges; of one that is taken less than once, the first share
-    of them.
-    """
-    reader = open_reader(file.path)
-    is_large = file_state(file.path).size > LARGE_FILE_BYTES
-    length = RECORDS_PER_LARGE_TASK if is_large else RECORDS_PER_TASK
-    if file.repeat_time >= 1:
-        yield from reader.ranges(length)
-        return
-    left = int(sum(extent.records for extent in reader.ranges(length)) * file.repeat_time)
-    for extent in reader.ranges(length):
-        if left > 0:
-            yield dataclasses.replace(extent, records=min(extent.records, left))
-        left -= extent.records
 
 
 def _check_lengths(sources: Sequence[Annotations], counts: Sequence[SourceCounts]) -> None:

@@ -49,6 +49,7 @@ class SourceCounts:
         deep_images: of them, those with more than 8 bits a channel.
         rejects: rejected records for each reason.
         unread: how many records have a key that was not read, for each key.
+        tasks: that are done.
     """
 
     records: int = 0
@@ -56,9 +57,10 @@ class SourceCounts:
     deep_images: int = 0
     rejects: dict[str, int] = field(default_factory=dict)
     unread: dict[str, int] = field(default_factory=dict)
+    tasks: int = 0
 
     def add(self, other: SourceCounts) -> None:
-        """Add other counts of the same source; of the keys, the most frequent stay."""
+        """Add other counts of the same source, but tasks; of the keys, the most frequent stay."""
         self.records += other.records
         self.images += other.images
         self.deep_images += other.deep_images
@@ -112,10 +114,22 @@ class ScanState:
 def count_measured(
     state: ScanState, source: int, counts: SourceCounts, rejects: Sequence[Reject]
 ) -> None:
-    """Add the counts of a task to a state."""
+    """Count a task of a source that is done."""
+    state.tasks += 1
+    state.sources[source].tasks += 1
     state.sources[source].add(counts)
     if rejects:
         state.first_rejects = _to_show([*state.first_rejects, *rejects])
+
+
+def first_unfinished(state: ScanState) -> tuple[int, int]:
+    """Return the first source that may have tasks left, and how many of its tasks are done: sources
+    before it need not be looked into again.
+    """
+    if sum(source.tasks for source in state.sources) != state.tasks:
+        return 0, state.tasks  # an earlier version counted those of all sources together
+    first = max((number for number, one in enumerate(state.sources) if one.tasks), default=0)
+    return first, state.sources[first].tasks if state.sources else 0
 
 
 def _to_show(rejects: Sequence[Reject]) -> list[Reject]:
@@ -127,7 +141,7 @@ def _to_show(rejects: Sequence[Reject]) -> list[Reject]:
 
 def read_state(folder: Path, sources: int) -> ScanState:
     """Read how far the scan in a folder is; raises DamagedStateError."""
-    state = job_state.read_state(folder / STATE_NAME, ScanState, sources)
+    state = job_state.read_state(folder / STATE_NAME, ScanState, sources, {"tasks": 0})
     if state is None:
         return ScanState(sources=[SourceCounts() for _ in range(sources)])
     check_length(folder / state.rows_name, state.rows * ROW.itemsize)

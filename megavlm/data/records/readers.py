@@ -34,17 +34,19 @@ class Format:
         name: of the format, for messages.
         endings: of its files, in lower case.
         open: makes a reader of a path; raises ValueError if the content is something else.
+        is_walked: whether its records are found by going from one to the next, which takes long.
     """
 
     name: str
     endings: tuple[str, ...]
     open: Callable[[str], Reader]
+    is_walked: bool = False
 
 
 FORMATS = (
     Format(name="JSON", endings=(".jsonl", ".json", ".ndjson", ".jsonlines"), open=open_json),
     Format(name="parquet", endings=(".parquet", ".pq"), open=ParquetFile),
-    Format(name="WebDataset or Energon", endings=(".tar",), open=open_archive),
+    Format(name="WebDataset or Energon", endings=(".tar",), open=open_archive, is_walked=True),
 )
 # Commands that unpack, by ending.
 COMPRESSED = {

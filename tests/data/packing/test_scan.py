@@ -62,6 +62,17 @@ def test_records_that_a_filter_leaves_out_are_no_reason_to_give_up(tmp_path: Pat
         pack_dataset(job(tmp_path, "none", sources=read_meta(tmp_path / "meta.json")))
 
 
+def test_more_samples_than_rows_can_be_counted_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join([chat()] * 5))
+    monkeypatch.setattr(scan, "MOST_SAMPLES", 4)
+    with pytest.raises(ValueError, match=r"^more than 4 samples, .*--data\.train$"):
+        pack_dataset(job(tmp_path))
+    monkeypatch.setattr(scan, "MOST_SAMPLES", 5)
+    assert pack_dataset(job(tmp_path, "most")).packed_records == 5
+
+
 def test_names_that_are_data_are_not_all_kept(tmp_path: Path) -> None:
     """Keys of records are, since there are few of them."""
     lines = [{"text": "a", "kept": 1, **{f"{n}.{k}": 1 for k in range(9)}} for n in range(100)]

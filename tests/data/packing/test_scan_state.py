@@ -68,8 +68,9 @@ def test_counts_of_tasks_add_up_and_the_first_rejects_stay() -> None:
     count_measured(state, 0, SourceCounts(records=1), rejects[6:])
     assert state.first_rejects == rejects[:5]
     assert state.sources == [
-        SourceCounts(records=1),
+        SourceCounts(records=1, tasks=1),
         SourceCounts(
+            tasks=2,
             records=18,
             images=8,
             deep_images=4,
