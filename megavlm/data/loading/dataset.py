@@ -208,9 +208,10 @@ class PackedDataset:
         """Return the index in ``source_names`` of each sample's source; int32 [N]."""
         numbers = self._number_of_file
         named = pack.provenance["source"]
-        if named.min() < 0 or named.max() >= len(numbers):
+        unknown = named[(named < 0) | (named >= len(numbers))]
+        if len(unknown):
             raise ReadError(
-                f"{self.folder}: pack {pack.pack_id} has samples of source {named.max()}, but"
+                f"{self.folder}: pack {pack.pack_id} has samples of source {unknown[0]}, but"
                 f" manifest.json lists {len(numbers)} sources; pack the dataset again"
             )
         return numbers[named]
@@ -391,10 +392,9 @@ def loss_positions(loss_weights: np.ndarray) -> np.ndarray:
     Returns:
         int64 [P], ascending, each position once
     """
-    tokens = len(loss_weights)
-    multiple = min(_LOSS_MULTIPLE, max(1, tokens // 16))
+    multiple = min(_LOSS_MULTIPLE, max(1, len(loss_weights) // 16))
     has_loss = loss_weights > 0
     wanted = max(1, int(has_loss.sum()))
-    count = min(tokens, -(-wanted // multiple) * multiple)
+    count = -(-wanted // multiple) * multiple
     filler = np.flatnonzero(~has_loss)[: count - int(has_loss.sum())]
     return np.sort(np.concatenate([np.flatnonzero(has_loss), filler])).astype(np.int64)

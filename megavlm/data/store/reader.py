@@ -181,9 +181,8 @@ class Reader:
         source = int(pack.provenance[sample]["source"])
         line = int(pack.provenance[sample]["line"])
         sources = self.manifest.sources
-        return (
-            f"{sources[source].annotations if source < len(sources) else f'source {source}'}:{line}"
-        )
+        is_known = 0 <= source < len(sources)
+        return f"{sources[source].annotations if is_known else f'source {source}'}:{line}"
 
     def check(self) -> int:
         """Read everything and verify all checksums; returns the number of packs.

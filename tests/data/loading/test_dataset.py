@@ -242,18 +242,15 @@ def test_images_that_are_not_decoded_are_not_read(tmp_path):
 
 @pytest.mark.parametrize("source", [1, -1])
 def test_a_source_that_the_manifest_does_not_list_is_told(tmp_path, source):
-    sample = Sample(
-        tokens=np.arange(5, dtype=np.int32),
-        supervised=np.ones(5, bool),
-        images=(),
-        source=source,
-        line=1,
-    )
+    facts = dict(supervised=np.ones(5, bool), images=(), line=1)
+    samples = [
+        Sample(tokens=np.arange(5, dtype=np.int32), source=which, **facts) for which in (0, source)
+    ]
     facts = dict(vocab_size=512, context_token_id=500, tile_size=32, features_per_tile=4)
-    write_packs(tmp_path, [[sample]], capacity=64, **facts)
+    write_packs(tmp_path, [samples], capacity=64, **facts)
     with pytest.raises(ReadError, match=f"of source {source}, but manifest.json lists 1 sources"):
         PackedDataset(tmp_path).batch(0, 0)
-    assert source < 0 or PackedDataset(tmp_path).origins(0) == ["source 1:1"]
+    assert PackedDataset(tmp_path).origins(0) == ["random.jsonl:1", f"source {source}:1"]
 
 
 @pytest.mark.parametrize("images", [(0, 1), (1, 0), (2, 0), (1, 1)])
