@@ -9,7 +9,7 @@ import multiprocessing.sharedctypes
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -64,7 +64,8 @@ def batches(
 
     Raises:
         ReadError: a pack cannot be read or decoded; names the pack and the sample's file and line.
-        WorkerError: a worker died or is stuck; names its pack, and where the samples come from.
+        WorkerError: a worker died or is stuck; names its pack, and where the samples come from. Or
+            one cannot be started.
     """
     make = partial(dataset.batch, **options)
     has_pixels = dataset.has_images and options.get("with_tiles", True)
@@ -82,8 +83,7 @@ def batches(
         worker_init_fn=_start_worker if workers else None,
         multiprocessing_context=start_method if workers else None,
     )
-    with starting_workers(start_method) as processes:
-        arriving = iter(loader)
+    arriving, processes = _start(loader, start_method)
     try:
         for position in positions:
             try:
@@ -100,7 +100,7 @@ def batches(
 
 
 class WorkerError(RuntimeError):
-    """A loader worker that died or is stuck."""
+    """A loader worker that died, is stuck or cannot be started."""
 
 
 @dataclass(frozen=True)
@@ -215,6 +215,22 @@ def _made(arrived: Batch | Unreadable) -> Batch:
     if isinstance(arrived, Unreadable):
         raise ReadError(arrived.reason)
     return arrived
+
+
+def _start(
+    loader: DataLoader, start_method: str | None
+) -> tuple[Iterator[Batch | Unreadable], list[BaseProcess]]:
+    """Return what the workers of a loader make, and the workers."""
+    try:
+        with starting_workers(start_method) as processes:
+            return iter(loader), processes
+    except OSError as error:
+        error.with_traceback(None)  # without DataLoader's frames, so that those started end
+        raise WorkerError(
+            f"--data.workers {loader.num_workers}: a loader worker cannot be started ({error}); use"
+            " fewer, or give the job more memory, processes (ulimit -u, --pids-limit of a"
+            " container), open files or /dev/shm"
+        ) from None
 
 
 def _explain(
