@@ -21,7 +21,11 @@ from megavlm.data.records.tar_reader import open_archive
 from megavlm.io import remote
 from megavlm.io.remote import is_remote
 
+# Readers that a process keeps: of those that hold a file open, and of those that hold its path. The
+# packs take records from all files, so that one which is not kept is made again for nearly every
+# record; of JSON that takes a look at the first megabyte.
 OPEN_FILES = 64
+KEPT_READERS = 2**16
 # What an imagefolder of Hugging Face's datasets calls its annotations.
 FOLDER_FILES = ("metadata.jsonl", "metadata.parquet")
 
@@ -35,17 +39,19 @@ class Format:
         endings: of its files, in lower case.
         open: makes a reader of a path; raises ValueError if the content is something else.
         is_walked: whether its records are found by going from one to the next, which takes long.
+        stays_open: whether a reader holds its file open.
     """
 
     name: str
     endings: tuple[str, ...]
     open: Callable[[str], Reader]
     is_walked: bool = False
+    stays_open: bool = False
 
 
 FORMATS = (
     Format(name="JSON", endings=(".jsonl", ".json", ".ndjson", ".jsonlines"), open=open_json),
-    Format(name="parquet", endings=(".parquet", ".pq"), open=ParquetFile),
+    Format(name="parquet", endings=(".parquet", ".pq"), open=ParquetFile, stays_open=True),
     Format(name="WebDataset or Energon", endings=(".tar",), open=open_archive, is_walked=True),
 )
 # Commands that unpack, by ending.
@@ -80,13 +86,22 @@ def find_format(path: str) -> Format:
     raise ValueError(f"annotation {path}: no format has this ending; the endings are {known}")
 
 
-@lru_cache(maxsize=OPEN_FILES)
 def open_reader(path: str) -> Reader:
-    """Open an annotation file.
+    """Open an annotation file, or return the reader that opened it before.
 
     Raises:
         ValueError: the file is not what its ending says.
     """
+    return (_open if find_format(path).stays_open else _look_into)(path)
+
+
+@lru_cache(maxsize=OPEN_FILES)
+def _open(path: str) -> Reader:
+    return find_format(path).open(path)
+
+
+@lru_cache(maxsize=KEPT_READERS)
+def _look_into(path: str) -> Reader:
     return find_format(path).open(path)
 
 

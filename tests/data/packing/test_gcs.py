@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megavlm.data.records.readers import open_reader
+from megavlm.data.records import readers
 from megavlm.data.store.reader import Reader
 from megavlm.io import remote
 from tests.data.packing.faulty_server import Faulty
@@ -84,7 +84,7 @@ def bucket(server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(remote, "PAUSE_SECONDS", 0.01)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     remote._remote_state.cache_clear()
-    open_reader.cache_clear()
+    readers._look_into.cache_clear()
     limit = aiohttp.ClientTimeout(total=None, sock_read=1)
     settings = {"token": "anon", "endpoint_url": address, "requests_timeout": limit}
     monkeypatch.setitem(conf, "gs", settings)

@@ -22,7 +22,7 @@ from megavlm.data.packing.asked_job import make_job
 from megavlm.data.packing.command_line import parse
 from megavlm.data.packing.job import pack_dataset
 from megavlm.data.packing.report import Report
-from megavlm.data.records.readers import open_reader
+from megavlm.data.records import readers
 from megavlm.data.store.reader import Reader
 from megavlm.io import remote
 from megavlm.model_source import image_model
@@ -61,7 +61,7 @@ def bucket(server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(remote, "PAUSE_SECONDS", 0.01)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     remote._remote_state.cache_clear()
-    open_reader.cache_clear()
+    readers._look_into.cache_clear()
     settings = {
         "key": "k",
         "secret": "s",

@@ -16,7 +16,7 @@ from megavlm.data.packing.asked_job import make_job
 from megavlm.data.packing.command_line import parse
 from megavlm.data.packing.job import pack_dataset
 from megavlm.data.packing.report import Report
-from megavlm.data.records.readers import open_reader
+from megavlm.data.records import readers
 from megavlm.data.store.reader import Reader
 from megavlm.io import remote
 from megavlm.model_source import image_model
@@ -77,7 +77,7 @@ def web(
         conf, "http", {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=2)}}
     )
     remote._remote_state.cache_clear()
-    open_reader.cache_clear()
+    readers._look_into.cache_clear()
     site = Web(has_ranges=request.param)
     lines = []
     archive = io.BytesIO()

@@ -22,7 +22,7 @@ import pytest
 from megavlm.data.records.meta_file import read_meta
 from megavlm.data.records.parse import parse_record
 from megavlm.data.records.raw_record import RawRecord
-from megavlm.data.records.readers import open_reader
+from megavlm.data.records.readers import find_format, open_reader
 from megavlm.data.records.reject import RejectError
 from tests.data.records.test_readers import energon, tar
 
@@ -45,7 +45,7 @@ VQA_ANSWERS = (
 
 def read_all(path: Path) -> tuple[list[RawRecord], int]:
     """Read a file as the packer does, and count the records that parse."""
-    reader = open_reader.__wrapped__(str(path))
+    reader = find_format(str(path)).open(str(path))
     found = []
     packed = 0
     for extent in reader.ranges(7):

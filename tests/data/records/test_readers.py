@@ -8,6 +8,7 @@ import io
 import json
 import os
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -15,11 +16,11 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from megavlm.data.records import json_reader
+from megavlm.data.records import json_reader, readers
 from megavlm.data.records.energon import Dataset, expand_braces, map_fields
 from megavlm.data.records.parse import parse_record
 from megavlm.data.records.raw_record import Reader
-from megavlm.data.records.readers import find_files, open_reader
+from megavlm.data.records.readers import OPEN_FILES, find_files, open_reader
 from megavlm.data.records.reject import RejectError
 
 CHAT = [
@@ -265,3 +266,27 @@ def test_json_in_a_text_of_parquet_keeps_the_rules(tmp_path, text):
     [raw] = all_entries(open_reader(str(tmp_path / "a.parquet")), 100)
     with pytest.raises(RejectError, match="conversations"):
         raw.fields()
+
+
+def test_files_are_looked_into_once_however_many_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+    monkeypatch.setattr(
+        readers,
+        "FORMATS",
+        tuple(
+            replace(row, open=lambda path, row=row: opened.append(path) or row.open(path))
+            for row in readers.FORMATS
+        ),
+    )
+    paths = [str(tmp_path / f"{number}.jsonl") for number in range(OPEN_FILES + 1)]
+    for path in paths:
+        Path(path).write_text(json.dumps(RECORDS[0]))
+    tables = [str(tmp_path / f"{number}.parquet") for number in range(OPEN_FILES + 1)]
+    for path in tables:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path)
+    for path in (*paths, *tables, paths[0], tables[0]):
+        assert next(open_reader(path).read(0, 1, 1)).number == 1
+    # Tables stay open, and a process may have few files open.
+    assert opened == [*paths, *tables, tables[0]]
