@@ -8,7 +8,7 @@ import numpy as np
 
 from megavlm.io.storage import Files, ReadError
 
-# Records that lie closer together than this are read at once.
+# Records that lie closer together than this are read at once, but no more than a chunk.
 GAP_BYTES = 1 << 14
 CHUNK_BYTES = 1 << 24
 
@@ -61,7 +61,9 @@ class RecordFile:
             raise IndexError(f"rows run from 0 to {self.count - 1}, not {asked}")
         wanted, back = np.unique(indices, return_inverse=True)
         found = np.empty(len(wanted), self.dtype)
-        breaks = np.flatnonzero(np.diff(wanted) * self.dtype.itemsize > GAP_BYTES) + 1
+        places = wanted * self.dtype.itemsize
+        is_far = np.diff(places) > GAP_BYTES
+        breaks = np.flatnonzero(is_far | (np.diff(places // CHUNK_BYTES) > 0)) + 1
         for first, last in zip([0, *breaks.tolist()], [*breaks.tolist(), len(wanted)], strict=True):
             if first < last:
                 run = self._read(int(wanted[first]), int(wanted[last - 1]) + 1)

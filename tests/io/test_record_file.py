@@ -44,6 +44,21 @@ def test_neighbours_are_read_at_once_and_what_lies_between_others_is_not(
     assert asked == [("rows", 6, 6 + 10 * size), ("rows", 6 + 4000 * size, 6 + 4001 * size)]
 
 
+def test_many_neighbours_are_read_in_chunks(
+    rows: RecordFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record_file, "CHUNK_BYTES", 100 * RECORD.itemsize)
+    sizes = []
+    read = LocalFiles.read
+    monkeypatch.setattr(
+        LocalFiles,
+        "read",
+        lambda self, name, start, end: sizes.append(end - start) or read(self, name, start, end),
+    )
+    assert np.array_equal(rows[np.arange(50, 350)], VALUES[50:350])
+    assert sizes == [count * RECORD.itemsize for count in (50, 100, 100, 50)]
+
+
 @pytest.mark.parametrize("chunk", [1, 7 * RECORD.itemsize - 1, 2**24])
 def test_a_column_is_read_in_parts(
     rows: RecordFile, monkeypatch: pytest.MonkeyPatch, chunk: int

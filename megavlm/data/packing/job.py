@@ -32,6 +32,7 @@ from megavlm.data.packing.scan import Scan, scan_records
 from megavlm.data.packing.scan_again import read_rejects_again
 from megavlm.data.packing.scan_state import STATE_NAME
 from megavlm.data.packing.settings import Job
+from megavlm.data.packing.shard_rows import shard_rows
 from megavlm.data.packing.source_list import FILE_NAME as SOURCES_NAME
 from megavlm.data.packing.source_list import write_sources
 from megavlm.data.packing.source_report import report_sources
@@ -272,7 +273,7 @@ def _write_shards(
     sources = write_sources(folder.absolute(), job.sources)
 
     def tasks() -> Iterator[ShardTask]:
-        for number in missing:
+        for number, rows in shard_rows(scan.rows, plan, missing):
             starts = plan.shard(number)
             yield ShardTask(
                 settings=settings,
@@ -280,7 +281,7 @@ def _write_shards(
                 folder=folder.absolute(),
                 number=number,
                 rules=rules,
-                rows=scan.rows[plan.order[starts[0] : starts[-1]]],
+                rows=rows,
                 starts=starts - starts[0],
                 decode_images=job.decode_images,
             )
