@@ -74,6 +74,7 @@ def test_tokens_labels_and_weights(dataset, reduction):
         expected = by_hand(dataset, pack_id, reduction)
         assert np.array_equal(batch.tokens, expected["tokens"])
         assert np.array_equal(batch.labels, expected["labels"])
+        assert batch.tokens.dtype == batch.labels.dtype == torch.int64
         assert np.allclose(batch.loss_weights, expected["loss_weights"], rtol=1e-6, atol=0)
         assert np.array_equal(batch.sample_ends, expected["sample_ends"])
         lengths = np.diff(expected["sample_ends"]).tolist()
@@ -184,6 +185,14 @@ def test_the_first_token_of_a_sample_is_nobodys_label():
     tokens = np.array([1, 2, 3, 4, 5], np.int32)
     found = label(tokens, np.ones(5, bool), np.array([2, 3]), "sample")
     assert [values.tolist() for values in found] == [[2, 0, 4, 5, 0], [1, 0, 0.5, 0.5, 0]]
+
+
+@pytest.mark.parametrize("reduction", ["token", "sample", "square"])
+def test_a_sample_without_a_supervised_token_weighs_nothing(reduction):
+    tokens = np.array([1, 2, 3, 4, 5], np.int32)
+    supervised = np.array([False, True, True, False, False])
+    _, weights = label(tokens, supervised, np.array([2, 3]), reduction)
+    assert weights.tolist() == [1, 0, 0, 0, 0]
 
 
 def test_weight_sum_does_not_depend_on_order(dataset):

@@ -101,6 +101,8 @@ def test_shares_together_are_the_whole_batch(dataset: PackedDataset, pack_id: in
             torch.equal(rank_slice.sample_ends, whole.sample_ends)
             and rank_slice.sample_lengths == whole.sample_lengths
             and rank_slice.longest_sample == whole.longest_sample
+            and rank_slice.prefixes == whole.prefixes
+            and rank_slice.samples == whole.samples
         )
         assert torch.equal(
             torch.from_numpy(own)[rank_slice.feature_positions],

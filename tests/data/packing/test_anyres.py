@@ -251,9 +251,10 @@ def test_slices_of_ranks_hold_every_feature_and_newline_once(data: Path) -> None
 
 
 def test_each_rank_has_the_mixed_features_of_its_own_tokens(videos: Path) -> None:
-    packs = pack(videos, *ONEVISION)
+    packs = pack(videos, *ONEVISION, "--patch_size", "4")
     whole = packs.batch(0, 0)
     mixed = whole.mixed
+    assert len(mixed.weights.unique(dim=0)) > 1, "7 features become 4, each by weights of its own"
     found = []
     for rank in range(2):
         own = RankSlice(context_rank=rank, context_ranks=2)
