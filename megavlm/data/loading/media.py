@@ -63,31 +63,31 @@ def find_media(
 ) -> Media | None:
     """Find which of a rank's tokens read which image of a pack; none unless an image has one
     placeholder token, as a patch of an image also has. ``reads_next`` as for ``images_read``,
-    ``rows`` as for ``sort_by_image``.
+    ``rows`` as for ``group_by_image``.
     """
     if manifest.features_per_tile != 1 or manifest.tiling == "patches":
         return None
     words = (manifest.context_token_id, manifest.end_token_id)
     read = images_read(pack.tokens, pack.lengths, *words, reads_next)
-    return sort_by_image(read, rows)
+    return group_by_image(read, rows)
 
 
-def sort_by_image(read: np.ndarray, rows: np.ndarray) -> Media:
-    """Sort a rank's tokens by the image that they read.
+def group_by_image(read: np.ndarray, rows: np.ndarray) -> Media:
+    """Group a rank's tokens by the image that they read.
 
     Args:
-        read: int64 [t], the image of each stored token of the whole pack; -1: none.
+        read: int64 [t], the image of each stored token of the whole pack, ascending as
+            ``images_read`` finds them; -1: none.
         rows: int64 [t], where each stored token is among the rank's tokens; -1: nowhere.
     """
     is_reading = (read >= 0) & (rows >= 0)
-    order = np.argsort(read[is_reading], kind="stable")
     images, sizes = np.unique(read[is_reading], return_counts=True)
     is_real = len(images) > 0
     if not is_real:
         images = np.zeros(1, np.int64)
         sizes = np.ones(1, np.int64)
     return Media.of(
-        rows=rows[is_reading][order] if is_real else np.zeros(1, np.int64),
+        rows=rows[is_reading] if is_real else np.zeros(1, np.int64),
         ends=np.append(0, np.cumsum(sizes)).astype(np.int32),
         images=images,
         image_ends=np.arange(len(images) + 1, dtype=np.int32),

@@ -12,7 +12,7 @@ import torch
 
 from megavlm.data.images.decode import decode_tiles
 from megavlm.data.loading.dataset import PackedDataset, label
-from megavlm.data.loading.draws import drop_path_draws
+from megavlm.data.loading.draws import drop_path_draws, pack_draw, patch_draws
 from megavlm.data.sample import Image, Sample
 from megavlm.data.store import reader
 from megavlm.data.store.manifest import Manifest, Source
@@ -168,6 +168,17 @@ def test_patches_are_kept_by_seed_and_place(dataset):
     expected = len(seen) * 24 / 49
     assert (counts > 0.3 * expected).all() and (counts < 2 * expected).all()
     assert dataset.batch(0, 7).kept_patches is None
+
+
+def test_a_batch_has_the_draws_of_its_seed_and_position(dataset):
+    for pack_id in range(len(dataset)):
+        batch = dataset.batch(pack_id, 7, seed=5, vision_layers=2, patches=(9, 4))
+        tiles = max(1, dataset.reader.read(pack_id).tiles)
+        draws = np.concatenate([batch.drop_path_draws, batch.pair_draws])
+        assert np.array_equal(draws, drop_path_draws(5, 7, 6, tiles))
+        order = np.argsort(patch_draws(5, 7, 9, tiles), axis=0)
+        assert np.array_equal(batch.kept_patches, np.sort(order[:4], axis=0))
+        assert batch.draw == pack_draw(5, 7)
 
 
 def test_without_tiles_all_else_is_equal(dataset):

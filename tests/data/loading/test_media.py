@@ -16,7 +16,7 @@ from transformers.models.idefics import processing_idefics
 
 from megavlm.data.loading.dataset import PackedDataset, sample_positions
 from megavlm.data.loading.draws import next_image_draws
-from megavlm.data.loading.media import find_media, images_read, sort_by_image
+from megavlm.data.loading.media import find_media, group_by_image, images_read
 from megavlm.data.loading.rank_slice import RankSlice
 from megavlm.data.sample import Sample
 from megavlm.model.attention import PackedAttention, PackedSamples
@@ -105,8 +105,9 @@ def test_the_samples_below_the_share_read_the_next_image(tmp_path: Path) -> None
     # With the next image, the tokens in front of it read it, too.
     assert media.ends.diff().tolist() == [4 if is_next else 2 for is_next in reads_next]
     # A patch has one placeholder token, too, and is no image.
-    patches = replace(dataset.manifest, tiling="patches")
-    assert find_media(dataset.reader.read(0), patches, np.arange(48)) is None
+    for other in (dict(tiling="patches"), dict(features_per_tile=2)):
+        manifest = replace(dataset.manifest, **other)
+        assert find_media(dataset.reader.read(0), manifest, np.arange(48)) is None
 
 
 def test_segments_attend_as_a_dense_mask_says_on_any_number_of_ranks() -> None:
@@ -119,7 +120,8 @@ def test_segments_attend_as_a_dense_mask_says_on_any_number_of_ranks() -> None:
         ranks = 1 + number % 2
         capacity = int((-(-lengths // 4) * 4).sum()) + 8
         positions, ends = sample_positions(lengths, 4, capacity)
-        read = images_read(tokens, lengths, IMAGE, END)
+        reads_next = rng.random(len(lengths)) < 0.5
+        read = images_read(tokens, lengths, IMAGE, END, reads_next)
         images = max(int((tokens == IMAGE).sum()), 1)
         query = torch.randn(capacity, 2, 4)
         key, value = torch.randn(2, images * features, 2, 4)
@@ -134,7 +136,7 @@ def test_segments_attend_as_a_dense_mask_says_on_any_number_of_ranks() -> None:
             own = RankSlice(context_rank=rank, context_ranks=ranks).tokens(ends)
             local = np.full(capacity, -1)
             local[own] = np.arange(len(own))
-            media = sort_by_image(read, local[positions])
+            media = group_by_image(read, local[positions])
             mine = query[own]
             found = torch.zeros(len(own), 8)
             if media.is_real:
@@ -152,4 +154,5 @@ def test_segments_attend_as_a_dense_mask_says_on_any_number_of_ranks() -> None:
                 assert media.lengths == tuple(media.ends.diff().tolist())
             else:
                 assert (seen[own] < 0).all() and media.ends.tolist() == [0, 1]
+                assert media.rows.tolist() == media.images.tolist() == [0]
             torch.testing.assert_close(found.view(-1, 2, 4), expected[own], atol=1e-6, rtol=1e-5)
