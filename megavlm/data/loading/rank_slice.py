@@ -23,7 +23,7 @@ class RankSlice:
     context_rank: int = 0
     context_ranks: int = 1
 
-    def tiles(self, tiles: int, multiple: int = 1) -> range:
+    def tiles(self, tiles: int, multiple: int) -> range:
         """Return the indices of this rank's tiles. All ranks get the same number, at least one;
         indices from ``tiles`` on are padding tiles.
 

@@ -4,6 +4,8 @@ positions that go with them.
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -69,12 +71,18 @@ def test_tokens_are_cut_as_transformer_engine_cuts_them() -> None:
     assert first == [0, 1, 6, 7, 8, 11] and second == [2, 3, 4, 5, 9, 10]
 
 
-def test_samples_that_cannot_be_cut_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("lengths", "told"), [([8, 6], "[6]"), ([8, 5, 6, 12, 7, 9], "[5, 6, 7]")], ids=["one", "many"]
+)
+def test_samples_that_cannot_be_cut_are_refused(lengths: list[int], told: str) -> None:
     with pytest.raises(
         ValueError,
-        match=r"samples of \[6\] tokens .* --parallel.context_parallel_size 2 .* --alignment 4",
+        match=(
+            rf"samples of {re.escape(told)} tokens .* --parallel.context_parallel_size 2 .*"
+            " --alignment 4"
+        ),
     ):
-        RankSlice(context_rank=0, context_ranks=2).tokens(np.array([0, 8, 14]))
+        RankSlice(context_rank=0, context_ranks=2).tokens(np.cumsum([0, *lengths]))
 
 
 @pytest.mark.parametrize("pack_id", range(8))
