@@ -8,6 +8,8 @@ from fractions import Fraction
 from typing import Literal
 
 Sampling = Literal["packs", "sqrt"]
+# Weights are rounded to shares of so many positions in the order of packs.
+BLOCK = 2**16
 
 
 def shares_of(
@@ -41,3 +43,19 @@ def exact_shares(weights: Sequence[float]) -> list[Fraction]:
     exact = [Fraction(str(weight)) for weight in weights]
     whole = sum(exact)
     return [weight / whole for weight in exact]
+
+
+def whole_shares(weights: Sequence[float], block: int) -> list[int]:
+    """Return the positions of a block that each weight has: its share, rounded by the largest
+    remainders. Their sum is ``block``.
+
+    Args:
+        weights: as for ``exact_shares``.
+        block: positions.
+    """
+    exact = [share * block for share in exact_shares(weights)]
+    counts = [math.floor(count) for count in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda owner: exact[owner] % 1, reverse=True)
+    for owner in by_remainder[: block - sum(counts)]:
+        counts[owner] += 1
+    return counts

@@ -11,7 +11,7 @@ from megavlm.config.connectors import CONNECTORS
 from megavlm.config.differences import is_same
 from megavlm.config.fp8 import fp8_multiple
 from megavlm.config.freeze_mask import parts_named
-from megavlm.config.sampling import exact_shares, shares_of
+from megavlm.config.sampling import BLOCK, exact_shares, shares_of, whole_shares
 from megavlm.config.schema import ANY, Architecture, Config
 from megavlm.config.tiling import WITH_GRIDS
 
@@ -256,8 +256,8 @@ def _together(config: Config, facts: Sequence[DatasetFacts]) -> Iterator[str]:
             f"--data.curriculum true: {config.data.train} has no levels of difficulty; pack with"
             " --difficulty or with difficulty in the meta file, or leave --data.curriculum out"
         )
-    if config.data.batch_shares and len(train) == len(config.data.train_folders):
-        yield from _batch_shares(config, train)
+    if len(train) == len(config.data.train_folders):
+        yield from (_batch_shares if config.data.batch_shares else _shares)(config, train)
 
 
 def batch_warnings(config: Config, facts: Sequence[DatasetFacts]) -> Iterator[str]:
@@ -298,16 +298,38 @@ def _batch_shares(config: Config, train: Sequence[DatasetFacts]) -> Iterator[str
             )
 
 
+def _shares(config: Config, train: Sequence[DatasetFacts]) -> Iterator[str]:
+    """Training sets whose share of all packs that are drawn is rounded to none."""
+    weights = _weights(config, train)
+    if not weights:
+        return
+    drawn = zip(train, exact_shares(weights), whole_shares(weights, BLOCK), strict=True)
+    for dataset, share, count in drawn:
+        if not count:
+            yield (
+                f"--data.train {dataset.folder}: has a share of {float(share):.2g} of the packs"
+                f" that are drawn, which is less than one of {BLOCK:,}; give it a larger one by"
+                " --data.weights, or pack it together with another folder's data"
+            )
+
+
+def _weights(config: Config, train: Sequence[DatasetFacts]) -> tuple[float, ...]:
+    """Return what is drawn from each training set, compared with the others; empty if that is no
+    number above 0, which is reported by itself.
+    """
+    packs = [dataset.num_packs for dataset in train]
+    samples = [dataset.num_samples for dataset in train]
+    weights = shares_of(config.data.weights, config.data.sampling, packs, samples)
+    fits = len(weights) == len(train) and all(0 < weight < math.inf for weight in weights)
+    return weights if fits else ()
+
+
 def _packs_of_step(
     config: Config, train: Sequence[DatasetFacts]
 ) -> Iterator[tuple[DatasetFacts, float]]:
     """Yield each training set with the packs that a step draws from it on average."""
-    packs = [dataset.num_packs for dataset in train]
-    samples = [dataset.num_samples for dataset in train]
-    weights = shares_of(config.data.weights, config.data.sampling, packs, samples)
-    if not all(0 < weight < math.inf for weight in weights):
-        return
-    for dataset, share in zip(train, exact_shares(weights), strict=False):
+    weights = _weights(config, train)
+    for dataset, share in zip(train if weights else (), exact_shares(weights), strict=True):
         yield dataset, float(share * config.training.global_batch_size)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from megavlm.config.sampling import Sampling, exact_shares, shares_of
+from megavlm.config.sampling import BLOCK, Sampling, exact_shares, shares_of, whole_shares
 from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.curriculum import Curriculum
 from megavlm.data.loading.dataset import PackedDataset
@@ -32,8 +32,6 @@ from megavlm.data.store.index_format import RECORD
 from megavlm.data.store.manifest import Manifest
 from megavlm.io.open_files import OpenFiles
 
-# Weights are rounded to shares of so many positions.
-BLOCK = 2**16
 WINDOW = 64
 
 
@@ -94,11 +92,7 @@ class BlendPlan:
         """Positions of a block that each dataset has: its share, rounded by the largest remainders;
         int64, their sum is ``block``.
         """
-        exact = [share * self.block for share in exact_shares(self.weights)]
-        counts = np.array([math.floor(count) for count in exact], np.int64)
-        by_remainder = sorted(range(len(exact)), key=lambda owner: exact[owner] % 1, reverse=True)
-        counts[by_remainder[: self.block - counts.sum()]] += 1
-        return counts
+        return np.array(whole_shares(self.weights, self.block), np.int64)
 
     def describe(self, names: Sequence[str]) -> str:
         """Describe the shares of datasets with these ``names``."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megavlm.config.checks.data import data_problems
 from megavlm.config.checks.datasets import batch_warnings, held_out_problems
 from megavlm.config.checks.rules import ConfigError, check, facts_problems
 from megavlm.config.cli import parse
@@ -151,6 +152,26 @@ def test_shares_of_a_batch_are_a_pack_at_least(packs: Path, options: str, wrong:
     assert wrong is None or (
         wrong in problems[0] and "--training.global_batch_size 20" in problems[0]
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong"),
+    [
+        ("", "--data.train a: has a share of 5e-07 of"),
+        ("--data.weights 1,1", None),
+        ("--data.weights 1e9,1", "--data.train b: has a share of 1e-09 of"),
+        ("--data.weights 1e9,0", "--data.weights 1000000000.0,0.0: each must be above 0"),
+    ],
+)
+def test_a_folder_that_no_pack_would_be_drawn_from_is_told(
+    packs: Path, options: str, wrong: str | None
+):
+    config = tiny(packs, "--data.train", f"{packs},{packs}", *options.split())
+    sizes = {"a": 4, "b": 8_000_000}
+    sets = [facts(config, folder=name, num_packs=number) for name, number in sizes.items()]
+    problems = [*facts_problems(config, sets), *data_problems(config.data)]
+    assert len(problems) == (wrong is not None)
+    assert wrong is None or problems[0].startswith(wrong)
 
 
 def test_a_share_of_a_pack_to_the_last_digit_is_one(packs: Path):

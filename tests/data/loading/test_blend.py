@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from megavlm.data.loading.blend import BLOCK, BlendedDataset, BlendPlan, open_blend
+from megavlm.config.sampling import BLOCK
+from megavlm.data.loading.blend import BlendedDataset, BlendPlan, open_blend
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.loader import batches
 from megavlm.data.loading.order import Plan

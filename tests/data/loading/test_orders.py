@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megavlm.data.loading.blend import BLOCK, BlendedDataset, BlendPlan, open_blend
+from megavlm.config.sampling import BLOCK
+from megavlm.data.loading.blend import BlendedDataset, BlendPlan, open_blend
 from megavlm.data.loading.curriculum import Curriculum
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.loader import batches
