@@ -10,14 +10,17 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
+_MOST_SHOWN = 8
+
 
 class RankError(RuntimeError):
     """What went wrong on some ranks, with files as a rule; every rank raises it."""
 
 
 def gather_errors(error: str) -> str:
-    """Return what went wrong on all ranks, each text with the first rank that says it; empty if
-    nothing did. Collective.
+    """Return what went wrong on all ranks, each text with the first rank that says it, and how many
+    there are if they are many, since each may name a file of its rank; empty if nothing did.
+    Collective.
 
     Args:
         error: of this rank; empty if there is none.
@@ -25,7 +28,9 @@ def gather_errors(error: str) -> str:
     errors: list = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     told = {text: rank for rank, text in reversed(list(enumerate(errors))) if text}
-    return "; ".join(f"rank {rank}: {text}" for text, rank in reversed(told.items()))
+    listed = [f"rank {rank}: {text}" for text, rank in reversed(told.items())]
+    more = [f"and {len(listed) - _MOST_SHOWN} more"] if len(listed) > _MOST_SHOWN else []
+    return "; ".join([*listed[:_MOST_SHOWN], *more])
 
 
 @contextmanager

@@ -14,6 +14,8 @@ _OF_A_JOB = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 # and NCCL's.
 _CONNECTIONS = 3
 _OTHER_FILES = 64
+# Characters of a reason that torchrun repeats for each rank.
+_MOST_REPEATED = 2000
 
 
 def world_size() -> int:
@@ -86,7 +88,7 @@ def name_of_rank() -> str:
 
 def refuse(text: str, *, is_printed: bool = True) -> None:
     """Say why the run ends, and leave it where torchrun finds it, which repeats it last, below its
-    own traceback.
+    own traceback: once for each rank, so of a long text the beginning is left.
 
     Args:
         text: the reason, in words.
@@ -96,6 +98,8 @@ def refuse(text: str, *, is_printed: bool = True) -> None:
         print(text, file=sys.stderr, flush=True)
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
+        if len(text) > _MOST_REPEATED:
+            text = f"{text[:_MOST_REPEATED]} ... (the rest is told once, by rank 0 or by this rank)"
         more = {"py_callstack": text, "timestamp": str(int(time.time()))}
         try:
             with open(path, "w", encoding="utf-8") as file:

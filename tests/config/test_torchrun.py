@@ -89,6 +89,18 @@ def test_a_refusal_is_left_where_torchrun_reads_it(
     assert json.loads(path.read_text())["message"]["extraInfo"]["py_callstack"] == "error: no packs"
 
 
+def test_of_a_long_refusal_the_beginning_is_repeated_for_each_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    text = f"error: step 7, on packs {list(range(4096))}"
+    torchrun.refuse(text)
+    left = json.loads(path.read_text())["message"]["message"]
+    assert capsys.readouterr().err == f"{text}\n"
+    assert left.startswith(text[:2000]) and "told once" in left and len(left) < 2100
+
+
 def test_checks_that_need_no_model_run_without_torch(tmp_path: Path) -> None:
     """A folder in front of all others holds a torch that cannot be imported."""
     (tmp_path / "torch.py").write_text("raise RuntimeError('torch was imported')\n")

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
-from megavlm.checkpoint import base_files
+from megavlm.checkpoint import base_files, rank_errors
 from megavlm.checkpoint.rank_errors import RankError, gather_errors
 from megavlm.config.schema import Config
 from megavlm.train import resume
@@ -173,6 +173,23 @@ def note_files(folder: Path) -> tuple[str, str]:
         except RankError as found:
             error = str(found)
     return error, gather_errors("" if dist.get_rank() == 1 else "full")
+
+
+def gather_many() -> list[str]:
+    """Gather an error that all ranks have, and one that each has for itself, whole and cut."""
+    from megavlm.parallel import backend
+
+    backend.start(5)
+    own = f"/run/__{dist.get_rank()}_0.distcp: {ERROR}"
+    found = [gather_errors(ERROR), gather_errors(own)]
+    with mock.patch.object(rank_errors, "_MOST_SHOWN", 2):
+        return [*found, gather_errors(own)]
+
+
+def test_of_many_errors_the_first_are_told(ranks: Pool) -> None:
+    each = [f"rank {rank}: /run/__{rank}_0.distcp: {ERROR}" for rank in range(4)]
+    told = [f"rank 0: {ERROR}", "; ".join(each), "; ".join([*each[:2], "and 2 more"])]
+    assert ranks.run(gather_many, 4) == [told] * 4
 
 
 def test_files_of_base_weights_that_one_rank_cannot_read(ranks: Pool, tmp_path: Path) -> None:
