@@ -7,6 +7,7 @@ speaks of the files as they are to be.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -31,7 +32,11 @@ def write(folder: Path, known: dict[str, Sum]) -> None:
     from the folder, are read for it. Those that are may be of other machines, and not yet seen by
     this one in a network file system.
     """
-    there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    there = {
+        str(Path(inside).relative_to(folder) / name)
+        for inside, _, names in os.walk(folder)  # which asks for the kind of no file
+        for name in names
+    }
     names = sorted(there | known.keys())
     sums = {name: known.get(name) or measure(folder / name) for name in names}
     (folder / FILE_NAME).write_text(

@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import uuid
+from collections.abc import Collection
 from pathlib import Path
 
 from megavlm.checkpoint import lock, train_state
@@ -91,11 +92,16 @@ def _remove(entry: Path, *, ignore_errors: bool = False) -> None:
         entry.unlink(missing_ok=True)
 
 
-def publish(growing: Path, target: Path) -> None:
+def publish(growing: Path, target: Path, flushed: Collection[str] = ()) -> None:
     """Give a complete checkpoint its name, then move ``latest``, so that a power cut at any moment
     leaves a whole one named.
+
+    Args:
+        growing: the checkpoint.
+        target: with its name.
+        flushed: files in it that are on the disk already, as for ``atomic.sync_tree``.
     """
-    atomic.sync_tree(growing)
+    atomic.sync_tree(growing, flushed)
     before = _set_aside(target) if target.exists() else None
     atomic.rename(growing, target)
     atomic.write_text(target.parent / LATEST, target.name + "\n")

@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -84,11 +84,18 @@ def rename(flushed: Path, target: Path) -> None:
     _sync(target.parent)
 
 
-def sync_tree(root: Path) -> None:
-    """Wait until a folder and all that is in it are on the disk."""
+def sync_tree(root: Path, flushed: Collection[str] = ()) -> None:
+    """Wait until a folder and all that is in it are on the disk.
+
+    Args:
+        root: the folder.
+        flushed: files that are, by their paths from it; whoever wrote them has waited.
+    """
     for folder, _, names in os.walk(root):
         for name in names:
-            _sync(Path(folder) / name)
+            path = Path(folder) / name
+            if str(path.relative_to(root)) not in flushed:
+                _sync(path)
         _sync(Path(folder))
 
 

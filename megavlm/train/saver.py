@@ -251,7 +251,8 @@ class Saver:
         train_state.write(self._state, growing)
         checksums.write(growing, sums)
         target = self._root / directory.step_name(self._state.step)
-        directory.publish(growing, target)
+        # Shards are flushed by those who write them, two files of each rank.
+        directory.publish(growing, target, flushed=sums.keys())
 
     def _drop_old(self, target: Path) -> None:
         """Remove the checkpoints that ``target`` makes superfluous. It is whole whether or not that

@@ -61,12 +61,16 @@ def test_all_of_a_folder_is_flushed_before_it_is_renamed(
 
 def test_a_checkpoint_is_flushed_once(tmp_path: Path, events: list[tuple[str, int]]) -> None:
     growing = tmp_path / "growing"
-    growing.mkdir()
-    (growing / "file").write_text("x")
+    (growing / "shards").mkdir(parents=True)
+    for name in ("file", "shards/file", "shards/other"):
+        (growing / name).write_text("x")
     target = tmp_path / "step_00000007"
-    directory.publish(growing, target)
+    directory.publish(growing, target, flushed={"shards/file"})
     flushed = ("flush", (target / "file").stat().st_ino)
     assert events.count(flushed) == 1
+    assert ("flush", (target / "shards" / "other").stat().st_ino) in events
+    assert ("flush", (target / "shards").stat().st_ino) in events
+    assert ("flush", (target / "shards" / "file").stat().st_ino) not in events
     renames = [("rename", path.stat().st_ino) for path in (target, tmp_path / "latest")]
     assert [event for event in events if event in (flushed, *renames)] == [flushed, *renames]
 

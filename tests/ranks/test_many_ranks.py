@@ -123,6 +123,43 @@ def _check(fault: str) -> str:
     return ""
 
 
+def _flushed(folder: Path) -> tuple[set[str], set[str]]:
+    """Save shards; return the files of which this rank tells the checksum, and those of which it,
+    or a process that it starts, waits until they are on the disk.
+    """
+    import os
+
+    import torch.distributed as dist
+
+    from megavlm.checkpoint.async_writer import Writing
+    from megavlm.parallel import cpu_backend
+
+    cpu_backend.install()
+    rank = dist.get_rank()
+    noted = folder / f"flushed.{rank}"
+    fsync = os.fsync
+
+    def watched(file: int) -> None:
+        fsync(file)
+        with noted.open("a") as names:
+            names.write(Path(f"/proc/self/fd/{file}").readlink().name + "\n")
+
+    (folder / "shards").mkdir(exist_ok=True)
+    dist.barrier()
+    with mock.patch.object(os, "fsync", watched):
+        writing = Writing(_entries(rank, dist.get_world_size()), folder / "shards", beside=False)
+        sums = writing.wait().sums
+        told = set(noted.read_text().split())
+        writing.describe()
+    return {Path(name).name for name in sums}, told
+
+
+def test_ranks_flush_the_shards_that_they_write(ranks: Pool, tmp_path: Path) -> None:
+    """The first one does not when it names the checkpoint."""
+    for written, flushed in ranks.run(_flushed, 2, tmp_path):
+        assert written and written <= flushed
+
+
 def test_a_save_tells_and_a_load_reads_the_same_however_many_replicas_there_are(
     ranks: Pool, tmp_path: Path
 ) -> None:
