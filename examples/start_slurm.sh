@@ -4,5 +4,5 @@ read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST") # the fir
 export MASTER_ADDR MASTER_PORT="$((20000 + SLURM_JOB_ID % 10000))"
 # Threads of the training process; loader processes take one each (--data.workers).
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
-# torchrun's store has three connections to each rank, and the usual limit is 1,024.
+# torchrun's store has four connections to each rank, and the usual limit is 1,024.
 ulimit -n "$(ulimit -H -n)"

@@ -329,7 +329,8 @@ class Health:
         hang_factor: report what every rank is doing if one makes no progress for this many times
             its longest recent wait; 0: never.
         hang_seconds: shortest time without progress to report; the first step may take
-            ``hang_factor`` times as long.
+            ``hang_factor`` times as long. Also how long ranks go on when the process of another one
+            has ended.
     """
 
     speed_check: bool = True

@@ -10,9 +10,9 @@ import sys
 import time
 
 _OF_A_JOB = ("RANK", "MASTER_ADDR", "MASTER_PORT")
-# Connections of a rank to the key-value store that torchrun serves: the rank's own, the watchdog's,
-# and NCCL's.
-_CONNECTIONS = 3
+# Connections of a rank to the key-value store that torchrun serves: the rank's own, those of the
+# watchdog and of the watch for lost ranks, and NCCL's.
+_CONNECTIONS = 4
 _OTHER_FILES = 64
 # Characters of a reason that torchrun repeats for each rank.
 _MOST_REPEATED = 2000

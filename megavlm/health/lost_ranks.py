@@ -1,4 +1,4 @@
-"""Notices that the process of a rank has ended while the others train.
+"""Notices that the process of a rank has ended while the others go on.
 
 A process that was killed says nothing. torchrun of its machine notices, and ends the other ranks of
 that machine; those of other machines wait in a collective until it times out. So each rank looks
@@ -8,15 +8,74 @@ store.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
+import sys
+import threading
 
 import torch.distributed as dist
 
+from megavlm.config import torchrun
 from megavlm.io import processes
 
 _LOST = "lost"
+_LONGEST_INTERVAL = 5.0
+
+
+class LostRankWatch:
+    """Ends this process soon after that of another rank has ended; as a context manager it starts
+    and ends the thread that looks.
+
+    Args:
+        store: shared by all ranks of the run, by a connection of its own.
+        rank: of this process in the world.
+        local_rank, local_size: as for ``LostRanks``.
+        seconds: how long this rank may go on, since it may be about to name a checkpoint, or to
+            tell what went wrong.
+    """
+
+    def __init__(
+        self, store: dist.Store, rank: int, local_rank: int, local_size: int, seconds: float
+    ) -> None:
+        self._store = store
+        self._ranks = LostRanks(store, rank, local_rank, local_size)
+        self._seconds = seconds
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="lost ranks", daemon=True)
+
+    def __enter__(self) -> None:
+        self._ranks.join()
+        self._thread.start()
+
+    def __exit__(self, kind: type | None, *exception) -> None:
+        self._ended.set()
+        if kind is None:
+            with contextlib.suppress(RuntimeError):  # the store is gone, with those that are done
+                self._ranks.leave()
+
+    def _watch(self) -> None:
+        interval = min(self._seconds / 4, _LONGEST_INTERVAL)
+        lost = ""
+        while not lost and not self._ended.wait(interval):
+            with contextlib.suppress(RuntimeError):  # torchrun ends ranks whose store is gone
+                lost = self._ranks.find()
+        if not lost:
+            return
+        with contextlib.suppress(RuntimeError):
+            if self._store.add("lost/teller", 1) == 1:
+                print(
+                    f"the process of {lost} has ended, and the run cannot go on without it; the"
+                    f" others end in {self._seconds:g} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        if not self._ended.wait(self._seconds):
+            _end(
+                f"{lost} has ended, and this rank waited for it; why it did is above, or it was"
+                " killed"
+            )
 
 
 class LostRanks:
@@ -62,12 +121,18 @@ class LostRanks:
         if not self._known:
             key = f"process/{self._next}"
             if not self._store.check([key]):
-                return False  # it has not begun to train
+                return False  # it has not begun
             self._known = json.loads(self._store.get(key))
         boot, namespace, pid, started = self._known
         if not boot or not namespace or [boot, namespace] != _identity(os.getpid())[:2]:
             return False  # its number means nothing here
         return processes.start_ticks(int(pid)) != started
+
+
+def _end(reason: str) -> None:
+    """End this process, whose main thread waits in a collective that nothing can end."""
+    torchrun.refuse(f"error on {torchrun.name_of_rank()}: {reason}", is_printed=False)
+    os._exit(1)
 
 
 def _identity(pid: int) -> list[str]:

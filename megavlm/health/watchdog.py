@@ -6,15 +6,11 @@ thread that looks how long ago its training thread last made progress. When that
 usual it raises an alarm in the ranks' key-value store; all ranks answer with what they are doing,
 which collectives they wait in, and their Python stacks; and one of them prints it, sorted. A rank
 that does not answer is frozen or gone. Nothing is ended: that is left to the collectives' timeout.
-But if the process of a rank has ended, the run cannot go on, and its ranks end as soon as they make
-no progress.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import socket
 import sys
 import threading
@@ -26,10 +22,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from megavlm.config import torchrun
 from megavlm.config.schema import Health
 from megavlm.health.diagnostics import pending, stacks
-from megavlm.health.lost_ranks import LostRanks
 from megavlm.health.rank_names import named
 
 _REMEMBERED = 200
@@ -93,8 +87,6 @@ class Watchdog:
         timeout_minutes: of collectives; half of it is the longest that is ever waited before an
             alarm.
         tell: what prints a report.
-        local_rank, local_size: of this process among the ranks of its machine, which look after
-            each other.
     """
 
     def __init__(
@@ -105,9 +97,6 @@ class Watchdog:
         health: Health,
         timeout_minutes: int,
         tell: Callable[[str], None] | None = None,
-        *,
-        local_rank: int = 0,
-        local_size: int = 1,
     ):
         self._store = store
         self._rank = rank
@@ -124,24 +113,18 @@ class Watchdog:
         self._answered = 0  # number of the last alarm
         self._alarmed: Mark | None = None  # where this rank was then
         self._told: Mark | None = None  # the same, on the rank that told it
-        self._lost_ranks = LostRanks(store, rank, local_rank, local_size)
-        self._lost_at: float | None = None  # when this rank heard of a lost one
 
     def __enter__(self) -> Watchdog:
         self._mark = Mark(what="start", step=0)
         if self._health.hang_factor:
             self._answered = self._store.add("alarm", 0)
-            self._lost_ranks.join()
             self._thread.start()
         return self
 
-    def __exit__(self, kind: type | None, *exception) -> None:
+    def __exit__(self, *exception) -> None:
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join(timeout=self._interval)
-            if kind is None:
-                with contextlib.suppress(RuntimeError):  # the store is gone, with those that ended
-                    self._lost_ranks.leave()
 
     def enter(self, what: str, step: int) -> None:
         """Note that a step, an evaluation or a checkpoint begins, or that it goes on."""
@@ -188,7 +171,6 @@ class Watchdog:
             self._see_progress()
             try:
                 self._see_alarm()
-                self._see_lost()
             except RuntimeError as error:  # the store is gone, with the machine that served it
                 if self._is_late():
                     self._alarmed = self._mark
@@ -226,25 +208,6 @@ class Watchdog:
             self._told = mark
             for key in self._answers_to(number):  # kilobytes of each rank
                 self._store.delete_key(key)
-
-    def _see_lost(self) -> None:
-        """End this rank if another one's process has ended, and this one waits for it."""
-        lost = self._lost_ranks.find()
-        if not lost:
-            return
-        seconds = self._health.hang_seconds
-        if self._lost_at is None:
-            self._lost_at = time.monotonic()
-            if self._store.add("lost/teller", 1) == 1:
-                self._tell(
-                    f"the process of {lost} has ended, and the run cannot go on without it; each"
-                    f" rank ends after {seconds} s without progress"
-                )
-        if time.monotonic() - max(self._lost_at, self._mark.time) > seconds:
-            _end(
-                f"{lost} has ended, and this rank waited for it; why it did is above, or it was"
-                " killed"
-            )
 
     def _is_late(self) -> bool:
         """Whether there is an alarm to raise; one is enough for each sign of progress that is
@@ -334,12 +297,6 @@ def _suspects(answers: dict[int, Answer], silent: list[int]) -> str:
         if 0 < len(ranks) < len(answers) + len(silent):
             return f"it waits for {named(ranks)}, {why}"
     return "all ranks wait at the same point"
-
-
-def _end(reason: str) -> None:
-    """End this process, whose main thread waits in a collective that nothing can end."""
-    torchrun.refuse(f"error on {torchrun.name_of_rank()}: {reason}", is_printed=False)
-    os._exit(1)
 
 
 def _print(text: str) -> None:

@@ -8,9 +8,11 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from megavlm.checkpoint.train_state import State
+from megavlm.config import torchrun
 from megavlm.config.checks.resume import with_origin
 from megavlm.config.schema import Config
 from megavlm.health import out_of_memory
+from megavlm.health.lost_ranks import LostRankWatch
 from megavlm.parallel import backend, process_groups
 from megavlm.train import failures, resume
 from megavlm.train.agreement import agree_to_start
@@ -44,6 +46,7 @@ def launch(
         has_begun = resume.is_own(config, start)
         if has_begun:
             config = with_origin(config, start.config)
+        stack.enter_context(_watch_for_lost_ranks(config, store))
         device_backend = backend.start(
             config.parallel.timeout_minutes,
             deterministic=config.training.deterministic,
@@ -65,6 +68,22 @@ def launch(
             raise SystemExit(status) from None
         _leave()
         return state
+
+
+def _watch_for_lost_ranks(
+    config: Config, store: dist.Store
+) -> contextlib.AbstractContextManager[None]:
+    """Return the context in which this rank ends soon after the process of another one has."""
+    if torchrun.world_size() == 1:
+        return contextlib.nullcontext()
+    return LostRankWatch(
+        # A connection of its own: the other may be waiting.
+        dist.PrefixStore("lost ranks", store.clone()),
+        torchrun.rank(),
+        torchrun.local_rank(),
+        torchrun.local_size(),
+        config.health.hang_seconds,
+    )
 
 
 def _leave() -> None:

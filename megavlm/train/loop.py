@@ -11,7 +11,6 @@ import numpy as np
 import torch.distributed as dist
 
 from megavlm.checkpoint.train_state import State
-from megavlm.config import torchrun
 from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.step_packs import StepPacks
 from megavlm.data.loading.weights import weight_of
@@ -272,6 +271,4 @@ def _watchdog(job: Job) -> Watchdog:
         job.groups.size,
         job.config.health,
         job.config.parallel.timeout_minutes,
-        local_rank=torchrun.local_rank(),
-        local_size=torchrun.local_size(),
     )

@@ -55,7 +55,7 @@ LATE = {
 
 def start_rank(rank: int, port: int, how: str, config: Path) -> None:
     become_rank(rank, RANKS, port, config.with_suffix(""))
-    late_rank.main(how, PATIENCE_SECONDS if how == "ends" else 10, config)
+    late_rank.main(how, 10 if how in LATE else PATIENCE_SECONDS, config)
 
 
 def start_ranks(folder: Path, how: str, tensor: int) -> list[Process]:
@@ -113,16 +113,17 @@ def test_a_rank_that_is_late_is_named_with_what_the_others_wait_in(
     assert "the run continued" in report
 
 
-def test_a_rank_whose_process_has_ended_ends_the_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["ends", "ends early"])
+def test_a_rank_whose_process_has_ended_ends_the_others(tmp_path: Path, how: str) -> None:
     make_small_packs(tmp_path)
-    waiting, killed = start_ranks(tmp_path, "ends", 1)
+    waiting, killed = start_ranks(tmp_path, how, 1)
     waiting.join(PATIENCE_SECONDS / 2)  # it would wait for longer by itself
     for process in (waiting, killed):
         process.kill()
         process.join()
-    errors = (tmp_path / "ends.0.err").read_text()
+    errors = (tmp_path / f"{how}.0.err").read_text()
     assert (waiting.exitcode, killed.exitcode) == (1, -signal.SIGKILL), errors
-    assert re.search(r"watchdog: the process of rank 1 \(on .*\) has ended, and the run", errors)
+    assert re.search(r"the process of rank 1 \(on .*\) has ended.* the others end in 3 s", errors)
 
 
 def marks_of(config: Config) -> list[str]:
