@@ -5,8 +5,8 @@
 #   IMAGE=/shared/megavlm.sqsh sbatch --nodes 64 examples/internvl2_5_8b/slurm.sh 2  inside a container (pyxis)
 #
 # Submit it from the project's folder, on a file system that all nodes share. A quarter of an hour before the time limit the trainer is asked
-# to save, and the job is put back into the queue, where it resumes from that checkpoint. Variables of run.sh (PACKS, RUNS, VISION, LANGUAGE,
-# INIT, ...) are passed on.
+# to save, and the job is put back into the queue, where it resumes from that checkpoint; so it is after a failure, such as a rank that was
+# killed, if it has saved a checkpoint since it began. Variables of run.sh (PACKS, RUNS, VISION, LANGUAGE, INIT, ...) are passed on.
 #SBATCH --job-name=internvl2_5_8b
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=1
@@ -41,6 +41,9 @@ STOP_FILE="$PWD/.stop-$SLURM_JOB_ID"
 export STOP_FILE
 rm -f "$STOP_FILE"
 trap 'touch "$STOP_FILE"' TERM
+# The checkpoints to resume from: a job that fails again without a newer one stays ended.
+saved() { cat "${RUNS:-runs/internvl2_5_8b}"/*/latest 2>/dev/null || true; }
+before="$(saved)"
 # The job has its nodes for itself (--exclusive), so the step takes all CPUs of a node, however many there are.
 cpus="${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}"
 srun --kill-on-bad-exit=0 --cpus-per-task "$cpus" "${container[@]}" bash examples/internvl2_5_8b/run.sh "$@" &
@@ -49,6 +52,8 @@ wait "$step" || status=$?
 if [[ -e "$STOP_FILE" ]]; then
     wait "$step" || true # the first wait ended with the signal, not with the step
     rm -f "$STOP_FILE"
+    scontrol requeue "$SLURM_JOB_ID"
+elif ((status)) && [[ "$(saved)" != "$before" ]]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"
