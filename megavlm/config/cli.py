@@ -315,11 +315,11 @@ def _from_tables(
     that files state in full, or that a checkpoint of the run knows.
     """
     has_model = model or chosen.architecture or init.is_whole or (init.language and sets_vision)
-    wanted = ("stage", stage, chosen.stages), ("model", has_model, MODELS)
-    missing = [
-        f"--{name} (one of {', '.join(table)})" for name, given, table in wanted if not given
-    ]
-    if missing:
+    names = ("a Hugging Face folder", *MODELS)
+    wanted = ("stage", stage, chosen.stages), ("model", has_model, names)
+    if missing := [
+        f"--{name} (one of {', '.join(row)})" for name, given, row in wanted if not given
+    ]:
         instead = (
             "; or name the vision encoder, with --init.vision or --architecture.vision options"
             if init.language and not has_model

@@ -47,7 +47,7 @@ def test_two_parts_need_no_model(tmp_path: Path) -> None:
 def test_one_part_needs_a_model(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         parse(["--stage", "1", "--init.vision", str(tmp_path)], read)
-    assert "missing --model" in capsys.readouterr().err
+    assert "missing --model (one of a Hugging Face folder, tiny, " in capsys.readouterr().err
     config = parse(["--stage", "1", "--init.vision", str(tmp_path), "--model", "tiny"], read)
     assert config.architecture == MODELS["tiny"] and config.init == Init(vision=str(tmp_path))
 
