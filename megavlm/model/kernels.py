@@ -28,6 +28,7 @@ from megavlm.model.gate import Gate
 from megavlm.model.norm import Norm
 from megavlm.model.precision import uses_transformer_engine
 from megavlm.model.residual_branch import add_branch, add_branch_by_kernels
+from megavlm.model.token_sorting import sort_by_kernels
 from megavlm.model.transformer_engine import (
     accumulating,
     compiled,
@@ -53,8 +54,8 @@ class Kernels:
         experts: the experts of a layer that this rank holds.
         groups_experts: whether these compute one product for all of them.
         gate: SwiGLU and the clamped gate of an MLP or of experts; none: megatron-core's.
-        is_fused: whether megatron-core's fused kernels turn queries and keys, gate the MLP and add
-            residuals with biases.
+        is_fused: whether fused kernels turn queries and keys, gate the MLP, add residuals with
+            biases, and sort tokens by expert.
         pointwise: makes one kernel of a function that works element by element.
         add_branch: adds a residual branch of the vision encoder.
         checkpoint: calls a function on tensors, of which it keeps the inputs only, and calls it
@@ -113,6 +114,7 @@ def transformer_engine_kernels() -> Kernels:
     from megatron.core.transformer.moe.experts import TEGroupedMLP
 
     split_without_copies()
+    sort_by_kernels()
 
     def cross_entropy(logits: Tensor, labels: Tensor, group: ProcessGroup) -> Tensor:
         # What must be fit for CUDA graphs does not look at the gradient's value, which would make

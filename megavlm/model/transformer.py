@@ -185,6 +185,7 @@ def _expert_settings(config: Config, kernels: Kernels) -> dict[str, Any]:
         moe_z_loss_coeff=config.experts.router_z_loss / packs,
         moe_token_dispatcher_type=config.experts.dispatcher,
         moe_grouped_gemm=kernels.groups_experts,
+        moe_permute_fusion=kernels.is_fused,
         expert_model_parallel_size=config.parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=config.parallel.expert_tensor_parallel_size,
     )

@@ -384,10 +384,11 @@ def _language_layer(
 def _expert_layer(language: Language, parallel: Parallel, is_trained: bool) -> float:
     """Count the elements that the experts of a layer keep per token, for tokens spread evenly: for
     each of its experts the token itself, gate, other half and their product, before and after the
-    router's weight (D + 4 M; frozen: 3 M); and logits, probabilities and weights of the router, in
-    float32. Ranks that share an expert have the tokens of all of them, and a share of M.
+    router's weight (D + 4 M; frozen: 3 M); logits, probabilities and weights of the router, in
+    float32; and two integers of 32 bits for each expert, by which tokens are sorted. Ranks that
+    share an expert have the tokens of all of them, and a share of M.
     """
     inner = language.expert_ffn_hidden_size
     read = parallel.expert_tensor_parallel_size * language.hidden_size
     of_expert = read + 4 * inner if is_trained else 3 * inner
-    return language.experts_per_token * of_expert + 6 * language.num_experts
+    return language.experts_per_token * of_expert + 10 * language.num_experts

@@ -187,7 +187,7 @@ def test_a_value_may_be_options_of_the_packer():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["--stage (one of 0, 1, 1.5, 2)", "--model (one of a Hugging Face folder, tiny, internvl2_5-1b"]),
+        ([], ["--stage (one of 0, 1, 1.5, 2)", "--model (one of a Hugging Face folder, tiny"]),
         (["--stage", "3", "--model", "tiny"], ["--stage 3: no such stage", "0, 1, 1.5, 2"]),
         (["--stage", "1", "--model", "big"], ["--model big: no such model", "internvl2_5-4b"]),
         ([*NAMES, "--trainig.steps", "3"], ["--trainig.steps; did you mean --training.steps?"]),

@@ -115,11 +115,11 @@ def test_experts_keep_what_they_read_and_the_choice_of_each_token() -> None:
     config = dataclasses.replace(run(), architecture=MODELS["internvl3_5-30b-a3b"])
     config = masked(config, "language")
     attention = 4 * 2048 + 3 * 32 * 128 + 3 * 4 * 128
-    experts = 8 * (2048 + 4 * 768) + 6 * 128
+    experts = 8 * (2048 + 4 * 768) + 10 * 128
     layers = 48 * (attention + experts)
     assert kept(config).per_microbatch == 2 * TOKENS * (layers + 2 * 2048)
     frozen = masked(config, "language.embedding")
-    layers = 48 * (attention - 2 * 2048 + 8 * 3 * 768 + 6 * 128)
+    layers = 48 * (attention - 2 * 2048 + 8 * 3 * 768 + 10 * 128)
     assert kept(frozen).per_microbatch == 2 * TOKENS * (layers + 2 * 2048)
     shared = dataclasses.replace(
         config.architecture.language, shared_expert_ffn_hidden_size=100, num_query_groups=4

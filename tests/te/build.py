@@ -17,6 +17,8 @@ import types
 from pathlib import Path
 from typing import Any
 
+from tests.te import torch_permutation
+
 
 def pretend_hopper() -> None:
     """Answer what constructors ask about the device."""
@@ -32,6 +34,7 @@ def pretend_hopper() -> None:
     torch.cuda.is_available = lambda: True
     torch.cuda.get_device_capability = lambda *args: (9, 0)
     torch.cuda.get_device_properties = lambda *args: properties
+    torch_permutation.make_orders_on_cpu()
 
 
 def build(config: Any, layout_groups: Any) -> Any:

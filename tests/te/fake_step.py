@@ -55,6 +55,7 @@ def prepare() -> Any:
 
     shape_kernels.install()
     waits = HostWaits()
+    shape_kernels.install_sorting(waits)
     torch.tensor = waits.make_tensor(torch.tensor)
     FakeTensor.tolist = waits.list_reader()
     # torch's own asks the device for the best kernel.

@@ -56,6 +56,11 @@ class HostWaits(TorchDispatchMode):
         self.experts = (0, 0)
         self._rows = 0
 
+    def routed(self, tokens: int) -> int:
+        """Return how many copies of the tokens of the pack at hand go to experts."""
+        self._rows = tokens * self.experts[1]
+        return self._rows
+
     def tell(self, what: str) -> None:
         """Count a wait."""
         if self.watching:
@@ -80,9 +85,7 @@ class HostWaits(TorchDispatchMode):
         if func in SIZES and on_device:
             self.tell(str(func))
             if func is aten.masked_select.default and self.experts[0]:
-                (experts, each) = self.experts
-                self._rows = first.numel() // experts * each
-                return first.new_empty(self._rows)
+                return first.new_empty(self.routed(first.numel() // self.experts[0]))
         if func in COPIES and first is not None:
             self._look_at_copy(func, args, kwargs)
         if func is aten.convolution.default:

@@ -37,6 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "experts": dict(experts=5),
     "experts, recompute selective": dict(experts=5, recompute="selective"),
     "all options of routers": dict(experts=5, options=True),
+    "routers alone": dict(experts=5, trainable=("language.*.router",)),
     "Gemma 2": dict(language=GEMMA2),
     "Gemma 2, recompute full": dict(language=GEMMA2, recompute="full"),
     "Gemma 2, recompute selective": dict(language=GEMMA2, recompute="selective"),
@@ -98,6 +99,7 @@ def configure(
     language: Mapping[str, Any] | None = None,
     experts: int = 0,
     options: bool = False,
+    dispatcher: str = "alltoall",
     adapters: bool = False,
     dropout: float = 0.0,
     nf4: tuple[str, ...] = (),
@@ -119,7 +121,9 @@ def configure(
         targets = ("language.*.experts.[1-9].*",)
         targets = ("language.*.self_attention",) if nf4 else targets
         lora = Lora(rank=4, targets=targets, nf4=nf4) if adapters else Lora()
-        return dataclasses.replace(config, architecture=dataclasses.replace(model, lora=lora))
+        model = dataclasses.replace(model, lora=lora)
+        sending = dataclasses.replace(config.experts, dispatcher=dispatcher)
+        return dataclasses.replace(config, architecture=model, experts=sending)
     if adapters:
         lora = Lora(rank=4, targets=("vision", "language"), dropout=dropout, nf4=nf4)
         model = dataclasses.replace(config.architecture, lora=lora)

@@ -83,6 +83,7 @@ RUNS = {
     "TP2 x EP2 with SP": Run(
         ranks=4, layout=SP | EP2 | dict(expert_tensor_parallel_size=1), model=dict(experts=6)
     ),
+    "EP2, all-gather": Run(layout=EP2, model=dict(experts=6, dispatcher="allgather")),
     "ETP2": Run(layout=SP | dict(expert_tensor_parallel_size=2), model=dict(experts=6)),
 }
 

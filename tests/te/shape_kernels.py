@@ -292,6 +292,49 @@ ANSWERS = {
 }
 
 
+def install_sorting(waits: Any) -> None:
+    """Replace the kernels that sort tokens by expert for the whole process.
+
+    Args:
+        waits: knows how many tokens go to experts, which is a value of the device.
+    """
+    import transformer_engine.pytorch.triton.permutation as kernels
+
+    def permute(
+        tokens: Tensor, places: Tensor, probs: Tensor | None, scale: Any, count: int, *rest: Any
+    ) -> tuple[Tensor, None, Tensor | None]:
+        require_cuda(tokens, places, probs)
+        rows = waits.routed(count)
+        own = None if probs is None else probs.new_empty(rows)
+        return tokens.new_empty(rows, tokens.shape[1]), None, own
+
+    def unpermute(
+        copies: Tensor, places: Tensor, merging: None, own: Tensor | None, *sizes: int
+    ) -> tuple[Tensor, Tensor | None]:
+        require_cuda(copies, places, own)
+        (tokens, experts, width) = sizes
+        probs = None if own is None else own.new_empty(tokens, experts)
+        return copies.new_empty(tokens, width), probs
+
+    def sort(
+        rows: Tensor, places: Tensor, own: Tensor | None, *sizes: int, is_forward: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        require_cuda(rows, places, own)
+        return torch.empty_like(rows), None if own is None else torch.empty_like(own)
+
+    def chunk_map(sizes: Tensor, order: Tensor, tokens: int, chunks: int) -> Tensor:
+        require_cuda(sizes, order)
+        return sizes.new_empty(tokens, dtype=torch.int32)
+
+    kernels.make_row_id_map = lambda routed, tokens, experts: routed.new_empty(
+        tokens, 2 * experts + 1, dtype=torch.int32
+    )
+    kernels.permute_with_mask_map = permute
+    kernels.unpermute_with_mask_map = unpermute
+    kernels.make_chunk_sort_map = chunk_map
+    kernels.sort_chunks_by_map = sort
+
+
 def install() -> None:
     """Replace the compiled functions for the whole process."""
     import transformer_engine.pytorch.attention.dot_product_attention.utils as attention_utils

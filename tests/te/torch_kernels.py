@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.te import torch_attention
+from tests.te import torch_attention, torch_permutation
 
 Normed = tuple[Tensor, Tensor | None, Tensor]
 
@@ -235,6 +235,10 @@ _NORMS: dict[str, Callable[..., Any]] = {
     "layernorm_bwd": layer_norm_backward,
     "rmsnorm_bwd": rms_norm_backward,
 }
+_ANSWERS: dict[str, Callable[..., Any]] = {
+    "get_cudnn_version": lambda *args: (9, 19, 0),
+    "get_device_compute_capability": lambda *args: (9, 0),
+}
 
 
 def install() -> None:
@@ -273,13 +277,9 @@ def install() -> None:
     )
     for name, function in compiled.items():
         setattr(tex, name, function)
-    answers = {
-        "get_cudnn_version": lambda *args: (9, 19, 0),
-        "get_device_compute_capability": lambda *args: (9, 0),
-    }
     for path, module in list(sys.modules.items()):
         if path.startswith("transformer_engine.pytorch"):
-            for name, function in (_NORMS | answers).items():
+            for name, function in (_NORMS | _ANSWERS).items():
                 if name in vars(module):
                     setattr(module, name, function)
     for module in (linear, norm_linear, grouped_linear):
@@ -295,6 +295,7 @@ def install() -> None:
     entropy.cross_entropy_forward = entropy_forward
     entropy.cross_entropy_backward = entropy_backward
     torch_attention.install_requests()
+    torch_permutation.install()
     _install_branches()
     _leave_memory_unlocked()
 
