@@ -87,9 +87,23 @@ def test_positions_take_no_memory(dataset):
 def test_close_ends_the_workers(dataset):
     stream = batches(dataset, Plan(num_packs=7), range(10**9), reduction="token", workers=2)
     next(stream)
-    assert len(multiprocessing.active_children()) == 2
+    workers = multiprocessing.active_children()
     stream.close()
     assert not multiprocessing.active_children()
+    assert [worker.exitcode for worker in workers] == [0, 0], "they ended, and none was killed"
+
+
+class Faulty(PackedDataset):
+    """Packs that a mistake in the code keeps from being made."""
+
+    def batch(self, pack_id, position, **options):
+        raise EOFError("a mistake")
+
+
+def test_a_mistake_in_the_code_keeps_its_traceback_without_workers(dataset):
+    with pytest.raises(EOFError, match="^a mistake$") as caught:
+        next(batches(Faulty(dataset.folder), Plan(num_packs=7), range(3)))
+    assert caught.traceback[-1].name == "batch"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
