@@ -284,7 +284,7 @@ def _worker_is_gone(
             " decoder are common causes; --data.workers 0 shows which"
         )
     else:
-        gone = [each for each in at_work if each[1] == position] or at_work
+        gone = [each for each in at_work if each[1] == position]
         advice = (
             "a storage that does not answer, or an image that takes very long; --data.timeout sets"
             " the limit"
@@ -303,7 +303,7 @@ def _worker_is_gone(
     return WorkerError(
         f"{dataset.folder}: no batch for pack {int(plan.at(position))} (position {position}):"
         f" {text.rstrip('. ')}."
-        f" {'; '.join(words for _, words in at) or 'no process was at a pack'}. {advice}."
+        f" {'; '.join(words for _, words in at) or 'no process was at it'}. {advice}."
         f" {_samples(dataset, pack_ids)}"
     )
 

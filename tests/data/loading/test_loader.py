@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -231,17 +232,28 @@ def test_a_worker_makes_so_many_packs_ahead_and_is_at_none_then(tmp_path):
     assert len(list(tmp_path.glob("made-*"))) == 5
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(WorkerError, match=r"no batch for pack 1 .* no process was at a pack\."):
+    with pytest.raises(WorkerError, match=r"no batch for pack 1 .* no process was at it\."):
         list(stream)
 
 
 class Killed(PackedDataset):
-    """Packs of which one, number 5, ends the worker that makes it."""
+    """Packs of which one, number 5, ends the worker that makes it, as soon as another worker is at
+    number 6, which takes long.
+    """
 
     def batch(self, pack_id, position, **options):
+        wait_beside(self.folder, pack_id, seconds=2)
         if pack_id == 5:
+            while not (self.folder / "beside").exists():
+                time.sleep(0.02)
             os.kill(os.getpid(), signal.SIGKILL)
         return super().batch(pack_id, position, **options)
+
+
+def wait_beside(folder: Path, pack_id: int, seconds: float) -> None:
+    if pack_id == 6:
+        (folder / "beside").touch()
+        time.sleep(seconds)
 
 
 class NoRoom(PackedDataset):
@@ -258,7 +270,7 @@ def test_a_batch_that_finds_no_room_in_shared_memory_is_named(dataset):
     stream = batches(
         NoRoom(dataset.folder),
         Plan(num_packs=7, shuffle=False),
-        range(100),
+        range(7, 100),
         workers=1,
         timeout=30,
         with_tiles=False,
@@ -269,16 +281,17 @@ def test_a_batch_that_finds_no_room_in_shared_memory_is_named(dataset):
 
 
 class Stuck(PackedDataset):
-    """Packs of which one, number 5, cannot be read: whoever tries waits."""
+    """Packs of which one, number 5, cannot be read: whoever tries waits. Number 6 takes long."""
 
     def batch(self, pack_id, position, **options):
+        wait_beside(self.folder, pack_id, seconds=9)
         if pack_id == 5:
             (self.folder / "stuck").write_text(str(os.getpid()))
             time.sleep(600)
         return super().batch(pack_id, position, **options)
 
     def origins(self, pack_id):
-        time.sleep(600)
+        time.sleep(60)
         return []
 
 
@@ -301,12 +314,15 @@ def test_the_pack_that_a_worker_is_lost_at_is_named(dataset, monkeypatch, kind, 
         with_tiles=False,  # whose decoders are loaded for seconds
     )
     (dataset.folder / "stuck").write_text("")
+    (dataset.folder / "beside").unlink(missing_ok=True)
     start = time.monotonic()
     with pytest.raises(
         RuntimeError,
         match=rf"{words}.* was at pack 5 \(position 5\) for \d+\.\d s.* {samples}",
     ) as caught:
-        for number in range(7):
+        next(stream)
+        workers = multiprocessing.active_children()
+        for number in range(1, 7):
             if number == 5 and kind is Stuck:
                 while not os.path.getsize(dataset.folder / "stuck"):
                     assert time.monotonic() - start < 60
@@ -314,8 +330,12 @@ def test_the_pack_that_a_worker_is_lost_at_is_named(dataset, monkeypatch, kind, 
                 # It does not obey SIGTERM from now on, as in code that holds Python's lock.
                 os.kill(int((dataset.folder / "stuck").read_text()), signal.SIGSTOP)
             next(stream)
+    assert all(thread.daemon for thread in threading.enumerate()[1:]), "this process would not end"
+    assert (dataset.folder / "beside").exists() and "at pack 6" not in str(caught.value)
     if kind is Killed:
-        assert ", ".join(dataset.origins(5)) in str(caught.value)
+        assert str(caught.value).endswith(f"The samples: {', '.join(dataset.origins(5))}")
+        # The other one ended by itself, although the error is kept.
+        assert sorted(worker.exitcode for worker in workers) == [-signal.SIGKILL, 0]
     while multiprocessing.active_children():  # one that is stuck is ended after a few seconds
         assert time.monotonic() - start < 60
         time.sleep(0.05)

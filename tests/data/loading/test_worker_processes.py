@@ -58,8 +58,13 @@ def test_a_worker_that_cannot_be_started_is_told_with_the_option(dataset, monkey
         return pids.pop()()
 
     monkeypatch.setattr(os, "fork", fork)
-    with pytest.raises(WorkerError, match=r"--data.workers 2: .*Errno 12\] Cannot allocate memory"):
+    told = r"--data.workers 2: .*Errno 12\] Cannot allocate memory"
+    with pytest.raises(WorkerError, match=told) as caught:
         load(dataset, range(3), workers=2)
+    deadline = time.monotonic() + 30
+    while multiprocessing.active_children():  # the other one ends, although the error is kept
+        assert time.monotonic() < deadline and caught.value
+        time.sleep(0.05)
 
 
 class Signalled(PackedDataset):
