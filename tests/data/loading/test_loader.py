@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import multiprocessing
 import os
@@ -254,6 +255,27 @@ def wait_beside(folder: Path, pack_id: int, seconds: float) -> None:
     if pack_id == 6:
         (folder / "beside").touch()
         time.sleep(seconds)
+
+
+class Gone(PackedDataset):
+    """Packs on a disk that is gone when one asks where samples come from."""
+
+    def origins(self, pack_id):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_samples_that_cannot_be_read_are_told_of_in_words_alone(dataset):
+    stream = batches(
+        Gone(dataset.folder), Plan(num_packs=7, shuffle=False), range(99), workers=1, prefetch=1
+    )
+    next(stream)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(
+        WorkerError, match=r"The samples are unknown, since .*/packs-\d+.bin cannot"
+    ):
+        list(stream)
 
 
 class NoRoom(PackedDataset):
