@@ -161,6 +161,7 @@ def test_shares_of_a_batch_are_a_pack_at_least(packs: Path, options: str, wrong:
         ("--data.weights 1,1", None),
         ("--data.weights 1e9,1", "--data.train b: has a share of 1e-09 of"),
         ("--data.weights 1e9,0", "--data.weights 1000000000.0,0.0: each must be above 0"),
+        ("--data.weights 1e9,1,1", "--data.weights: 3 weights for 2 folders"),
     ],
 )
 def test_a_folder_that_no_pack_would_be_drawn_from_is_told(
