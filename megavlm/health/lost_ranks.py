@@ -124,8 +124,9 @@ class LostRanks:
                 return False  # it has not begun
             self._known = json.loads(self._store.get(key))
         boot, namespace, pid, started = self._known
-        if not boot or not namespace or [boot, namespace] != _identity(os.getpid())[:2]:
-            return False  # its number means nothing here
+        here = [boot, namespace] == _identity(os.getpid())[:2]
+        if not (here and boot and namespace and started):
+            return False  # its number means nothing here, or cannot be looked up
         return processes.start_ticks(int(pid)) != started
 
 

@@ -28,10 +28,11 @@ def other() -> Iterator[multiprocessing.Process]:
     process.join()
 
 
-def post(store: dist.Store, pid: int, boot: str = "") -> None:
+def post(store: dist.Store, pid: int, started: str = "") -> None:
     """Say what rank 3 says when it begins."""
-    identity = [boot or processes.boot_id(), processes.namespace_id(), str(pid)]
-    store.set(f"process/{NEXT}", json.dumps([*identity, processes.start_ticks(pid) or ""]))
+    started = started or processes.start_ticks(pid) or ""
+    identity = [processes.boot_id(), processes.namespace_id(), str(pid), started]
+    store.set(f"process/{NEXT}", json.dumps(identity))
 
 
 def test_all_ranks_hear_of_a_process_that_was_killed(other: multiprocessing.Process) -> None:
@@ -63,20 +64,20 @@ def test_a_rank_that_is_done_may_end(other: multiprocessing.Process) -> None:
 
 def test_a_number_that_another_process_has_now_is_no_sign_of_life() -> None:
     store = dist.HashStore()
-    identity = [processes.boot_id(), processes.namespace_id(), str(os.getpid()), "1"]
-    store.set(f"process/{NEXT}", json.dumps(identity))
+    post(store, os.getpid(), started="1")
     assert LostRanks(store, 2, 0, 2).find().startswith("rank 3")
 
 
-def test_a_process_that_cannot_be_looked_up_is_not_lost(other: multiprocessing.Process) -> None:
+@pytest.mark.parametrize("unlike", [{0: "another boot"}, {0: ""}, {1: "another"}, {1: ""}, {3: ""}])
+def test_a_process_that_cannot_be_looked_up_is_not_lost(unlike: dict[int, str]) -> None:
     store = dist.HashStore()
-    post(store, other.pid, boot="of another container's host")
-    other.kill()
-    other.join()
+    identity = [processes.boot_id(), processes.namespace_id(), str(2**22 + 1), "1"]
+    told = [unlike.get(place, value) for place, value in enumerate(identity)]
+    store.set(f"process/{NEXT}", json.dumps(told))
     assert LostRanks(store, 2, 0, 2).find() == ""
 
 
 def test_a_rank_alone_on_its_machine_looks_after_nobody() -> None:
     store = dist.HashStore()
-    post(store, 2**22 + 1)
+    post(store, 2**22 + 1, started="1")
     assert LostRanks(store, NEXT, 0, 1).find() == ""
