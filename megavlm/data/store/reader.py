@@ -252,16 +252,17 @@ def check_shards(folders: Iterable[Path | str]) -> None:
         FileNotFoundError: a shard is missing.
         ValueError: a shard is cut off or changed.
     """
-    named = [
-        (Path(folder) / f"{shard.name}.bin", shard.bin_bytes)
-        for folder in folders
-        if not is_remote(folder)
-        for shard in read_manifest(folder).shards
-    ]
-    chosen = np.linspace(0, len(named) - 1, min(len(named), CHECKED_SHARDS)).astype(int)
-    for path, expected in (named[number] for number in chosen.tolist()):
+    local = [folder for folder in folders if not is_remote(folder)]
+    shards = [read_manifest(folder).shards for folder in local]
+    ends = np.cumsum([len(each) for each in shards])
+    count = int(ends[-1]) if local else 0
+    chosen = np.linspace(0, count - 1, min(count, CHECKED_SHARDS)).astype(int)
+    for number in chosen.tolist():
+        owner = int(np.searchsorted(ends, number, side="right"))
+        shard = shards[owner][number - int(ends[owner])]  # counted from the end
+        path = Path(local[owner]) / f"{shard.name}.bin"
         try:
-            _check_size(path, path.stat().st_size, expected)
+            _check_size(path, path.stat().st_size, shard.bin_bytes)
         except FileNotFoundError:
             raise _missing(path) from None
 

@@ -220,23 +220,34 @@ def test_a_blend_is_opened_without_a_look_at_shards_and_parses_each_manifest_onc
     folders = [str(tmp_path / f"{number}") for number in range(6)]
     for folder in folders:
         make_dataset(Path(folder), packs=2, shard_bytes=1)
+    make_dataset(tmp_path / "long", packs=3, shard_bytes=1)
     parsed = []
     parse = manifest.parse_manifest
     monkeypatch.setattr(
         manifest, "parse_manifest", lambda text, path: parsed.append(path) or parse(text, path)
     )
     looked_at = []
-    monkeypatch.setattr(reader, "_check_size", lambda path, *sizes: looked_at.append(path.parent))
+    monkeypatch.setattr(reader, "_check_size", lambda path, *sizes: looked_at.append(path))
+    reader.check_shards([folders[0], tmp_path / "long", "s3://elsewhere", folders[1]])
+    numbers = {folders[0]: 2, str(tmp_path / "long"): 3, folders[1]: 2}
+    expected = [
+        Path(folder) / f"packs-{number:05d}.bin"
+        for folder, count in numbers.items()
+        for number in range(count)
+    ]
+    assert looked_at == expected
+    looked_at.clear()
     monkeypatch.setattr(reader, "CHECKED_SHARDS", 5)
     reader.check_shards(folders)
     spread = [str(tmp_path / name) for name in "01245"]
-    assert list(map(str, looked_at)) == spread, "5 of 12 shards"
+    assert [str(path.parent) for path in looked_at] == spread, "5 of 12 shards"
     monkeypatch.undo()
     (tmp_path / "5" / "packs-00001.bin").unlink()
     with pytest.raises(FileNotFoundError, match="5/packs-00001.bin: missing, but the manifest"):
         reader.check_shards(folders)
     open_blend(folders, (), seed=5, shuffle=True, group=1)
-    assert sorted(parsed) == [f"{folder}/manifest.json" for folder in folders]
+    named = [*folders, str(tmp_path / "long")]
+    assert sorted(parsed) == [f"{folder}/manifest.json" for folder in named]
 
 
 def test_steps_look_many_datasets_up_together(folders, monkeypatch):
