@@ -28,18 +28,25 @@ TILES = 11
 WIDTH = 136
 
 
-def draw(dtype: torch.dtype, scale: bool = False, keep: bool = False, trains_scale: bool = True):
+def draw(
+    dtype: torch.dtype,
+    device: str,
+    scale: bool = False,
+    keep: bool = False,
+    trains_scale: bool = True,
+):
     """Return hidden, branch, bias, scale, keep, and the gradient of the sum."""
     generator = torch.Generator().manual_seed(1)
 
     def numbers(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randn(shape, generator=generator).to(device, dtype)
 
     hidden = numbers(TOKENS, TILES, WIDTH).requires_grad_()
     branch = numbers(TOKENS, TILES, WIDTH).requires_grad_()
     bias = numbers(WIDTH).requires_grad_()
     factor = numbers(WIDTH).requires_grad_(trains_scale) if scale else None
-    kept = (torch.rand(TILES, generator=generator) < 0.7) / 0.7 if keep else None
+    draws = torch.rand(TILES, generator=generator).to(device)
+    kept = (draws < 0.7) / 0.7 if keep else None
     return hidden, branch, bias, factor, kept, numbers(TOKENS, TILES, WIDTH)
 
 
@@ -56,13 +63,13 @@ def results(function: Any, given: tuple[Tensor | None, ...], dtype: torch.dtype)
     return [made.detach(), *torch.autograd.grad(made, trained, grad.to(dtype))]
 
 
-def distances(dtype: torch.dtype, settings: dict[str, bool]) -> list[float]:
+def distances(dtype: torch.dtype, settings: dict[str, bool], device: str = "cpu") -> list[float]:
     """Compare with float64, relative to the largest value of each result."""
     from megavlm.model.residual_branch import add_branch, add_branch_by_kernels
     from megavlm.model.triton_kernels import branch_kernels
 
     branch_kernels._PROGRAMS = PROGRAMS
-    given = draw(dtype, **settings)
+    given = draw(dtype, device, **settings)
     exact = results(add_branch, given, torch.float64)
     found = results(add_branch_by_kernels, given, dtype)
     assert all(one.dtype == dtype for one in found)
@@ -70,7 +77,7 @@ def distances(dtype: torch.dtype, settings: dict[str, bool]) -> list[float]:
     return [float((one - two).abs().max() / two.abs().max()) for one, two in pairs]
 
 
-def _let_numpy_count() -> None:
+def let_numpy_count() -> None:
     """Make loops up to a number of the device work: the interpreter of Triton 3.6 takes the number
     from an array of one element, which NumPy allows no more.
     """
@@ -87,7 +94,7 @@ def _let_numpy_count() -> None:
 
 def main() -> None:
     """Compare every setting and print what was found."""
-    _let_numpy_count()
+    let_numpy_count()
     kinds = (torch.float32, torch.bfloat16)
     found = {
         name: {str(kind).split(".")[1]: distances(kind, settings) for kind in kinds}

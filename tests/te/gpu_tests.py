@@ -22,6 +22,7 @@ CHOSEN = (
     "freeze_mask",
     "goes_on_with_the_other",
     "return_bit_identical",
+    "test_kernels",
 )
 """Words of the names of the tests that are tried."""
 

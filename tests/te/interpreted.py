@@ -32,14 +32,15 @@ def distance(one: Tensor, two: Tensor) -> float:
     return float(((one - two).abs() / two.abs().clamp(min=1e-6)).max())
 
 
-def dropped(generator: torch.Generator) -> dict[str, Any]:
+def dropped(generator: torch.Generator, device: str = "cpu") -> dict[str, Any]:
     """Compare what both drop of numbers of each shape and place."""
     found = {}
     for name, shape in SHAPES.items():
         for where, location in LOCATIONS.items():
             for dtype in DTYPES:
                 # As some gradients are, not contiguous.
-                values = torch.randn(shape[::-1], generator=generator).permute(2, 1, 0).to(dtype)
+                values = torch.randn(shape[::-1], generator=generator).permute(2, 1, 0)
+                values = values.to(device, dtype)
                 pairs = [
                     [
                         drop(values, seed, int(0.3 * 2**31), 1 / 0.7, location)
@@ -55,14 +56,14 @@ def dropped(generator: torch.Generator) -> dict[str, Any]:
     return found
 
 
-def dequantised(generator: torch.Generator) -> dict[str, Any]:
+def dequantised(generator: torch.Generator, device: str = "cpu") -> dict[str, Any]:
     """Compare what both make of weights in 4 bits."""
     from megavlm.model.triton_kernels import nf4_kernel
 
     found = {}
     for name, (rows, columns, first) in WEIGHTS.items():
         for dtype in DTYPES:
-            weight = torch.randn(rows, columns, generator=generator).to(dtype)
+            weight = torch.randn(rows, columns, generator=generator).to(device, dtype)
             nf4 = Nf4Weight(weight, first)
             given = (nf4.codes, nf4.pairs, nf4.scales, nf4.left, columns, dtype)
             one = nf4_kernel.dequantise(*given)

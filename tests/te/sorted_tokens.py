@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.te.branches import let_numpy_count
+
 # Tokens, width, experts, experts of a token, share of tokens that go nowhere.
 CASES = {
     "all tokens": (37, 24, 5, 2, 0.0),
@@ -36,22 +38,7 @@ def on_cpu() -> None:
     for name in ("_permute_kernel", "_unpermute_kernel", "_sort_chunks_by_map_kernel"):
         kernel = vars(kernels)[name]
         kernel.configs = kernel.configs[:1]
-    read_numbers()
-
-
-def read_numbers() -> None:
-    """Let Triton 3.6's interpreter read the end of a loop from an array of one number, which numpy
-    2.4 does not make an integer of.
-    """
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_index_too(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    interpreter._patch_lang_tensor = patch_index_too
+    let_numpy_count()
 
 
 def route(case: tuple[int, int, int, int, float], seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,17 +52,19 @@ def route(case: tuple[int, int, int, int, float], seed: int) -> tuple[Tensor, Te
     return tokens, routed, torch.rand(count, experts, generator=draws) * routed
 
 
-def there_and_back(case: tuple[int, int, int, int, float], need: str, fused: bool) -> list[Tensor]:
+def there_and_back(
+    case: tuple[int, int, int, int, float], need: str, device: str, fused: bool
+) -> list[Tensor]:
     """Sort, change and return tokens; then the gradients of tokens and weights, as far as they are
     needed.
     """
     from megatron.core.transformer.moe import token_dispatcher
 
-    (tokens, routed, weights) = route(case, 1)
+    (tokens, routed, weights) = (one.to(device) for one in route(case, 1))
     tokens.requires_grad_(need in ("both", "tokens"))
     weights.requires_grad_(need in ("both", "weights"))
     sizes = routed.sum(0)
-    back = torch.arange(len(sizes)).flip(0)
+    back = torch.arange(len(sizes), device=device).flip(0)
     copies, own, places = token_dispatcher.permute(
         tokens,
         routed,
@@ -101,9 +90,13 @@ def there_and_back(case: tuple[int, int, int, int, float], need: str, fused: boo
     return [made.detach(), *(one.grad for one in wanted)]
 
 
-def distances(case: tuple[int, int, int, int, float], need: str) -> list[float | str]:
+def distances(
+    case: tuple[int, int, int, int, float], need: str, device: str = "cpu"
+) -> list[float | str]:
     """Return how far the results and gradients of both ways are from each other."""
-    pairs = zip(there_and_back(case, need, True), there_and_back(case, need, False), strict=True)
+    pairs = zip(
+        *(there_and_back(case, need, device, fused) for fused in (True, False)), strict=True
+    )
     return [
         "absent" if one is None or two is None else float((one - two).abs().max())
         for one, two in pairs
