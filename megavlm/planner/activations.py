@@ -215,7 +215,8 @@ def _saved_by_fp8(config: Config, part: str) -> tuple[float, float]:
         inputs = model.hidden_size / split
         read = parallel.expert_tensor_parallel_size * model.hidden_size
         read += model.expert_ffn_hidden_size
-        inside = share * model.experts_per_token * read / tensor
+        of_shared = model.shared_expert_ffn_hidden_size
+        inside = share * (model.experts_per_token * read + of_shared) / tensor
     return inside + share * (inputs - attended / tensor), inside
 
 

@@ -213,8 +213,8 @@ def _counts(piece: Piece, sharding: _Sharding) -> ParameterCounts:
         elements = elements // ranks
     trained = elements if is_trained(piece, sharding.trainable) else 0
     is_replicated = piece.expert is None and _is_summed(piece, sharding, is_cut)
-    # Adapters are multiplied in 16 bits, routers in 32.
-    in_16_bits = is_adapter(piece.key) or piece.key.endswith(".router.weight")
+    # Adapters and the gate of a shared expert are multiplied in 16 bits, routers in 32.
+    in_16_bits = is_adapter(piece.key) or piece.key.endswith((".router.weight", ".gate_weight"))
     is_product = piece.layer is not None and piece.forward > 0 and not in_16_bits
     by_muon = trained if is_orthogonalised(piece.key, sharding.kind) else 0
     in_nf4 = elements if sharding.arch.lora.quantises(piece.key) else 0

@@ -125,18 +125,23 @@ def test_dora_keeps_the_output_of_each_layer_with_an_adapter(sequence_parallel: 
     assert found[1] - found[0] == pytest.approx(2 * kept)
 
 
-def test_fp8_keeps_inputs_of_experts_in_8_bits_and_copies_of_their_weights() -> None:
+@pytest.mark.parametrize("shared", [0, 1536])
+def test_fp8_keeps_inputs_of_experts_in_8_bits_and_copies_of_their_weights(shared: int) -> None:
     config = run()
-    config = dataclasses.replace(config, architecture=MODELS["internvl3_5-30b-a3b"])
+    model = MODELS["internvl3_5-30b-a3b"]
+    beside = dict(shared_expert_ffn_hidden_size=shared, shared_expert_gate=bool(shared))
+    language = dataclasses.replace(model.language, **beside)
+    model = dataclasses.replace(model, language=language)
+    config = dataclasses.replace(config, architecture=model)
     [chunk] = make_layout(config, SIZE).chunks
     in_8_bits = dataclasses.replace(config, fp8=Fp8(language="tensorwise"))
     load = RankLoad(tokens=1000.0, tiles=7.0)
     plain, small = (activation_memory(one, chunk, load) for one in (config, in_8_bits))
-    language = config.architecture.language
     # Half of two bytes: inputs of queries, keys and values, and of eight experts, which read copies
-    # of the token; the output of attention is kept twice.
+    # of the token, and what the second layer of a shared one reads; the output of attention is kept
+    # twice.
     of_token = language.hidden_size - language.num_attention_heads * language.head_size
-    of_token += 8 * (language.hidden_size + language.expert_ffn_hidden_size)
+    of_token += 8 * (language.hidden_size + language.expert_ffn_hidden_size) + shared
     saved = plain.per_microbatch - small.per_microbatch
     assert saved == pytest.approx(1000 * 48 * of_token)
     copied = needed(in_8_bits).weights - needed(config).weights

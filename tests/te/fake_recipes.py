@@ -21,6 +21,12 @@ from tests.te.fake_step import PACKS, prepare, watch
 
 LAYERS = 2
 FP8 = ("--fp8.language", "tensorwise", "--fp8.vision", "tensorwise")
+SHARED = (
+    *("--architecture.language.shared_expert_ffn_hidden_size", "1536"),
+    *("--architecture.language.shared_expert_gate", "true"),
+    *("--architecture.language.family", "qwen2_moe"),
+    *("--architecture.language.qk_norm", "false", "--architecture.language.qkv_bias", "true"),
+)
 LOCAL = ("--training.kernels", "local")
 ADAPTERS = (
     *("--architecture.lora.rank", "8", "--architecture.lora.targets", "vision,language"),
@@ -73,6 +79,9 @@ CASES: dict[str, Case] = {
     "InternVL-C, stage 1": Case(recipe="internvl_c", stage="1"),
     "InternVL-C, stage 3": Case(recipe="internvl_c", stage="3"),
     "experts": Case(recipe="internvl", stage="2", model="internvl3_5-30b-a3b"),
+    "experts beside a shared one, FP8": Case(
+        recipe="internvl", stage="2", model="internvl3_5-30b-a3b", options=SHARED + FP8
+    ),
     "GPT-OSS": Case(recipe="internvl", stage="2", model="internvl3_5-gpt-oss-20b"),
     "GPT-OSS, FP8": Case(
         recipe="internvl", stage="2", model="internvl3_5-gpt-oss-20b", options=FP8

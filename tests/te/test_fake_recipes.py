@@ -22,6 +22,7 @@ MASKS = ("masked_select(routing_map)",)
 WAITS = {
     "PaliGemma 2, local": LOCAL,
     "experts": EXPERTS,
+    "experts beside a shared one, FP8": EXPERTS,
     "GPT-OSS": EXPERTS,
     "GPT-OSS, FP8": EXPERTS,
     "GPT-OSS, local": LOCAL + EXPERTS + MASKS,

@@ -150,11 +150,6 @@ def expert_problems(config: Config) -> Iterator[str]:
             "--fp8.language delayed: the largest values that an expert has seen are in no"
             " checkpoint, and one that gets no token has none; use tensorwise or blockwise"
         )
-    if language.shared_expert_ffn_hidden_size and "language" in config.fp8.recipes:
-        yield (
-            f"--fp8.language {config.fp8.language}: FP8 has not been tried with a shared expert"
-            f" ({_FLAG}.shared_expert_ffn_hidden_size); leave it out"
-        )
     arch = config.architecture
     if arch.needs.spans_step:
         yield (

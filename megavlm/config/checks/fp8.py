@@ -49,6 +49,8 @@ def fp8_problems(fp8: Fp8, config: Config) -> Iterator[str]:
         if part == "language" and arch.language.num_experts:
             shares = max(config.parallel.expert_tensor_parallel_size, 1)
             widths["expert_ffn_hidden_size"] = arch.language.expert_ffn_hidden_size // shares
+            shared = arch.language.shared_expert_ffn_hidden_size
+            widths["shared_expert_ffn_hidden_size"] = shared // tensor
         else:
             widths["ffn_hidden_size"] = sizes.ffn_hidden_size // tensor
         for name, width in widths.items():
