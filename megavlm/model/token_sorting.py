@@ -31,11 +31,12 @@ def _permute(
     num_out_tokens: int | Tensor,
     fused: bool,
     **settings: Any,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor | None, ...]:
     """Sort tokens [T, D] by expert, a copy for each expert of a token.
 
     Transformer Engine 2.11 has no gradient of the weights of experts if the tokens need none, and
-    fails in its backward pass if no token goes anywhere, as where a rank has nothing but padding.
+    fails if no token goes anywhere, as on a rank with nothing but padding: it returns no rows, and
+    its backward pass ends in an error.
 
     Args:
         plain: ``permute`` of megatron-core.
@@ -47,7 +48,8 @@ def _permute(
         settings: further arguments.
 
     Returns:
-        Copies [R, D], their weights [R], and what ``_unpermute`` needs.
+        Copies [R, D], their weights [R], and what ``_unpermute`` needs; of megatron-core 0.19 two
+        more, which are none here.
     """
     if probs is not None and probs.requires_grad and not tokens.requires_grad:
         tokens = tokens.detach().requires_grad_()

@@ -65,7 +65,7 @@ def there_and_back(
     weights.requires_grad_(need in ("both", "weights"))
     sizes = routed.sum(0)
     back = torch.arange(len(sizes), device=device).flip(0)
-    copies, own, places = token_dispatcher.permute(
+    (copies, own, places, *_) = token_dispatcher.permute(
         tokens,
         routed,
         probs=weights,
