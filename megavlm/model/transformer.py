@@ -221,6 +221,8 @@ def language_config(config: Config, layout: Layout, kernels: Kernels) -> Transfo
     parallel = config.parallel
     has_gate = kernels.gate is not None and _has_kernel(language)
     fuses_gate = kernels.is_fused and language.is_gated and not has_gate
+    if language.num_experts and language.activation != "swiglu":
+        fuses_gate = False  # megatron-core has no other fused gate of experts that is used here
     return TransformerConfig(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,

@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megavlm.config.lora import Lora
-from tests.convert.models import GEMMA2, GPT_OSS
+from tests.convert.models import EXPERTS, GEMMA2, GPT_OSS
 from tests.ranks.pool import models_in_memory
 from tests.te import torch_kernels
 from tests.te.build import mixture
@@ -38,12 +38,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "experts, recompute selective": dict(experts=5, recompute="selective"),
     "all options of routers": dict(experts=5, options=True),
     "routers alone": dict(experts=5, trainable=("language.*.router",)),
+    "experts with GeGLU": dict(language=EXPERTS | dict(num_experts=7, activation="geglu_tanh")),
     "Gemma 2": dict(language=GEMMA2),
     "Gemma 2, recompute full": dict(language=GEMMA2, recompute="full"),
     "Gemma 2, recompute selective": dict(language=GEMMA2, recompute="selective"),
     "GPT-OSS": dict(language=GPT_OSS),
     "GPT-OSS, recompute full": dict(language=GPT_OSS, recompute="full"),
     "GPT-OSS, recompute selective": dict(language=GPT_OSS, recompute="selective"),
+    "GPT-OSS, routers and biases behind experts": dict(
+        language=GPT_OSS, trainable=("language.*.router", "language.*.experts.*.linear_fc2.bias")
+    ),
     "adapters on 4 bits": dict(
         adapters=True, nf4=("vision", "language"), trainable=("connector", "*.lora")
     ),
@@ -68,8 +72,10 @@ PACKS = 4
 NEW_TOKENS = 4
 
 
-def make_packs(features_per_tile: int, alignment: int = 1) -> Path:
-    """Write packs of random samples for the small model, with so many placeholders of a tile."""
+def make_packs(features_per_tile: int, alignment: int = 1, samples: int = 6) -> Path:
+    """Write packs of so many random samples for the small model, with so many placeholders of a
+    tile.
+    """
     from tests.data.samples import make_dataset
     from tests.gpu.models import CAPACITY, SMALL
 
@@ -77,7 +83,7 @@ def make_packs(features_per_tile: int, alignment: int = 1) -> Path:
     make_dataset(
         folder,
         packs=8,
-        samples_per_pack=6,
+        samples_per_pack=samples,
         image_share=0.6,
         capacity=CAPACITY,
         text_tokens=(30, 120),
