@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 
@@ -41,22 +42,29 @@ class _ClampedGate(torch.autograd.Function):
         return tex.clamped_dswiglu(grad.contiguous(), *ctx.saved_tensors, None, ctx.limit), None
 
 
-class Gate:
+class Gate(MegatronModule):
     """``silu(first half) * second half`` (SwiGLU, Shazeer, arXiv 2002.05202): [T, 1, 2F] -> [T, 1,
     F]; or, with a limit L, ``quick_gelu(min(first, L)) * (clamp(second, -L, L) + 1)``, as in
     GPT-OSS.
 
-    megatron-core's ``MLP`` and experts build it and call it behind their first linear layer; it is
-    no ``torch.nn.Module``, since it has nothing to be saved.
+    megatron-core's ``MLP`` and experts build it. It has nothing to be saved, but 0.19 of it takes
+    nothing but a module, and 0.16 asks each module what it saves.
 
     Args:
         config: of the part, of which ``activation_func_clamp_value`` is the limit.
     """
 
     def __init__(self, config: TransformerConfig):
+        super().__init__(config)
         self._limit = config.activation_func_clamp_value
 
-    def __call__(self, halves: Tensor) -> Tensor:
+    def forward(self, halves: Tensor) -> Tensor:
+        """Gate one half by the other; ``MLP`` and experts call this behind their first linear
+        layer.
+        """
+        if not len(halves):  # No token of the batch goes to an expert of this rank.
+            # Transformer Engine before 2.11, and 2.11 on Blackwell, fails without rows.
+            return halves[..., : halves.shape[-1] // 2]
         if self._limit is None:
             return _Swiglu.apply(halves)
         return _ClampedGate.apply(halves, self._limit)

@@ -31,11 +31,13 @@ class Run:
         ranks: that share it.
         layout: settings of Transformer Engine's run alone.
         model: settings of both runs, as of ``configure``.
+        samples: of a pack; the second half of a pack of one is padding.
     """
 
     ranks: int = 2
     layout: dict[str, Any]
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    samples: int = 6
 
 
 TP2 = dict(tensor_model_parallel_size=2)
@@ -71,6 +73,9 @@ RUNS = {
     "TP2 with SP, Gemma 2": Run(layout=SP, model=dict(language=GEMMA2)),
     "CP2, Gemma 2": Run(layout=CP2, model=dict(language=GEMMA2)),
     "EP2, GPT-OSS": Run(layout=EP2, model=dict(language=GPT_OSS | dict(num_experts=6))),
+    "TP2 with SP, GPT-OSS, a rank with nothing but padding": Run(
+        layout=SP | dict(expert_tensor_parallel_size=1), model=dict(language=GPT_OSS), samples=1
+    ),
     "DP2": Run(layout={}),
     "CP2": Run(layout=CP2),
     "CP4": Run(ranks=4, layout=CP2 | dict(context_parallel_size=4)),
@@ -102,9 +107,20 @@ def train(config: Any) -> Curve:
     return train_curve(config)
 
 
-def compare(pool: Pool, folder: Path, name: str) -> dict[str, Any]:
+@cache
+def packs(features_per_tile: int, samples: int) -> Path:
+    """Make packs once."""
+    from tests.te.numbers import make_packs
+
+    return make_packs(features_per_tile, ALIGNMENT, samples)
+
+
+def compare(pool: Pool, name: str) -> dict[str, Any]:
     """Train by one process and in the layout of this name."""
+    from tests.gpu.models import SMALL
+
     row = RUNS[name]
+    folder = packs(1 if "crosses" in row.model else SMALL.features_per_tile, row.samples)
     alone = configure(folder, "local", steps=STEPS, **row.model)
     engine = configure(folder, "transformer_engine", steps=STEPS, **row.model, **row.layout)
     (expected,) = pool.run(train, 1, alone)
@@ -126,15 +142,11 @@ def compare(pool: Pool, folder: Path, name: str) -> dict[str, Any]:
 
 def main() -> None:
     """Compare every layout and print what was found."""
-    from tests.gpu.models import SMALL
-    from tests.te.numbers import make_packs
-
-    folders = [make_packs(features, ALIGNMENT) for features in (SMALL.features_per_tile, 1)]
     pool = Pool()
     found = {}
     for name in sys.argv[2:] or RUNS:
         try:
-            found[name] = compare(pool, folders["crosses" in RUNS[name].model], name)
+            found[name] = compare(pool, name)
         except AssertionError as error:
             found[name] = {"error": str(error)[-6000:]}
     pool.close()

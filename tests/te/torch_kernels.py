@@ -123,7 +123,11 @@ def swiglu_backward(grad: Tensor, halves: Tensor, quantizer: None) -> Tensor:
 
 
 def clamped_gate(halves: Tensor, quantizer: None, limit: float = 7.0) -> Tensor:
-    """Gate one half by the other as in GPT-OSS, as ``tex.clamped_swiglu``."""
+    """Gate one half by the other as in GPT-OSS, as ``tex.clamped_swiglu``, which takes no tensor
+    without rows before 2.11.
+    """
+    if not len(halves):
+        raise RuntimeError("Input input is not allocated!")
     gate, value = halves.chunk(2, -1)
     gate = gate.clamp(max=limit)
     return gate * torch.sigmoid(1.702 * gate) * (value.clamp(-limit, limit) + 1)
