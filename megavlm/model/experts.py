@@ -33,16 +33,20 @@ from megavlm.model.named_after import named_after
 
 
 def prepare_dispatchers(model: nn.Module) -> None:
-    """Let the dispatchers of a model count the tokens that are routed, and keep nothing of a pass.
+    """Let the dispatchers of a model count the tokens that are routed, keep nothing of a pass, and
+    copy tokens no more than they must.
 
     ``MoEAlltoAllTokenDispatcher.preprocess`` takes all tokens for routed, unless experts have a
-    capacity; megatron-core 0.19 then permutes as many.
+    capacity; megatron-core 0.19 then permutes as many. Behind the exchange between ranks it sorts
+    tokens by expert again, which those of a single rank are already: it does not for one expert.
     """
     for layer in model.modules():
         if isinstance(layer, MoELayer):
             dispatcher = layer.token_dispatcher
             layer.register_forward_hook(partial(_forget_pass, dispatcher))
             if isinstance(dispatcher, MoEAlltoAllTokenDispatcher):
+                if dispatcher.ep_size * dispatcher.tp_size == 1:
+                    dispatcher.num_local_experts = 1  # read where it sorts again, and nowhere else
                 plain = dispatcher.preprocess
                 # Called by ``MoEAlltoAllTokenDispatcher.dispatch_preprocess``.
                 dispatcher.preprocess = partial(_preprocess, dispatcher, plain)

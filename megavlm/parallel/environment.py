@@ -23,12 +23,15 @@ def set_environment(deterministic: bool) -> None:
         )
 
 
-def check_interfaces() -> None:
+def check_interfaces(uses_nccl: bool) -> None:
     """Check that this machine has the network interfaces that gloo and NCCL are told to use: their
     own errors name neither the variable nor what there is.
 
     Gloo takes whole names. NCCL takes names that begin so, after ``=`` whole ones, each with a port
     behind a colon or not; after ``^`` those that it leaves out, which need not be there.
+
+    Args:
+        uses_nccl: whether NCCL will read what is for it.
 
     Raises:
         ValueError: there is none; names the variable.
@@ -37,7 +40,7 @@ def check_interfaces() -> None:
     for name in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
         if name not in there:
             raise ValueError(_absent("GLOO_SOCKET_IFNAME", name, there))
-    given = os.environ.get("NCCL_SOCKET_IFNAME", "")
+    given = os.environ.get("NCCL_SOCKET_IFNAME", "") if uses_nccl else ""
     names = [name.partition(":")[0] for name in given.removeprefix("=").split(",") if name]
     is_exact = given.startswith("=")
     found = [

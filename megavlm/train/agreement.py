@@ -9,6 +9,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from megavlm.checkpoint.lock import Lock, held
@@ -40,7 +41,7 @@ def agree_to_start(
     start = None
     lock = None
     try:
-        check_interfaces()
+        check_interfaces(uses_nccl=torch.cuda.is_available())
         ahead()
         if config.checkpoint.save and torchrun.rank() == 0:
             lock = _lock_save_folder(Path(config.checkpoint.save), stack)

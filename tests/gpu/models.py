@@ -44,11 +44,11 @@ LANGUAGES: dict[str, dict[str, Any]] = {
 """Kinds of language models: what is other than in ``SMALL``."""
 
 
-def small(dataset: Path, language: str = "Qwen2", **settings: Any) -> Config:
+def small(dataset: Path, kind: str = "Qwen2", **settings: Any) -> Config:
     """Configure a run of the small model in bfloat16, with one of ``LANGUAGES``; ``settings`` as in
     ``config_for``.
     """
     defaults = dict(precision="bfloat16", lr=1e-3, steps=10)
-    changed = dataclasses.replace(SMALL.language, **LANGUAGES[language])
+    changed = dataclasses.replace(SMALL.language, **LANGUAGES[kind])
     model = dataclasses.replace(SMALL, language=changed)
     return dataclasses.replace(config_for(dataset, **defaults | settings), architecture=model)

@@ -38,7 +38,7 @@ def test_interfaces_that_are_there_are_sound(
     monkeypatch: pytest.MonkeyPatch, variable: str, given: str
 ) -> None:
     monkeypatch.setenv(variable, given)
-    check_interfaces()
+    check_interfaces(uses_nccl=True)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,14 @@ def test_absent_interfaces_are_told_with_the_variable(
 ) -> None:
     monkeypatch.setenv(variable, given)
     with pytest.raises(ValueError) as told:
-        check_interfaces()
+        check_interfaces(uses_nccl=True)
     assert f"{variable}={given} in the environment" in str(told.value)
     assert f"has no network interface {absent}; it has eth0, eth1, lo" in str(told.value)
+
+
+def test_what_nccl_alone_reads_may_be_anything_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "ib0")
+    check_interfaces(uses_nccl=False)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    with pytest.raises(ValueError, match="GLOO_SOCKET_IFNAME=ib0"):
+        check_interfaces(uses_nccl=False)

@@ -213,3 +213,26 @@ def test_a_run_resumes_bit_for_bit(ranks: Pool, dataset: Path, tmp_path: Path) -
     whole = resume_bit_for_bit(ranks, 4, job, tmp_path)
     assert len(set(whole["routers.1.shares"].tolist())) > 2
     assert whole[f"model.{BIAS}"].abs().max() > 0.01, "moved more than once"
+
+
+def sorts(config: Config) -> int:
+    """Train in this rank; return how often tokens are sorted again behind the exchange."""
+    from megatron.core.transformer.moe import token_dispatcher
+
+    plain = token_dispatcher.sort_chunks_by_idxs
+    counted = []
+    token_dispatcher.sort_chunks_by_idxs = lambda *given, **named: (
+        counted.append(None) or plain(*given, **named)
+    )
+    try:
+        train_curve(config)
+    finally:
+        token_dispatcher.sort_chunks_by_idxs = plain
+    return len(counted)
+
+
+def test_tokens_that_never_left_their_rank_are_sorted_once(ranks: Pool, dataset: Path) -> None:
+    for expert in (1, 2):
+        config = expert_config(dataset, steps=1, expert_model_parallel_size=expert)
+        found = ranks.run(sorts, 2, config)
+        assert all(bool(count) == (expert > 1) for count in found), found

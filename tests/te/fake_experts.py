@@ -123,19 +123,7 @@ class _Counts:
 def install(products: GroupedProducts) -> None:
     """Replace the compiled functions of experts for the whole process."""
     import transformer_engine_torch as tex
-    from megatron.core.transformer.moe import token_dispatcher
 
-    by_kernels = token_dispatcher.sort_chunks_by_idxs
-
-    def sort_chunks(
-        rows: Any, sizes: Any, order: Any, probs: Any = None, fused: bool = False
-    ) -> Any:
-        if fused:
-            return by_kernels(rows, sizes, order, probs=probs, fused=True)
-        # One rank's chunks are in order; which order that is, is a value of the device.
-        return rows, probs
-
-    token_dispatcher.sort_chunks_by_idxs = sort_chunks
     tex.te_general_grouped_gemm = products
     tex.split_quantize = split_quantize
     # They write into a tensor that the caller has made.
