@@ -11,35 +11,27 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 
-class _Swiglu(torch.autograd.Function):
+class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, halves: Tensor) -> Tensor:
-        import transformer_engine_torch as tex
-
-        ctx.save_for_backward(halves)
-        return tex.swiglu(halves, None)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
-        import transformer_engine_torch as tex
-
-        return tex.dswiglu(grad.contiguous(), *ctx.saved_tensors, None)
-
-
-class _ClampedGate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, halves: Tensor, limit: float) -> Tensor:
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, halves: Tensor, limit: float | None
+    ) -> Tensor:
         import transformer_engine_torch as tex
 
         ctx.save_for_backward(halves)
         ctx.limit = limit
+        if limit is None:
+            return tex.swiglu(halves, None)
         return tex.clamped_swiglu(halves, None, limit)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         import transformer_engine_torch as tex
 
-        return tex.clamped_dswiglu(grad.contiguous(), *ctx.saved_tensors, None, ctx.limit), None
+        given = (grad.contiguous(), *ctx.saved_tensors, None)
+        if ctx.limit is None:
+            return tex.dswiglu(*given), None
+        return tex.clamped_dswiglu(*given, ctx.limit), None
 
 
 class Gate(MegatronModule):
@@ -65,6 +57,4 @@ class Gate(MegatronModule):
         if not len(halves):  # No token of the batch goes to an expert of this rank.
             # Transformer Engine before 2.11, and 2.11 on Blackwell, fails without rows.
             return halves[..., : halves.shape[-1] // 2]
-        if self._limit is None:
-            return _Swiglu.apply(halves)
-        return _ClampedGate.apply(halves, self._limit)
+        return _Gate.apply(halves, self._limit)

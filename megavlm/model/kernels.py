@@ -52,10 +52,9 @@ class Kernels:
         tile_attention: attention inside the tiles.
         packed_attention: attention, causal or not, inside the samples of a pack.
         experts: the experts of a layer that this rank holds.
-        groups_experts: whether these compute one product for all of them.
         gate: SwiGLU and the clamped gate of an MLP or of experts; none: megatron-core's.
         is_fused: whether fused kernels turn queries and keys, gate the MLP, add residuals with
-            biases, and sort tokens by expert.
+            biases, sort tokens by expert, and multiply those of all experts.
         pointwise: makes one kernel of a function that works element by element.
         add_branch: adds a residual branch of the vision encoder.
         checkpoint: calls a function on tensors, of which it keeps the inputs only, and calls it
@@ -72,7 +71,6 @@ class Kernels:
     tile_attention: type
     packed_attention: type
     experts: type
-    groups_experts: bool
     gate: type | None
     is_fused: bool
     pointwise: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
@@ -94,7 +92,6 @@ def local_kernels() -> Kernels:
         experts=sequential_experts(
             MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=ExpertRowLinear)
         ),
-        groups_experts=False,
         gate=None,
         is_fused=False,
         pointwise=lambda function: function,
@@ -142,7 +139,6 @@ def transformer_engine_kernels() -> Kernels:
                 activation_func=Gate,  # built if ``use_te_activation_func``
             ),
         ),
-        groups_experts=True,
         gate=Gate,
         is_fused=True,
         pointwise=compiled,

@@ -184,7 +184,7 @@ def _expert_settings(config: Config, kernels: Kernels) -> dict[str, Any]:
         moe_aux_loss_coeff=config.experts.balance_loss / packs,
         moe_z_loss_coeff=config.experts.router_z_loss / packs,
         moe_token_dispatcher_type=config.experts.dispatcher,
-        moe_grouped_gemm=kernels.groups_experts,
+        moe_grouped_gemm=kernels.is_fused,
         moe_permute_fusion=kernels.is_fused,
         expert_model_parallel_size=config.parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=config.parallel.expert_tensor_parallel_size,
@@ -221,8 +221,8 @@ def language_config(config: Config, layout: Layout, kernels: Kernels) -> Transfo
     parallel = config.parallel
     has_gate = kernels.gate is not None and _has_kernel(language)
     fuses_gate = kernels.is_fused and language.is_gated and not has_gate
-    if language.num_experts and language.activation != "swiglu":
-        fuses_gate = False  # megatron-core has no other fused gate of experts that is used here
+    # megatron-core has no other fused gate of experts that is used here.
+    fuses_gate = fuses_gate and (language.activation == "swiglu" or not language.num_experts)
     return TransformerConfig(
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,

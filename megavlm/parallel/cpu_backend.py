@@ -14,7 +14,7 @@ import contextlib
 import functools
 import importlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -71,21 +71,24 @@ def _on_cpu(factory: Callable) -> Callable:
     return wrapped
 
 
-class _TorchOnCpu(ModuleType):
-    """What the modules above see as ``torch``; for everybody else it stays as it is, transformers'
+class TorchOnCpu(ModuleType):
+    """What some modules see as ``torch``; for everybody else it stays as it is, transformers'
     tricks with devices included.
+
+    Args:
+        factories: its functions that are to make tensors on the CPU.
     """
 
-    def __init__(self):
+    def __init__(self, factories: Sequence[str]):
         super().__init__("torch")
-        self.__dict__.update({name: _on_cpu(vars(torch)[name]) for name in _FACTORIES})
+        self.__dict__.update({name: _on_cpu(vars(torch)[name]) for name in factories})
 
     def __getattr__(self, name: str) -> object:
         return getattr(torch, name)
 
 
 def _replace_factories() -> None:
-    on_cpu = _TorchOnCpu()
+    on_cpu = TorchOnCpu(_FACTORIES)
     for name in _MODULES:
         vars(importlib.import_module(f"megatron.core.{name}"))["torch"] = on_cpu
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import types
 from typing import Any
 
 import torch
@@ -32,9 +31,9 @@ def on_cpu() -> None:
     """Let Transformer Engine's Python make tensors on the CPU, and try no sizes of blocks."""
     import transformer_engine.pytorch.triton.permutation as kernels
 
-    from tests.te.torch_kernels import _empty
+    from megavlm.parallel.cpu_backend import TorchOnCpu
 
-    kernels.torch = types.SimpleNamespace(**vars(torch) | {"empty": _empty})
+    kernels.torch = TorchOnCpu(["empty"])
     for name in ("_permute_kernel", "_unpermute_kernel", "_sort_chunks_by_map_kernel"):
         kernel = vars(kernels)[name]
         kernel.configs = kernel.configs[:1]

@@ -223,11 +223,6 @@ def _answer_as_hopper() -> None:
     cuda.nvtx.range_pop = lambda *args: None
 
 
-def _empty(*size: int, device: str, **options: Any) -> Tensor:
-    """Make what Transformer Engine's Python makes on a GPU by name."""
-    return torch.empty(*size, **options)
-
-
 def _dummy_gradient(shape: list[int], dtype: torch.dtype, zero: bool = False) -> Tensor:
     # NaN: nobody may read a gradient that was summed elsewhere.
     return torch.full(shape, 0.0 if zero else float("nan"), dtype=dtype)
@@ -259,7 +254,7 @@ def install() -> None:
     import transformer_engine.pytorch.triton.cross_entropy as entropy
     import transformer_engine_torch as tex
 
-    from megavlm.parallel import backend
+    from megavlm.parallel import backend, cpu_backend
 
     running = backend.start(5)
     backend.start = lambda *args, **settings: running
@@ -290,7 +285,7 @@ def install() -> None:
         module.get_dummy_wgrad = _dummy_gradient
     gemms.get_cublas_workspace = lambda *args: torch.empty(1, 1)
     gemms.get_tensor_device = lambda *args: 0
-    gemms.torch = types.SimpleNamespace(**vars(torch) | {"empty": _empty})
+    gemms.torch = cpu_backend.TorchOnCpu(["empty"])
     engine._get_cuda_rng_state = lambda *args, **settings: torch.get_rng_state()
     engine._set_cuda_rng_state = lambda *args, **settings: None
     fused = tex.NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen

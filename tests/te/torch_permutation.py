@@ -6,9 +6,6 @@ Shape letters: T tokens, D width, E experts, R copies of tokens, C chunks.
 
 from __future__ import annotations
 
-import types
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -32,11 +29,9 @@ def make_orders_on_cpu() -> None:
     """Let megatron-core's dispatchers make the order of experts on the CPU."""
     from megatron.core.transformer.moe import token_dispatcher
 
-    token_dispatcher.torch = types.SimpleNamespace(**vars(torch) | {"arange": _arange})
+    from megavlm.parallel import cpu_backend
 
-
-def _arange(count: int, device: Any) -> Tensor:
-    return torch.arange(count)
+    token_dispatcher.torch = cpu_backend.TorchOnCpu(["arange"])
 
 
 def make_row_id_map(routing_map: Tensor, num_tokens: int, num_experts: int) -> Tensor:
