@@ -36,25 +36,17 @@ class LockedError(ValueError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Holder:
-    """Who holds a lock.
+class Holder(processes.ProcessId):
+    """Who holds a lock; its process, and:
 
     Args:
         token: of this lock alone.
         host: name of the machine.
-        boot: identifies the machine's boot; empty if it has none.
-        namespace: identifies what process numbers are relative to; empty if unknown.
-        pid: number of the process.
-        started: start of the process, in the kernel's ticks since boot.
         since: when the lock was taken, in words.
     """
 
     token: str
     host: str
-    boot: str
-    namespace: str
-    pid: int
-    started: str
     since: str
 
     def __str__(self) -> str:
@@ -173,18 +165,8 @@ def _this_process() -> Holder:
     return Holder(
         token=uuid.uuid4().hex,
         host=socket.gethostname(),
-        boot=processes.boot_id(),
-        namespace=processes.namespace_id(),
-        pid=os.getpid(),
-        started=processes.start_ticks(os.getpid()) or "",
         since=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-    )
-
-
-def _is_here(holder: Holder) -> bool:
-    """Return whether the holder's process number means something to this process."""
-    return bool(holder.boot and holder.namespace) and (
-        (holder.boot, holder.namespace) == (processes.boot_id(), processes.namespace_id())
+        **asdict(processes.this_process()),
     )
 
 
@@ -265,8 +247,8 @@ def _wait_for_its_death(
         f"{_FLAG} {path.parent}: another run writes to this folder ({found}); end it, or name"
         " another folder"
     )
-    if _is_here(found):
-        if processes.start_ticks(found.pid) == found.started:
+    if found.is_here:
+        if not found.has_ended:
             raise LockedError(refusal)
         return
     first = max(_age(path), 0.0)  # below 0 if a clock went back meanwhile
@@ -321,11 +303,7 @@ def _take_over_claim(claim: Path, holder: Holder) -> bool:
         if _age(claim) > _DEAD_SECONDS:
             claim.unlink(missing_ok=True)
         return False
-    is_dead = (
-        processes.start_ticks(found.pid) != found.started
-        if _is_here(found)
-        else _age(claim) > _DEAD_SECONDS
-    )
+    is_dead = found.has_ended if found.is_here else _age(claim) > _DEAD_SECONDS
     return is_dead and _take_over(claim, found, holder)
 
 

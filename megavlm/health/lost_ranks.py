@@ -14,6 +14,7 @@ import os
 import socket
 import sys
 import threading
+from dataclasses import asdict
 
 import torch.distributed as dist
 
@@ -92,11 +93,11 @@ class LostRanks:
         self._store = store
         self._rank = rank
         self._next = rank - local_rank + (local_rank + 1) % local_size
-        self._known: list[str] = []
+        self._known: processes.ProcessId | None = None
 
     def join(self) -> None:
         """Say which process this rank is."""
-        self._store.set(f"process/{self._rank}", json.dumps(_identity(os.getpid())))
+        self._store.set(f"process/{self._rank}", json.dumps(asdict(processes.this_process())))
 
     def leave(self) -> None:
         """Say that this rank is done, and may end before the others."""
@@ -118,25 +119,15 @@ class LostRanks:
         """
         if self._next == self._rank:
             return False
-        if not self._known:
+        if self._known is None:
             key = f"process/{self._next}"
             if not self._store.check([key]):
                 return False  # it has not begun
-            self._known = json.loads(self._store.get(key))
-        boot, namespace, pid, started = self._known
-        here = [boot, namespace] == _identity(os.getpid())[:2]
-        if not (here and boot and namespace and started):
-            return False  # its number means nothing here, or cannot be looked up
-        return processes.start_ticks(int(pid)) != started
+            self._known = processes.ProcessId(**json.loads(self._store.get(key)))
+        return self._known.is_here and self._known.has_ended
 
 
 def _end(reason: str) -> None:
     """End this process, whose main thread waits in a collective that nothing can end."""
     torchrun.refuse(f"error on {torchrun.name_of_rank()}: {reason}", is_printed=False)
     os._exit(1)
-
-
-def _identity(pid: int) -> list[str]:
-    """Return what tells a process from others: boot, namespace, number and start."""
-    started = processes.start_ticks(pid) or ""
-    return [processes.boot_id(), processes.namespace_id(), str(pid), started]

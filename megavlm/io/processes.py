@@ -5,7 +5,44 @@ are given again.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessId:
+    """What tells a process from all others.
+
+    Args:
+        boot: identifies the machine's boot; empty if it has none.
+        namespace: identifies what process numbers are relative to; empty if unknown.
+        pid: number of the process.
+        started: start of the process, in the kernel's ticks since boot; empty if unknown.
+    """
+
+    boot: str
+    namespace: str
+    pid: int
+    started: str
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the number means something to this process, and can be looked up."""
+        return bool(self.boot and self.namespace and self.started) and (
+            (self.boot, self.namespace) == (boot_id(), namespace_id())
+        )
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the process, which ``is_here``, has ended."""
+        return start_ticks(self.pid) != self.started
+
+
+def this_process() -> ProcessId:
+    """Return what tells this process from all others."""
+    pid = os.getpid()
+    started = start_ticks(pid) or ""
+    return ProcessId(boot=boot_id(), namespace=namespace_id(), pid=pid, started=started)
 
 
 def boot_id() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -31,8 +32,8 @@ def other() -> Iterator[multiprocessing.Process]:
 def post(store: dist.Store, pid: int, started: str = "") -> None:
     """Say what rank 3 says when it begins."""
     started = started or processes.start_ticks(pid) or ""
-    identity = [processes.boot_id(), processes.namespace_id(), str(pid), started]
-    store.set(f"process/{NEXT}", json.dumps(identity))
+    one = dataclasses.replace(processes.this_process(), pid=pid, started=started)
+    store.set(f"process/{NEXT}", json.dumps(dataclasses.asdict(one)))
 
 
 def test_all_ranks_hear_of_a_process_that_was_killed(other: multiprocessing.Process) -> None:
@@ -68,11 +69,20 @@ def test_a_number_that_another_process_has_now_is_no_sign_of_life() -> None:
     assert LostRanks(store, 2, 0, 2).find().startswith("rank 3")
 
 
-@pytest.mark.parametrize("unlike", [{0: "another boot"}, {0: ""}, {1: "another"}, {1: ""}, {3: ""}])
-def test_a_process_that_cannot_be_looked_up_is_not_lost(unlike: dict[int, str]) -> None:
+@pytest.mark.parametrize(
+    "unlike",
+    [
+        {"boot": "another boot"},
+        {"boot": ""},
+        {"namespace": "another"},
+        {"namespace": ""},
+        {"started": ""},
+    ],
+)
+def test_a_process_that_cannot_be_looked_up_is_not_lost(unlike: dict[str, str]) -> None:
     store = dist.HashStore()
-    identity = [processes.boot_id(), processes.namespace_id(), str(2**22 + 1), "1"]
-    told = [unlike.get(place, value) for place, value in enumerate(identity)]
+    gone = dataclasses.replace(processes.this_process(), pid=2**22 + 1, started="1")
+    told = dataclasses.asdict(dataclasses.replace(gone, **unlike))
     store.set(f"process/{NEXT}", json.dumps(told))
     assert LostRanks(store, 2, 0, 2).find() == ""
 
