@@ -11,7 +11,6 @@ from megavlm.config.checks.datasets import (
     DatasetFacts,
     batch_warnings,
     facts_problems,
-    held_out_problems,
 )
 from megavlm.config.checks.frozen_vision import frozen_vision_problems
 from megavlm.config.checks.unread import OF_ONE_REPLICA, TOLERATED, preset_of, unread
@@ -38,8 +37,7 @@ def problems(config: Config, world_size: int) -> list[str]:
             found.append(f"{flag} {folder}: {error}")
     return [
         *found,
-        *facts_problems(config, facts),
-        *held_out_problems(config, facts, world_size),
+        *facts_problems(config, facts, world_size),
     ]
 
 

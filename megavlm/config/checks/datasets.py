@@ -66,18 +66,17 @@ class DatasetFacts:
     qformer_fingerprint: str = ""
 
 
-def facts_problems(config: Config, facts: Sequence[DatasetFacts]) -> list[str]:
-    """Everything in which packed datasets do not fit the model or each other."""
-    return (
-        [problem for dataset in facts for problem in _dataset(config, dataset)]
-        + list(_same_tokenizer(facts))
-        + list(_together(config, facts))
-    )
+def facts_problems(config: Config, facts: Sequence[DatasetFacts], world_size: int) -> list[str]:
+    """Everything in which packed datasets do not fit the model, each other or the ranks."""
+    return [
+        *(problem for dataset in facts for problem in _dataset(config, dataset)),
+        *_same_tokenizer(facts),
+        *_together(config, facts),
+        *_held_out(config, facts, world_size),
+    ]
 
 
-def held_out_problems(
-    config: Config, facts: Sequence[DatasetFacts], world_size: int
-) -> Iterator[str]:
+def _held_out(config: Config, facts: Sequence[DatasetFacts], world_size: int) -> Iterator[str]:
     """Yield that fewer validation packs are measured than a loss needs that depends on the whole
     step: each of the data-parallel ranks runs as many.
     """

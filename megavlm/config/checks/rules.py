@@ -9,7 +9,7 @@ from megavlm.config.averages import ema_problems
 from megavlm.config.checks import start
 from megavlm.config.checks.architecture import architecture_problems
 from megavlm.config.checks.data import data_problems
-from megavlm.config.checks.datasets import DatasetFacts, facts_problems, held_out_problems
+from megavlm.config.checks.datasets import DatasetFacts, facts_problems
 from megavlm.config.checks.device import DeviceCapabilities, device_problems
 from megavlm.config.checks.evaluation import evaluation_problems
 from megavlm.config.checks.experts import expert_layout_problems, expert_problems
@@ -61,8 +61,7 @@ def check(
     """
     found = [
         *problems(config, world_size),
-        *facts_problems(config, facts),
-        *held_out_problems(config, facts, world_size),
+        *facts_problems(config, facts, world_size),
         *device_problems(config, device or DeviceCapabilities()),
     ]
     if found:

@@ -59,7 +59,7 @@ def test_packs_have_the_form_that_the_stage_wants(
 ) -> None:
     arguments = ["--recipe", "mine", "--model", "tiny", "--data.train", str(tmp_path)]
     config = parse([*arguments, "--stage", *stage.split()])
-    found = facts_problems(config, [facts(config, **form)])
+    found = facts_problems(config, [facts(config, **form)], 1)
     assert len(found) == (1 if wrong else 0)
     assert all(part in found[0] for part in wrong)
 
@@ -84,14 +84,14 @@ def test_no_option_is_proposed_to_read_pairs_as_conversations(
     packs = facts(given, features_per_tile=32 if other == "2" else 0, tiling="stretch")
     config = parse([*recipe, stage, *(["--data.template", asked] if asked else [])])
     own = replace(packs, vocab_size=1, pixel_mean=config.architecture.vision.pixel_mean)
-    [problem] = facts_problems(config, [own])
+    [problem] = facts_problems(config, [own], 1)
     assert "--data.template" not in problem and "--model" not in problem
     assert re.search("; pack with another --template$" if asked else told, problem)
 
 
 def test_internvl_is_not_trained_on_pairs_without_questions() -> None:
     config = parse(["--stage", "2", "--model", "tiny"])
-    [problem] = facts_problems(config, [facts(config, template="plain")])
+    [problem] = facts_problems(config, [facts(config, template="plain")], 1)
     assert "pack with --template internvl2_5" in problem
     text = parse(["--stage", "0", "--model", "tiny"])
-    assert not facts_problems(text, [facts(text, template="plain", has_images=False)])
+    assert not facts_problems(text, [facts(text, template="plain", has_images=False)], 1)

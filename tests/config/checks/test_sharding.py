@@ -50,4 +50,4 @@ def test_sizes_of_nothing_are_reported_and_divide_nothing(packs: Path):
     ]
     config = tiny(packs, *" ".join(options).split())
     assert len(problems(config, 1)) == 3
-    facts_problems(config, [facts(tiny(packs))])
+    facts_problems(config, [facts(tiny(packs))], 1)
