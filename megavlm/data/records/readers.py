@@ -92,17 +92,15 @@ def open_reader(path: str) -> Reader:
     Raises:
         ValueError: the file is not what its ending says.
     """
-    return (_open if find_format(path).stays_open else _look_into)(path)
+    return (_open_file if find_format(path).stays_open else _look_into)(path)
 
 
-@lru_cache(maxsize=OPEN_FILES)
 def _open(path: str) -> Reader:
     return find_format(path).open(path)
 
 
-@lru_cache(maxsize=KEPT_READERS)
-def _look_into(path: str) -> Reader:
-    return find_format(path).open(path)
+_open_file = lru_cache(maxsize=OPEN_FILES)(_open)
+_look_into = lru_cache(maxsize=KEPT_READERS)(_open)
 
 
 def find_files(annotation: str) -> list[str]:
