@@ -21,6 +21,7 @@ import megavlm.train  # noqa: F401
 from megavlm.config.cli import from_yaml
 from megavlm.config.schema import Config
 from megavlm.convert.hf import convert
+from megavlm.data.loading.batch import BatchOptions
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.model import weights
 from megavlm.model.objective.qformer import similarities, texts_of
@@ -61,7 +62,7 @@ def largest_difference(config: Config, folder: Path, packs: Path) -> float:
     ours = VisionLanguageModel(config, layout, groups).eval()
     weights.fill([ours], convert.full_tensors(folder, config.architecture))
     vision = config.architecture.vision
-    batch = PackedDataset(packs).batch(0, 0, vision_layers=vision.num_layers)
+    batch = PackedDataset(packs).batch(0, 0, BatchOptions(vision_layers=vision.num_layers))
     images, texts, _, hidden = ours(batch)
     ids, lengths = texts_of(batch, config.architecture.image_text.text_tokens)
     mean, std = (torch.tensor(x)[:, None, None] for x in (vision.pixel_mean, vision.pixel_std))

@@ -13,6 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from megavlm.data.images.decode import check_pixels
+from megavlm.data.loading.batch import BatchOptions
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.packing.encode import Encoder, Images, reject
 from megavlm.data.records.meta_file import Annotations
@@ -255,4 +256,4 @@ def _batches(ready: _Ready, task: ScoreTask, pairs: Sequence[Sample]) -> Iterato
             ready.manifest, capacity=sum(one.length for one in some), sources=(source,)
         )
         packs = PackedDataset(MemoryReader([some], manifest, task.annotations.path))
-        yield ready.towers.embed(packs.batch(0, 0, reduction="sample")).numpy()
+        yield ready.towers.embed(packs.batch(0, 0, BatchOptions(reduction="sample"))).numpy()

@@ -69,7 +69,7 @@ def held_out_loss(
             " there is no loss"
         )
     workers = min(data.workers, len(positions))
-    packs = job.batches(job.valid, plan, positions, workers=workers)
+    packs = job.batches(job.valid, plan, positions, job.batch_options, workers=workers)
     shown = blanked(packs, job.config.architecture.vision) if without_images else packs
     by_source = SourceLosses(job.valid.source_names, job.backend.device)
     named = NamedLosses(job.config.architecture, job.backend.device)
@@ -128,7 +128,7 @@ def task_batches(
 ) -> Generator[Batch, None, None]:
     """Load packs of a task by their numbers; ``close()`` frees what they hold."""
     plan = Plan(num_packs=len(packs), seed=0, shuffle=False)
-    return job.batches(packs, plan, numbers, workers=0)
+    return job.batches(packs, plan, numbers, job.batch_options, workers=0)
 
 
 def run_forward(
@@ -173,7 +173,7 @@ def _run_steps(
     batch = min(job.config.training.global_batch_size, len(ids))
     loss = torch.zeros((), device=job.backend.device)
     for start in range(0, len(ids), batch):
-        samples = job.samples_of_ranks(job.valid.index[ids[start : start + batch]])
+        samples = job.samples_of_ranks(job.valid.records(ids[start : start + batch]))
         step = Microbatches(packs, batch // job.groups.data_size, weight, samples=samples)
         loss += run_whole_step(job.ddp_chunks, step, job.backend, forward_only=True, meters=meters)
     return loss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -12,7 +13,7 @@ from megavlm.checkpoint.lock import Lock
 from megavlm.config.schema import Config
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.hf.unused_weights import Weights
-from megavlm.data.loading.batch import Batch
+from megavlm.data.loading.batch import Batch, BatchOptions
 from megavlm.data.loading.blend import Packs
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.loader import batches
@@ -71,44 +72,53 @@ class Job(BuiltModel):
         ranks = self.groups.data_size
         return [samples[rank::ranks].tolist() for rank in range(ranks)]
 
+    @property
+    def batch_options(self) -> BatchOptions:
+        """How this rank reads packs, without what is random in training."""
+        return BatchOptions(
+            reduction=self.config.data.loss_reduction,
+            vision_layers=self.config.architecture.vision.num_layers,
+            with_pair_ids=self.config.architecture.needs_pair_ids,
+            with_tiles=self.chunks[0].pre_process,
+            rank_slice=self.groups.rank_slice,
+            tile_multiple=tile_multiple(self.config),
+        )
+
+    @property
+    def training_options(self) -> BatchOptions:
+        """How this rank reads packs to train on."""
+        return dataclasses.replace(
+            self.batch_options,
+            patches=self.config.architecture.vision.patch_choice,
+            seed=self.config.training.seed,
+        )
+
     def batches(
         self,
         packs: Packs,
         plan: Order,
         positions: Sequence[int],
+        options: BatchOptions,
         *,
         workers: int,
-        seed: int = 0,
-        drops_patches: bool = False,
-        with_pair_ids: bool = False,
     ) -> Generator[Batch, None, None]:
-        """Load packs as this rank needs them; ``close()`` ends the workers.
+        """Load packs ahead; ``close()`` ends the workers.
 
         Args:
             packs: to load.
             plan: their order.
             positions: indices into the order.
+            options: how they are read.
             workers: loader processes.
-            seed: fixes drop path and the random changes of images.
-            drops_patches: whether they are to train on, without some of their patches.
-            with_pair_ids: say which pairs share an image or a text, even if the loss does not ask.
         """
-        vision = self.config.architecture.vision
         loaded = batches(
             packs,
             plan,
             positions,
+            options,
             workers=workers,
             prefetch=self.config.data.prefetch,
             timeout=self.config.data.timeout,
-            reduction=self.config.data.loss_reduction,
-            vision_layers=vision.num_layers,
-            patches=vision.patch_choice if drops_patches else None,
-            with_pair_ids=with_pair_ids or self.config.architecture.needs_pair_ids,
-            seed=seed,
-            with_tiles=self.chunks[0].pre_process,
-            rank_slice=self.groups.rank_slice,
-            tile_multiple=tile_multiple(self.config),
         )
         with contextlib.closing(loaded):
             yield from self.watch(loaded)

@@ -165,9 +165,8 @@ def _load_batches(job: Job, state: State) -> Generator[Batch, None, None]:
         job.train,
         job.plan,
         range(state.consumed + job.groups.data_rank, end, job.groups.data_size),
+        job.training_options,
         workers=config.data.workers,
-        seed=config.training.seed,
-        drops_patches=True,
     )
 
 

@@ -7,6 +7,7 @@ Shape letters: n pairs of this data-parallel rank, N of all, E size of the embed
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -39,7 +40,7 @@ def recalls(job: Job) -> dict[str, float]:
         outputs, ids = _embed(job, plan, count)
     if not job.groups.has_last_chunk:
         return {}
-    records = job.valid.index[plan.pack_ids(0, count)]
+    records = job.valid.records(plan.pack_ids(0, count))
     counts = list(map(sum, job.samples_of_ranks(records)))
     size = job.config.architecture.contrastive.size
     none = torch.zeros(2, 0, size, device=job.backend.device)  # a rank may have no pack
@@ -69,7 +70,10 @@ def _embed(job: Job, plan: Plan, count: int) -> tuple[list[Tensor], list[Tensor]
         return [], []
     workers = min(job.config.data.workers, len(positions))
     is_last = job.groups.has_last_chunk
-    batches = job.batches(job.valid, plan, positions, workers=workers, with_pair_ids=is_last)
+    options = job.batch_options
+    if is_last:
+        options = dataclasses.replace(options, with_pair_ids=True)
+    batches = job.batches(job.valid, plan, positions, options, workers=workers)
     ids: list[Tensor] = []
 
     def noting() -> Iterator[Batch]:

@@ -12,7 +12,7 @@ from megavlm.checkpoint.rank_errors import raised_on_all
 from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.checkpoint.train_state import State
 from megavlm.config.schema import Config
-from megavlm.data.loading.blend import BlendPlan, Packs, open_blend
+from megavlm.data.loading.blend import BlendPlan, open_blend
 from megavlm.data.loading.order import Order
 from megavlm.health import speed_check
 from megavlm.parallel import process_groups
@@ -53,7 +53,7 @@ def run_job(
         SaveError: the last checkpoint could not be saved, on every rank.
         StepError: a step has no loss or no finite gradient, on every rank.
     """
-    packs, plan = _open_training_set(config)
+    packs, plan = open_blend(config)
     layout = make_layout(config, PackSize.mean(packs.some_records()))
     groups = process_groups.create(config.parallel, config.training.seed, layout.embedding_chunk)
     if isinstance(start, Checkpoint):
@@ -71,24 +71,6 @@ def run_job(
         state = train(job, state, metrics, stop)
         export_finished(config, state, start, groups)
     return state
-
-
-def _open_training_set(config: Config) -> tuple[Packs, Order]:
-    """Open the packs of the run, and fix their order."""
-    data = config.data
-    return open_blend(
-        data.train_folders,
-        data.weights,
-        seed=config.training.seed,
-        shuffle=data.shuffle,
-        group=config.group,
-        strata=config.strata,
-        curriculum=data.curriculum,
-        shared_batch=config.training.global_batch_size if data.batch_shares else 0,
-        augment=data.augment,
-        next_image=data.next_image,
-        sampling=data.sampling,
-    )
 
 
 def _clean(save: Path, groups: Groups, metrics: Metrics) -> None:

@@ -9,10 +9,12 @@ import itertools
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image as Picture
 
+from megavlm.config.schema import Config, Data, Training
 from megavlm.data.sample import Image, Sample
 from megavlm.data.store.index_format import round_up
 from megavlm.data.store.manifest import Level, Manifest, Shard, Source, Totals
@@ -222,3 +224,15 @@ def store_packs(
     for records in folder.glob("*.records"):
         records.unlink()
     return completed
+
+
+def run_over(folders: Sequence[str], *, seed: int, batch: int = 512, **data: Any) -> Config:
+    """Return a run over folders of packs, with so many packs a step; packs of unlike cost are drawn
+    together, unless ``data``, other fields of ``Data``, says otherwise.
+    """
+    return Config(
+        stage="2",
+        model="tiny",
+        data=Data(train=",".join(folders), **{"group": 1, "strata": 1} | data),
+        training=Training(seed=seed, global_batch_size=batch),
+    )

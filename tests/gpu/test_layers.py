@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megavlm.data.loading.batch import BatchOptions
 from megavlm.parallel import backend
 from tests.gpu.models import CAPACITY, LANGUAGES, SMALL, small
 from tests.ranks.runs import EVERYTHING
@@ -22,7 +23,7 @@ def gradients(built) -> tuple[float, dict[str, torch.Tensor]]:
     layers = SMALL.vision.num_layers
     multiple = tile_multiple(built.config)
     packs = [
-        built.train.batch(pack, pack, vision_layers=layers, tile_multiple=multiple)
+        built.train.batch(pack, pack, BatchOptions(vision_layers=layers, tile_multiple=multiple))
         for pack in range(2)
     ]
     built.ddp_chunks[0].zero_grad_buffer()

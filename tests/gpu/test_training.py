@@ -12,6 +12,7 @@ import torch
 
 from megavlm.config.checks.device import device_problems
 from megavlm.config.schema import Checkpoint, Config, Fp8, Logging
+from megavlm.data.loading.batch import BatchOptions
 from tests.convert.models import TOKENIZER, load_all, make_hf
 from tests.gpu.models import SMALL, small
 
@@ -73,7 +74,7 @@ def test_8_bit_weights_follow_the_weights(job, dataset: Path, part: str) -> None
         copies = []
         for number in range(3):
             packs = [
-                built.train.batch(pack, pack, vision_layers=3, tile_multiple=16)
+                built.train.batch(pack, pack, BatchOptions(vision_layers=3, tile_multiple=16))
                 for pack in range(2)
             ]
             set_rates(built.optimizer, config, number)
@@ -148,7 +149,6 @@ def test_the_host_waits_for_nothing_in_a_step(
     job, dataset: Path, recipe: str, recompute: str
 ) -> None:
     from megavlm.data.loading.loader import batches
-    from megavlm.model.precision import tile_multiple
     from megavlm.train.microbatches import Microbatches
     from megavlm.train.optimizer import set_rates
     from megavlm.train.step import train_step
@@ -159,14 +159,10 @@ def test_the_host_waits_for_nothing_in_a_step(
     with job(config) as built:
         size = config.training.global_batch_size
         clip = config.optimizer.clip_grad
-        options = dict(
-            reduction="square",
-            vision_layers=SMALL.vision.num_layers,
-            tile_multiple=tile_multiple(config),
-        )
+        options = built.batch_options
         # The same packs again and again: the first steps compile kernels and plan attention, which
         # may wait.
-        steps = [list(batches(built.train, built.plan, range(size), **options)) for _ in range(4)]
+        steps = [list(batches(built.train, built.plan, range(size), options)) for _ in range(4)]
         for number, packs in enumerate(steps):
             weight = sum(pack.weight_sum for pack in packs)
             set_rates(built.optimizer, config, number)

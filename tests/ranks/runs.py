@@ -188,23 +188,6 @@ def build(config: Config):
     )
 
 
-def batch_options(job: Any) -> dict[str, Any]:
-    """Return what a run reads its packs with, arguments of ``PackedDataset.batch``."""
-    from megavlm.model.precision import tile_multiple
-
-    config = job.config
-    vision = config.architecture.vision
-    return dict(
-        reduction=config.data.loss_reduction,
-        vision_layers=vision.num_layers,
-        patches=vision.patch_choice,
-        with_pair_ids=config.architecture.needs_pair_ids,
-        seed=config.training.seed,
-        tile_multiple=tile_multiple(config),
-        rank_slice=job.groups.rank_slice,
-    )
-
-
 def train_curve(config: Config, pack_ids: tuple[int, ...] = ()) -> Curve:
     """Loss and gradient norm of every step, on every rank; ``pack_ids`` replaces the order of the
     packs by this one, again and again.
@@ -224,8 +207,8 @@ def train_curve(config: Config, pack_ids: tuple[int, ...] = ()) -> Curve:
     for step in range(steps):
         ids = order[step * size : (step + 1) * size]
         positions = range(step * size + rank, (step + 1) * size, world)
-        options = batch_options(job)
-        arriving = iter([job.train.batch(int(order[p]), p, **options) for p in positions])
+        options = job.training_options
+        arriving = iter([job.train.batch(int(order[p]), p, options) for p in positions])
         set_rates(job.optimizer, config, step)
         weight = job.train.weight_sum(ids, config.data.loss_reduction)
         samples = job.samples_of_ranks(job.train.index[ids])

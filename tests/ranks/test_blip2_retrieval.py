@@ -18,6 +18,7 @@ from megavlm.config.schema import Config, Data
 from megavlm.convert.hf import blip2_config, convert
 from megavlm.convert.hf.blip2_retrieval import CLASS_NAME
 from megavlm.convert.hf.model_config import architecture_from_hf
+from megavlm.data.loading.batch import BatchOptions
 from tests.convert.blip2_models import STAGE1 as MODEL
 from tests.convert.card import run_example
 from tests.convert.models import TOKENIZER, load_all
@@ -68,7 +69,7 @@ def scores_of_pack(config: Config, folder: Path) -> dict[str, np.ndarray]:
     model = VisionLanguageModel(config, layout, groups).eval()
     weights.fill([model], convert.full_tensors(folder, config.architecture))
     layers = config.architecture.vision.num_layers
-    batch = PackedDataset(config.data.train).batch(0, 0, vision_layers=layers)
+    batch = PackedDataset(config.data.train).batch(0, 0, BatchOptions(vision_layers=layers))
     with torch.no_grad():
         images, texts, _, hidden = model(batch)
         ids, lengths = texts_of(batch, TEXTS)

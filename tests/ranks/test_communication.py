@@ -26,7 +26,7 @@ from tests.ranks import test_contrastive, test_flamingo, test_qformer_objective
 from tests.ranks.layouts import asks_for_all
 from tests.ranks.model_checks import sizes_of
 from tests.ranks.pool import Pool
-from tests.ranks.runs import TINY, batch_options, build, config_for, make_packs
+from tests.ranks.runs import TINY, build, config_for, make_packs
 from tests.ranks.test_contrastive import CLIP, SIGLIP, pack_pairs
 
 # In a ring of k ranks each sends (k - 1) / k of the elements of a whole tensor, once or twice. The
@@ -143,7 +143,7 @@ def sent(config: Config) -> Sent:
     job = build(config)
     size = config.training.global_batch_size
     numbers = range(job.groups.data_rank, size, job.groups.data_size)
-    batches = [job.train.batch(number, 0, **batch_options(job)) for number in numbers]
+    batches = [job.train.batch(number, 0, job.training_options) for number in numbers]
     ids = np.arange(size)
     weight = job.train.weight_sum(ids, config.data.loss_reduction)
     samples = job.samples_of_ranks(job.train.index[ids])
@@ -155,7 +155,7 @@ def sent(config: Config) -> Sent:
     return Sent(
         pipeline_rank=job.groups.pipeline_rank,
         bytes_by_kind=dict(found),
-        tiles=[len(batch.tiles) for batch in batches],
+        tiles=[batch.num_tiles for batch in batches],
         supervised=[len(batch.loss_positions) for batch in batches],
         tokens=int(job.train.index[job.groups.data_rank]["tokens"]),
     )

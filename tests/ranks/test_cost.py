@@ -11,6 +11,7 @@ import pytest
 from megavlm.config.lora import Lora, stacked
 from megavlm.config.recipes.internvl import STAGES
 from megavlm.config.schema import Architecture, Checkpoint, Logging
+from megavlm.data.loading.batch import BatchOptions
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.order import Plan
 from megavlm.planner.flops import pieces, training_cost, with_gradients
@@ -78,7 +79,7 @@ def counted_by_torch(
     job = build(
         dataclasses.replace(config_for(dataset, trainable=trainable), architecture=architecture)
     )
-    batch = job.train.batch(0, 0, vision_layers=architecture.vision.num_layers)
+    batch = job.train.batch(0, 0, BatchOptions(vision_layers=architecture.vision.num_layers))
     # The plain kernel keeps the probabilities; fused ones compute them again in the backward pass,
     # which torch counts, unlike us.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

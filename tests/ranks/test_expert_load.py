@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megavlm.config.schema import Config
+from megavlm.data.loading.batch import BatchOptions
 from tests.ranks.pool import Pool
 from tests.ranks.runs import build
 from tests.ranks.test_experts import Layout, expert_config, routed
@@ -21,7 +22,7 @@ def two_reports(config: Config) -> list[dict]:
 
     job = build(config)
     packs = range(job.groups.data_rank, 4, job.groups.data_size)
-    batches = [job.train.batch(pack, 0, vision_layers=2) for pack in packs]
+    batches = [job.train.batch(pack, 0, BatchOptions(vision_layers=2)) for pack in packs]
     run_packs(job.ddp_chunks, Microbatches(iter(batches), len(batches), 100.0), job.backend)
     load = ExpertLoad(job.chunks, config.architecture, job.backend.device)
     return [load.report(job.groups, 1), load.report(job.groups, 1)]

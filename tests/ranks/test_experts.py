@@ -16,6 +16,7 @@ import pytest
 
 from megavlm.config.lora import Lora
 from megavlm.config.schema import Architecture, Config, Experts
+from megavlm.data.loading.batch import BatchOptions
 from megavlm.model.weights import fresh_tensor
 from megavlm.planner.flops import pieces, training_cost
 from tests.convert.models import EXPERTS
@@ -246,7 +247,7 @@ def routed(config: Config) -> tuple[list[int], list[int], list[list[float]], lis
     from megavlm.train.step import run_packs
 
     job = build(config)
-    batches = [job.train.batch(pack, 0, vision_layers=2) for pack in range(4)]
+    batches = [job.train.batch(pack, 0, BatchOptions(vision_layers=2)) for pack in range(4)]
     ran: list[int] = []
     by_hand: list[list[float]] = []
 

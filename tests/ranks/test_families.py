@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megavlm.config.schema import Architecture, Checkpoint, Config, Logging
+from megavlm.data.loading.batch import BatchOptions
 from tests.data.samples import make_dataset
 from tests.ranks.layouts import asks_for_all
 from tests.ranks.pool import Pool
@@ -153,7 +154,9 @@ def padding_after_steps(config: Config) -> dict[str, torch.Tensor]:
     job = build(config)
     found = {}
     for step in range(3):
-        batches = iter([job.train.batch(pack, 0, vision_layers=3) for pack in range(4)])
+        batches = iter(
+            [job.train.batch(pack, 0, BatchOptions(vision_layers=3)) for pack in range(4)]
+        )
         set_rates(job.optimizer, config, step + 1)
         train_step(job, Microbatches(batches, 4, 100.0), 1.0, job.backend)
     ranks = config.parallel.tensor_model_parallel_size

@@ -16,7 +16,7 @@ from PIL import Image as Picture
 
 from megavlm.config.schema import Config, Data
 from megavlm.convert.weights.qformer import retrieval_rows
-from megavlm.data.loading.batch import Batch
+from megavlm.data.loading.batch import Batch, BatchOptions
 from megavlm.data.sample import Sample
 from tests.convert import golden_models as golden
 from tests.convert.ask_lavis import GOLDEN
@@ -62,7 +62,7 @@ def batches(config: Config, draws: list[list[float]]) -> list[Batch]:
     layers = config.architecture.vision.num_layers
     found = []
     for pack, given in enumerate(torch.tensor(draws).split(golden.PAIRS_OF_PACKS, dim=1)):
-        batch = dataset.batch(pack, 0, reduction="sample", vision_layers=layers)
+        batch = dataset.batch(pack, 0, BatchOptions(reduction="sample", vision_layers=layers))
         assert batch.samples == given.shape[1]
         found.append(dataclasses.replace(batch, pair_draws=given))
     return found

@@ -12,6 +12,7 @@ import torch
 
 from megavlm.config.lora import MAGNITUDE, Lora, is_adapter
 from megavlm.config.schema import Config
+from megavlm.data.loading.batch import BatchOptions
 from tests.convert.models import PERSIMMON
 from tests.ranks.pool import Pool
 from tests.ranks.runs import (
@@ -156,7 +157,7 @@ def logits_with_and_without(config: Config) -> tuple[torch.Tensor, torch.Tensor]
             weight.data.mul_(0.5 + torch.rand(weight.shape, generator=generator))
         elif key.endswith(".bias"):
             weight.data.copy_(0.1 * torch.randn(weight.shape, generator=generator))
-    batch = job.train.batch(0, 0, vision_layers=3)
+    batch = job.train.batch(0, 0, BatchOptions(vision_layers=3))
     with torch.no_grad():
         found = job.chunks[0](batch, with_loss=False)
     return found, {key: weight.detach().clone() for key, weight in weights.items()}
@@ -221,7 +222,7 @@ def logits_of(asked: tuple[Config, dict[str, torch.Tensor]]) -> torch.Tensor:
         for key, weight in named_weights(job.chunks[0]).items():
             place = tuple(slice(0, size) for size in weights[key].shape)
             weight[place].copy_(weights[key])
-        return job.chunks[0](job.train.batch(0, 0, vision_layers=3), with_loss=False)
+        return job.chunks[0](job.train.batch(0, 0, BatchOptions(vision_layers=3)), with_loss=False)
 
 
 @pytest.mark.parametrize("lora", [ADAPTERS, DORA] if MATRIX else [DORA])

@@ -10,6 +10,7 @@ import torch
 
 from megavlm.config.lora import Lora, dropout_problems
 from megavlm.config.schema import Config, Parallel
+from megavlm.data.loading.batch import BatchOptions
 from megavlm.model.lora_dropout import Location, adapter_salt, drop
 from tests.ranks.layouts import asks_for_all
 from tests.ranks.pool import Pool
@@ -68,7 +69,9 @@ def losses_of_positions(config: Config) -> list[float]:
     for module in job.chunks[0].modules():
         if isinstance(module, LowRankAdapter):
             torch.nn.init.constant_(module.b, 0.1)
-    batches = [job.train.batch(0, position, vision_layers=3) for position in (0, 1, 0)]
+    batches = [
+        job.train.batch(0, position, BatchOptions(vision_layers=3)) for position in (0, 1, 0)
+    ]
     losses = [float(job.chunks[0](batch).sum()) for batch in batches]
     job.chunks[0].eval()
     return [*losses, float(job.chunks[0](batches[0]).sum())]
@@ -146,7 +149,7 @@ def saved_bytes(config: Config) -> tuple[int, tuple[int, int]]:
     from tests.ranks.runs import build
 
     job = build(config)
-    batch = job.train.batch(0, 0, vision_layers=3)
+    batch = job.train.batch(0, 0, BatchOptions(vision_layers=3))
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from megavlm.config.schema import Config
+from megavlm.data.loading.batch import BatchOptions
 from megavlm.data.loading.dataset import PackedDataset, loss_positions
 from megavlm.data.store.pack_format import REDUCTIONS
 from megavlm.planner.activations import RankLoad, activation_memory
@@ -96,7 +97,7 @@ def peak_of_logits(config: Config) -> int:
     from megavlm.train.step import run_packs
 
     job = build(config)
-    batch = job.train.batch(0, 0, vision_layers=config.architecture.vision.num_layers)
+    batch = job.train.batch(0, 0, BatchOptions(vision_layers=config.architecture.vision.num_layers))
     width = job.chunks[0].language.output_layer.weight.shape[0]
     sizes: dict[StorageWeakRef, int] = {}
     most = 0

@@ -13,6 +13,7 @@ import pytest
 
 from megavlm.config.checks.rules import problems
 from megavlm.config.schema import Config, Eval
+from megavlm.data.loading.batch import BatchOptions
 from tests.ranks.pool import Pool
 from tests.ranks.runs import build, config_for
 from tests.ranks.test_blend import folders as folders
@@ -37,9 +38,9 @@ def gradients(config: Config, folders: list[Path]) -> list[dict[str, np.ndarray]
     chosen = np.array([0, 2, 3, first, first + 4])
 
     def gradient(ids: np.ndarray, weights: tuple[float, ...]) -> dict[str, np.ndarray]:
-        divisors = blend.pack_weights(ids, blend.index[ids], "square", weights)
+        divisors = blend.pack_weights(ids, blend.records(ids), "square", weights)
         layers = config.architecture.vision.num_layers
-        packs = [blend.batch(int(number), 0, vision_layers=layers) for number in ids]
+        packs = [blend.batch(int(number), 0, BatchOptions(vision_layers=layers)) for number in ids]
         job.ddp_chunks[0].zero_grad_buffer()
         run_packs(
             job.ddp_chunks,

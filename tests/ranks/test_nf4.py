@@ -12,6 +12,7 @@ import torch
 
 from megavlm.config.lora import Lora, lora_problems
 from megavlm.config.schema import Config
+from megavlm.data.loading.batch import BatchOptions
 from megavlm.model.nf4 import Nf4Weight, rounded
 from tests.ranks.layouts import asks_for_all
 from tests.ranks.pool import Pool
@@ -95,7 +96,7 @@ def result_of(config: Config, given: dict[str, torch.Tensor]) -> Result:
         if key.endswith(".lora.b"):
             generator = torch.Generator().manual_seed(len(key))
             weight.data.copy_(0.1 * torch.randn(weight.shape, generator=generator))
-    loss = chunk(job.train.batch(0, 0, vision_layers=3)).sum()
+    loss = chunk(job.train.batch(0, 0, BatchOptions(vision_layers=3))).sum()
     loss.backward()
     frozen = [weight for key, weight in weights.items() if QUANTISED.quantises(key)]
     gradients = {

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from megavlm.config.schema import Config
+from megavlm.data.loading.batch import BatchOptions
 from tests.ranks.pool import Pool
 from tests.ranks.runs import EVERYTHING, Curve, build, config_for, make_packs, train_curve
 
@@ -85,7 +86,7 @@ def weights_after_a_step(
     job.ddp_chunks[0].zero_grad_buffer()
     set_rates(job.optimizer, config, 1)
     pack = job.groups.data_rank
-    batch = job.train.batch(pack, pack, vision_layers=3)
+    batch = job.train.batch(pack, pack, BatchOptions(vision_layers=3))
     run_packs(job.ddp_chunks, Microbatches(iter([batch]), 1, 1.0), job.backend)
     clip = config.optimizer.clip_grad
     if by_megatron_core:

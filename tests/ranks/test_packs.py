@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megavlm.config.schema import Config
+from megavlm.data.loading.batch import BatchOptions
 from tests.data.samples import make_sample, write_packs
 from tests.ranks.pool import Pool
 from tests.ranks.runs import EVERYTHING, TINY, build, config_for, train_curve
@@ -40,7 +41,7 @@ def losses_and_gradients(config: Config) -> tuple[list[np.ndarray], dict[str, np
 
     job = build(config)
     packs = [
-        job.train.batch(pack, pack, reduction="token", vision_layers=3)
+        job.train.batch(pack, pack, BatchOptions(reduction="token", vision_layers=3))
         for pack in range(len(job.train))
     ]
     job.chunks[0].eval()
@@ -164,7 +165,7 @@ def count_mismatch(config: Config) -> str:
     import dataclasses
 
     job = build(config)
-    batch = job.train.batch(0, 0, vision_layers=3)
+    batch = job.train.batch(0, 0, BatchOptions(vision_layers=3))
     broken = dataclasses.replace(
         batch, tiles=batch.tiles[:-1], drop_path_draws=batch.drop_path_draws[:, :-1]
     )
@@ -196,7 +197,7 @@ def strides_of_labels(config: Config) -> tuple[int, ...]:
         return logits.float().logsumexp(-1)
 
     job.chunks[0].language.cross_entropy = cross_entropy
-    job.chunks[0](job.train.batch(0, 0, vision_layers=3))
+    job.chunks[0](job.train.batch(0, 0, BatchOptions(vision_layers=3)))
     return seen[0]
 
 

@@ -18,6 +18,7 @@ from megavlm.convert.hf import convert
 from megavlm.convert.hf.json_files import write_json
 from megavlm.convert.hf.model_config import architecture_from_hf
 from megavlm.convert.hf.safetensors_files import SafetensorsFolder
+from megavlm.data.loading.batch import BatchOptions
 from tests.convert.card import run_example
 from tests.convert.pair_models import make_pair_model
 from tests.data.pair_tokenizer import make_pair_tokenizer
@@ -56,7 +57,7 @@ def make_pairs(folder: Path, kind: str) -> tuple[np.ndarray, np.ndarray]:
         samples.append(dataclasses.replace(sample, tokens=tokens))
     facts = dict(vocab_size=199, context_token_id=-1, tile_size=16, features_per_tile=0)
     write_packs(folder, [samples], capacity=80, **facts)
-    batch = PackedDataset(folder).batch(0, 0, reduction="sample")
+    batch = PackedDataset(folder).batch(0, 0, BatchOptions(reduction="sample"))
     texts = np.full((4, 16), END, np.int64)
     for row, sample in enumerate(samples):
         texts[row, : len(sample.tokens)] = sample.tokens
@@ -71,7 +72,7 @@ def similarities(config: Config, folder: str) -> Any:
     weights.fill(job.chunks, convert.full_tensors(folder, config.architecture))
     [chunk] = job.chunks
     chunk.eval()
-    batch = job.train.batch(0, 0, reduction="sample", vision_layers=2)
+    batch = job.train.batch(0, 0, BatchOptions(reduction="sample", vision_layers=2))
     with torch.no_grad():
         images, texts = chunk(batch)
         scale = chunk.objective.logit_scale.exp()

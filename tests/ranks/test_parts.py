@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megavlm.config.schema import Architecture, Checkpoint, Config, Init, Logging
 from megavlm.data.images.tiling import Tiling
+from megavlm.data.loading.batch import BatchOptions
 from megavlm.data.packing.job import Job, pack_dataset
 from megavlm.data.records.meta_file import read_sources
 from megavlm.data.text.tokenizer import SPECIAL_TOKENS
@@ -109,7 +110,7 @@ def logits_of_parts(config: Config) -> np.ndarray:
     model = VisionLanguageModel(config, layout, groups).eval()
     weights.fill([model], from_parts.full_tensors(config, weights.fresh_tensor(config)))
     batch = PackedDataset(config.data.train).batch(
-        0, 0, vision_layers=config.architecture.vision.num_layers
+        0, 0, BatchOptions(vision_layers=config.architecture.vision.num_layers)
     )
     with torch.no_grad():
         logits = model(batch, with_loss=False)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from megavlm.config.schema import Architecture, Config
+from megavlm.data.loading.batch import BatchOptions
 from megavlm.planner.flops import pieces, training_cost
 from tests.ranks.pool import Pool
 from tests.ranks.runs import Curve, build, train_curve
@@ -75,7 +76,9 @@ def embed_by_hand(config: Config) -> tuple[float, tuple[int, ...]]:
 
     job = build(config)
     vision = job.chunks[0].vision
-    batch = job.train.batch(0, 5, patches=config.architecture.vision.patch_choice, seed=2)
+    batch = job.train.batch(
+        0, 5, BatchOptions(patches=config.architecture.vision.patch_choice, seed=2)
+    )
     classes = int(config.architecture.vision.has_class_token)
     with torch.no_grad():
         whole = vision.embed(batch.tiles)
@@ -110,8 +113,8 @@ def counted_by_torch(config: Config) -> tuple[int, dict[str, int], set[str]]:
 
     job = build(config)
     vision = config.architecture.vision
-    options = dict(vision_layers=vision.num_layers, patches=vision.patch_choice)
-    batch = job.train.batch(0, 0, **options)
+    options = BatchOptions(vision_layers=vision.num_layers, patches=vision.patch_choice)
+    batch = job.train.batch(0, 0, options)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run_pipeline(job.ddp_chunks, iter([batch]), 1, lambda _, output: output.sum(), job.backend)
     lengths = batch.sample_ends.diff().to(torch.float64)

@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 
 from megavlm.config.schema import Config
+from megavlm.data.loading.batch import BatchOptions
 from tests.ranks.pool import Pool
 from tests.ranks.runs import EVERYTHING, TINY, build, config_for, make_packs
 
@@ -35,7 +36,7 @@ def messages(config: Config) -> tuple[list[tuple[int, ...]], list[tuple[int, ...
 
     job = build(config)
     packs = [
-        job.train.batch(pack, pack, vision_layers=3, rank_slice=job.groups.rank_slice)
+        job.train.batch(pack, pack, BatchOptions(vision_layers=3, rank_slice=job.groups.rank_slice))
         for pack in range(PACKS)
     ]
     original = dist.batch_isend_irecv

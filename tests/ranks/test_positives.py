@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from megavlm.config.schema import Architecture, Checkpoint, Config, Logging
+from megavlm.data.loading.batch import BatchOptions
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.sample import Sample
 from tests.data.samples import make_sample, write_packs
@@ -66,14 +67,17 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_equal_images_and_texts_have_equal_ids(shared: Path) -> None:
     dataset = PackedDataset(shared / "four")
     found = np.concatenate(
-        [dataset.batch(pack, 0, with_pair_ids=True).pair_ids.numpy() for pack in range(4)]
+        [
+            dataset.batch(pack, 0, BatchOptions(with_pair_ids=True)).pair_ids.numpy()
+            for pack in range(4)
+        ]
     )
     for column, expected in enumerate((IMAGES, TEXTS)):
         same = found[:, column][:, None] == found[:, column][None]
         numbers = np.array(expected)
         assert np.array_equal(same, numbers[:, None] == numbers[None])
     assert dataset.batch(0, 0).pair_ids is None
-    blind = dataset.batch(0, 0, with_pair_ids=True, with_tiles=False)
+    blind = dataset.batch(0, 0, BatchOptions(with_pair_ids=True, with_tiles=False))
     assert np.array_equal(blind.pair_ids, found[:3]) and len(blind.tiles) == 0
 
 
@@ -84,7 +88,7 @@ def loss_of(config: Config) -> tuple[float, np.ndarray, float, float]:
 
     job = build(config)
     packs = [
-        job.train.batch(number, 0, reduction="sample", with_pair_ids=True)
+        job.train.batch(number, 0, BatchOptions(reduction="sample", with_pair_ids=True))
         for number in range(len(job.train))
     ]
     outputs = outputs_of(job.ddp_chunks, iter(packs), len(packs), job.backend)

@@ -25,6 +25,7 @@ from megavlm.config.schema import (
     Logging,
     Vision,
 )
+from megavlm.data.loading.batch import BatchOptions
 from megavlm.planner.layout import make_layout
 from megavlm.planner.memory import memory_by_rank
 from megavlm.planner.partition import PackSize
@@ -166,9 +167,9 @@ def measured(config: Config) -> dict[str, Any]:
 
     job = build(config)
     objective = job.chunks[0].objective
-    options = dict(reduction="sample", vision_layers=3, seed=config.training.seed)
+    options = BatchOptions(reduction="sample", vision_layers=3, seed=config.training.seed)
     ids = job.plan.pack_ids(0, 4)
-    packs = [job.train.batch(int(number), at, **options) for at, number in enumerate(ids)]
+    packs = [job.train.batch(int(number), at, options) for at, number in enumerate(ids)]
     samples = job.samples_of_ranks(job.train.index[ids])
     outputs = []
     hidden = []
@@ -371,8 +372,8 @@ def sums_of_pool(config: Config) -> dict[str, list[Any]]:
     job = build(config)
     objective = job.chunks[0].objective
     ids = job.plan.pack_ids(0, 4)
-    options = dict(reduction="sample", vision_layers=3, seed=config.training.seed)
-    packs = [job.train.batch(int(number), at, **options) for at, number in enumerate(ids)]
+    options = BatchOptions(reduction="sample", vision_layers=3, seed=config.training.seed)
+    packs = [job.train.batch(int(number), at, options) for at, number in enumerate(ids)]
     samples = job.samples_of_ranks(job.train.index[ids])
     outputs = whole_step.outputs_of(job.ddp_chunks, iter(packs), 4, job.backend)
     found = {"together": [], "alone": []}

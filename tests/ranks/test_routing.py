@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from megavlm.config.schema import Config
+from megavlm.data.loading.batch import BatchOptions
 from tests.ranks.layouts import LIMIT, MASKS, asks_for_all
 from tests.ranks.pool import Pool
 from tests.ranks.runs import Curve, build, train_curve
@@ -138,7 +139,7 @@ def steps_by_hand(config: Config, skips: tuple[bool, ...]) -> list[Memory]:
     size = config.training.global_batch_size
     router = job.chunks[0].routers[0]
     seen = watched(router)
-    batches = [job.train.batch(pack, 0, vision_layers=2) for pack in range(size)]
+    batches = [job.train.batch(pack, 0, BatchOptions(vision_layers=2)) for pack in range(size)]
     found = []
     for is_skipped in skips:
         for forward_only in (True, False, True):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from megavlm.config.schema import Config
+from megavlm.data.loading.batch import BatchOptions
 from tests.ranks.pool import Pool
 from tests.ranks.runs import build, config_for, make_packs
 
@@ -62,7 +63,7 @@ def gradients(config: Config) -> dict[str, np.ndarray]:
 
     job = build(config)
     packs = [
-        job.train.batch(pack, pack, vision_layers=3, rank_slice=job.groups.rank_slice)
+        job.train.batch(pack, pack, BatchOptions(vision_layers=3, rank_slice=job.groups.rank_slice))
         for pack in range(len(job.train))
     ]
     job.ddp_chunks[0].zero_grad_buffer()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from megavlm.config.schema import Checkpoint, Logging
+from megavlm.data.loading.batch import BatchOptions
 from tests.data.samples import make_dataset
 from tests.ranks.layouts import asks_for_all
 from tests.ranks.pool import Pool
@@ -75,19 +76,21 @@ def run_steps(config) -> tuple[dict, dict, list[float]]:
     )
     data = config.data
     size = 6
-    packs, order = open_blend(data.train_folders, (2.0, 1.0), seed=1, shuffle=True, group=1)
+    drawn = dataclasses.replace(data, weights=(2.0, 1.0), group=1)
+    training = dataclasses.replace(config.training, seed=1)
+    packs, order = open_blend(dataclasses.replace(config, data=drawn, training=training))
     by_source = SourceLosses(packs.source_names, job.backend.device)
     losses = []
     world = job.groups.data_size
     for step in range(2):
         positions = range(step * size + job.groups.data_rank, (step + 1) * size, world)
-        options = dict(
+        options = BatchOptions(
             reduction=data.loss_reduction, vision_layers=3, rank_slice=job.groups.rank_slice
         )
         arriving = iter(
-            [packs.batch(int(order.at(position)), position, **options) for position in positions]
+            [packs.batch(int(order.at(position)), position, options) for position in positions]
         )
-        weight = weight_of(packs.index[order.pack_ids(step * size, size)], data.loss_reduction)
+        weight = weight_of(packs.records(order.pack_ids(step * size, size)), data.loss_reduction)
         loss = run_packs(
             job.ddp_chunks,
             Microbatches(arriving, size // world, weight),
@@ -131,7 +134,7 @@ def losses_by_hand(config) -> dict[str, float]:
     job = build(config)
     sums: dict[str, list[float]] = {}
     for pack in range(len(job.train)):
-        batch = job.train.batch(pack, pack, reduction="square", vision_layers=3)
+        batch = job.train.batch(pack, pack, BatchOptions(reduction="square", vision_layers=3))
         stored = job.train.reader.read(pack)
         ends = batch.sample_ends.tolist()
         losses = job.chunks[0](batch).tolist()

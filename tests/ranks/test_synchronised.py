@@ -15,7 +15,7 @@ from megavlm.planner.communication import synchronised_per_step
 from megavlm.planner.layout import make_layout
 from tests.ranks.layouts import asks_for_all
 from tests.ranks.pool import Pool
-from tests.ranks.runs import TINY, batch_options, build, config_for, make_packs
+from tests.ranks.runs import TINY, build, config_for, make_packs
 from tests.ranks.test_communication import CONTEXT, MIXTURE, SPREAD
 
 # Where the whole tensors stand among the arguments.
@@ -32,7 +32,7 @@ def synchronised(config: Config) -> tuple[float, float]:
     from megavlm.train.step import train_step
 
     job = build(config)
-    batch = job.train.batch(job.groups.data_rank, 0, **batch_options(job))
+    batch = job.train.batch(job.groups.data_rank, 0, job.training_options)
     found = dict.fromkeys(_OPERATIONS, 0.0)
 
     class Count(TorchDispatchMode):

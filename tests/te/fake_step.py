@@ -81,7 +81,7 @@ def run(config: Any, waits: Any, planted: Sequence[Any], packs_a_step: int) -> d
     from megavlm.train.optimizer import set_rates
     from megavlm.train.part_norms import NORM_PARTS
     from megavlm.train.step import train_step
-    from tests.ranks.runs import batch_options, build
+    from tests.ranks.runs import build
 
     job = build(config)
     # Which parts the other ranks hold shards of, they are not there to say.
@@ -92,8 +92,7 @@ def run(config: Any, waits: Any, planted: Sequence[Any], packs_a_step: int) -> d
     stray = [name for name, tensor in tensors if tensor.device.type != "cuda"]
     for step in range(STEPS):
         with _disable_current_modes():
-            options = batch_options(job)
-            packs = [job.train.batch(n, n, **options) for n in range(packs_a_step)]
+            packs = [job.train.batch(n, n, job.training_options) for n in range(packs_a_step)]
             ids = np.resize(np.arange(packs_a_step), packs_a_step * job.groups.data_size)
             records = job.train.index[ids]
 

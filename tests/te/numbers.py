@@ -16,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megavlm.config.lora import Lora
+from megavlm.data.loading.batch import BatchOptions
 from tests.convert.models import EXPERTS, GEMMA2, GPT_OSS
 from tests.ranks.pool import models_in_memory
 from tests.te import torch_kernels
@@ -181,7 +182,8 @@ def train(config: Any) -> tuple[list[tuple[float, float]], dict[str, Any], list[
     try:
         for step in range(STEPS):
             packs = [
-                job.train.batch(n, n, vision_layers=3, tile_multiple=multiple) for n in range(PACKS)
+                job.train.batch(n, n, BatchOptions(vision_layers=3, tile_multiple=multiple))
+                for n in range(PACKS)
             ]
             set_rates(job.optimizer, config, step + 1)
             weight = sum(pack.weight_sum for pack in packs)

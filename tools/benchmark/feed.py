@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from megavlm.data.loading.batch import Batch
+from megavlm.data.loading.batch import Batch, BatchOptions
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.loader import batches
 from megavlm.data.loading.order import Plan
@@ -22,15 +22,26 @@ class Feed:
         packs: the dataset.
         plan: its packs as they are stored, so that a position is a pack's id.
         pack_ids: the packs that are taken, in turn.
-        options: as for ``loader.batches``.
+        options, workers: as for ``loader.batches``.
     """
 
-    def __init__(self, packs: PackedDataset, plan: Plan, pack_ids: list[int], **options):
+    def __init__(
+        self,
+        packs: PackedDataset,
+        plan: Plan,
+        pack_ids: list[int],
+        options: BatchOptions,
+        workers: int,
+    ) -> None:
         self.waited_s = 0.0
         self.taken = 0
         self._ids = pack_ids
         self._arriving = batches(
-            packs, plan, [pack_ids[step % len(pack_ids)] for step in range(MOST_STEPS)], **options
+            packs,
+            plan,
+            [pack_ids[step % len(pack_ids)] for step in range(MOST_STEPS)],
+            options,
+            workers=workers,
         )
 
     def next_ids(self, count: int) -> list[int]:

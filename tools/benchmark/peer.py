@@ -28,7 +28,7 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration
 from megavlm.config.schema import Vision
 from megavlm.convert.hf import native_config
 from megavlm.convert.hf.token_ids import TokenIds
-from megavlm.data.loading.batch import Batch
+from megavlm.data.loading.batch import Batch, BatchOptions
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.order import Plan
 from tools.benchmark.cases import Case
@@ -67,8 +67,8 @@ class Peer:
             packs,
             Plan(num_packs=len(packs), seed=0, shuffle=False),
             pack_ids,
-            reduction="token",
-            workers=workers,
+            BatchOptions(reduction="token"),
+            workers,
         )
         self.notes = {
             "attention": str(attention),

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from megavlm.config.schema import Config, Data, Training
 from megavlm.data.loading.blend import open_blend
 from megavlm.data.loading.order import permute
 from megavlm.data.loading.step_packs import PACKS_A_LOOK, StepPacks
@@ -78,6 +79,16 @@ def _manifest(shards: Sequence[Shard], sources: int) -> Manifest:
     )
 
 
+def run_over(folders: Sequence[str], batch: int, group: int) -> Config:
+    """Return a run over folders of packs, of which ``group`` that cost alike are drawn together."""
+    return Config(
+        stage="2",
+        model="",
+        data=Data(train=",".join(folders), group=group, strata=1),
+        training=Training(seed=1, global_batch_size=batch),
+    )
+
+
 def blend(datasets: int, batch: int, work: Path) -> dict[str, float]:
     """Open datasets of 10 shards each as one, and look up the packs of ``STEPS`` steps."""
     with tempfile.TemporaryDirectory(dir=work) as temporary:
@@ -87,16 +98,16 @@ def blend(datasets: int, batch: int, work: Path) -> dict[str, float]:
         before = psutil.Process().memory_info().rss
         opening = _seconds(lambda: [read_manifest(folder) for folder in folders])
         looking = _seconds(lambda: check_shards(folders))
-        options: dict[str, Any] = dict(seed=1, shuffle=True, group=batch)
         opened: list[Any] = []
-        opening += _seconds(lambda: opened.extend(open_blend(folders, (), **options)))
+        run = run_over(folders, batch, group=batch)
+        opening += _seconds(lambda: opened.extend(open_blend(run)))
         dataset, plan = opened
         first = _seconds(lambda: plan.pack_ids(0, batch))  # a blend makes its pattern
         steps = StepPacks(dataset, plan, batch)
         count = max(STEPS, datasets * PACKS_A_LOOK // batch)
         at = range(0, count * batch, batch)
         together = _seconds(lambda: [steps.after(consumed) for consumed in at])
-        alone = _seconds(lambda: [dataset.index[plan.pack_ids(10**6, batch)] for _ in range(4)])
+        alone = _seconds(lambda: [dataset.records(plan.pack_ids(10**6, batch)) for _ in range(4)])
         grown = psutil.Process().memory_info().rss - before
     return {
         "packs_a_step": batch,
@@ -120,11 +131,9 @@ def large_index(packs: int, batch: int, work: Path) -> dict[str, float]:
         found: dict[str, float] = {"packs_a_step": batch}
         opened: list[Any] = []
         for name, group in (("alike", batch), ("any", 1)):
-            options: dict[str, Any] = dict(seed=1, shuffle=True, group=group)
+            run = run_over([str(folder)], batch, group=group)
             opened.clear()
-            found["opening_s"] = _seconds(
-                lambda options=options: opened.extend(open_blend([str(folder)], (), **options))
-            )
+            found["opening_s"] = _seconds(lambda run=run: opened.extend(open_blend(run)))
             steps = StepPacks(*opened, batch)
             found[f"first_step_s_{name}"] = _seconds(lambda steps=steps: steps.after(0))
             later = [packs * 3 + packs // 2 + number * batch for number in range(STEPS)]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megavlm.config.checks.rules import check
+from megavlm.data.loading.batch import BatchOptions
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.order import Plan
 from megavlm.model import precision, weights
@@ -67,10 +68,12 @@ class Trainer:
             packs,
             Plan(num_packs=len(packs), seed=0, shuffle=False),
             pack_ids,
-            reduction=config.data.loss_reduction,
-            vision_layers=config.architecture.vision.num_layers,
-            tile_multiple=precision.tile_multiple(config),
-            workers=workers,
+            BatchOptions(
+                reduction=config.data.loss_reduction,
+                vision_layers=config.architecture.vision.num_layers,
+                tile_multiple=precision.tile_multiple(config),
+            ),
+            workers,
         )
         layers = "transformer_engine" if precision.uses_transformer_engine(config) else "local"
         self.notes = {

@@ -32,7 +32,7 @@ from megavlm.convert.hf.reference import (
 )
 from megavlm.convert.weights.views import Tensors
 from megavlm.data.images.feature_layout import Tiled, as_tiled
-from megavlm.data.loading.batch import Batch
+from megavlm.data.loading.batch import Batch, BatchOptions
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.store.manifest import Manifest
 from megavlm.data.text.tokenizer import fingerprint, load_tokenizer
@@ -146,7 +146,9 @@ def _compare_pack(
 ) -> None:
     """Add the samples of one pack to ``tally``."""
     architecture = ours.architecture
-    batch = dataset.batch(pack_id, pack_id, vision_layers=architecture.vision.num_layers)
+    batch = dataset.batch(
+        pack_id, pack_id, BatchOptions(vision_layers=architecture.vision.num_layers)
+    )
     batch = batch.to(next(theirs.parameters()).device)
     images = dataset.reader.read(pack_id, with_images=False).images
     samples = _samples(batch, images)

@@ -144,9 +144,7 @@ def lay_out(pieces: Iterator[tuple[str, str]]) -> Iterator[Run]:
 
 def _draw_tiles(axes, dataset: PackedDataset, pack: Pack) -> None:
     """Draw the first tiles, side by side."""
-    tiles = dataset.batch(pack.pack_id, 0, with_tiles=True).tiles.numpy()[
-        : min(TILES_SHOWN, pack.tiles)
-    ]
+    tiles = dataset.batch(pack.pack_id, 0).tiles.numpy()[: min(TILES_SHOWN, pack.tiles)]
     rest = pack.tiles - len(tiles)
     axes.set_title(
         f"pack {pack.pack_id}: {len(pack.images)} images, {pack.tiles} tiles"

@@ -15,6 +15,8 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from megavlm.data.loading.rank_slice import WHOLE_PACK, RankSlice
+
 
 class _Tensors:
     """Tensors of a pack, and what the host knows of them: the fields of a dataclass."""
@@ -143,6 +145,36 @@ class Mixed(_Tensors):
     positions: torch.Tensor
     numbers: torch.Tensor
     weights: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchOptions:
+    """How a run reads its packs.
+
+    Args:
+        reduction: how a sample's supervised tokens are weighed: token, sample or square.
+        vision_layers: layers of the vision encoder that need draws.
+        patches: how many a tile has, and how many of them are kept, see ``Batch.kept_patches``;
+            none: all are kept.
+        with_pair_ids: whether to say which pairs share an image or a text.
+        seed: of the run; with a pack's position in its order it fixes all draws.
+        with_tiles: whether to decode the images.
+        tile_multiple: of the number of a rank's tiles, filled up with black ones.
+        rank_slice: which tiles and tokens are this rank's.
+    """
+
+    reduction: str = "square"
+    vision_layers: int = 0
+    patches: tuple[int, int] | None = None
+    with_pair_ids: bool = False
+    seed: int = 0
+    with_tiles: bool = True
+    tile_multiple: int = 1
+    rank_slice: RankSlice = WHOLE_PACK
+
+
+AS_PACKED = BatchOptions()
+"""Whole packs, with their tiles and without draws."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

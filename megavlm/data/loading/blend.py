@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from megavlm.config.sampling import BLOCK, Sampling, exact_shares, shares_of, whole_shares
-from megavlm.data.loading.batch import Batch
+from megavlm.config.sampling import BLOCK, exact_shares, shares_of, whole_shares
+from megavlm.config.schema import Config
+from megavlm.data.loading.batch import AS_PACKED, Batch, BatchOptions
 from megavlm.data.loading.curriculum import Curriculum
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.order import Order, Plan, permute
@@ -36,7 +36,7 @@ WINDOW = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlendPlan:
+class BlendPlan(Order):
     """The order of the packs of several datasets; the packs of the second are numbered on from
     those of the first.
 
@@ -138,14 +138,8 @@ class BlendPlan:
         in_window = np.bincount(place, minlength=windows * datasets).reshape(windows, datasets)
         return np.cumsum(in_window, axis=0) - in_window
 
-    def pack_ids(self, consumed: int, count: int) -> np.ndarray:
-        """See ``Order.pack_ids``."""
-        return self.at(np.arange(consumed, consumed + count, dtype=np.int64))
-
     def at(self, positions: np.ndarray) -> np.ndarray:
-        """Return the pack at each position of the endless sequence; int64, shaped like
-        ``positions``.
-        """
+        """See ``Order.at``."""
         flat = np.ravel(positions).astype(np.int64)
         datasets, offsets = self.split(flat)
         ids = np.empty_like(flat)
@@ -242,19 +236,14 @@ class BlendedDataset:
         """Whether any pack has an image."""
         return any(dataset.has_images for dataset in self.datasets)
 
-    @property
-    def index(self) -> BlendedDataset:
-        """The records of the packs: ``index[pack_ids]``."""
-        return self
-
-    def __getitem__(self, pack_ids: np.ndarray | list[int]) -> np.ndarray:
+    def records(self, pack_ids: np.ndarray) -> np.ndarray:
         """Return the index's records of packs."""
-        ids = np.asarray(pack_ids, np.int64)
-        found = np.empty(ids.shape, RECORD)
-        owners = self._owner(ids)
+        found = np.empty(pack_ids.shape, RECORD)
+        owners = self._owner(pack_ids)
         for number in np.unique(owners).tolist():
             chosen = owners == number
-            found[chosen] = self.datasets[number].index[ids[chosen] - self.starts[number]]
+            own_ids = pack_ids[chosen] - self.starts[number]
+            found[chosen] = self.datasets[number].records(own_ids)
         return found
 
     def some_records(self) -> np.ndarray:
@@ -286,10 +275,10 @@ class BlendedDataset:
             divisors |= dict.fromkeys(pack_ids[is_own].tolist(), total / weight)
         return divisors
 
-    def batch(self, pack_id: int, position: int, **options: Any) -> Batch:
+    def batch(self, pack_id: int, position: int, options: BatchOptions = AS_PACKED) -> Batch:
         """Make the batch of a pack; arguments and errors as for ``PackedDataset.batch``."""
         number, own_id = self._within(pack_id)
-        batch = self.datasets[number].batch(own_id, position, **options)
+        batch = self.datasets[number].batch(own_id, position, options)
         return dataclasses.replace(
             batch, pack_id=int(pack_id), sources=batch.sources + self._first_sources[number]
         )
@@ -318,66 +307,55 @@ Packs = PackedDataset | BlendedDataset
 """What training reads: one dataset, or several as one."""
 
 
-def _own_groups(group: int, strata: int, weights: Sequence[float]) -> list[int]:
-    """Return the packs of a group of each dataset."""
-    if strata <= 1:
-        return [group for _ in weights]
-    return [max(1, round(group * share)) for share in exact_shares(weights)]
-
-
-def _plan_of(dataset: PackedDataset, curriculum: bool, **order: Any) -> Order:
-    """Return the order of one dataset's packs."""
-    levels = dataset.manifest.levels
-    if curriculum and levels:
-        return Curriculum(levels=tuple(level.packs for level in levels), **order)
-    return Plan(num_packs=len(dataset), **order)
-
-
-def open_blend(
-    folders: Sequence[str],
-    weights: Sequence[float],
-    *,
-    seed: int,
-    shuffle: bool,
-    group: int,
-    strata: int = 1,
-    curriculum: bool = False,
-    shared_batch: int = 0,
-    augment: Sequence[str] = (),
-    next_image: float = 0.0,
-    sampling: Sampling = "packs",
-) -> tuple[Packs, Order]:
-    """Packed datasets as one, and the order of their packs.
+def open_blend(config: Config) -> tuple[Packs, Order]:
+    """Open the training packs of a run as one dataset, and fix their order. Nobody looks at the
+    shards: ``check_shards`` does.
 
     Args:
-        folders: of the datasets, whose shards ``check_shards`` has looked at.
-        weights: share of the packs that are taken from each; empty: as ``sampling`` says.
-        seed, shuffle, group, strata: of the order, as for ``Plan``; with strata the groups of a
-            dataset are its share of ``group``, as the packs are that a step has of it.
-        curriculum: whether each dataset's levels of difficulty come one after the other; one
-            without levels is of one level.
-        shared_batch: packs of a batch, every one of which has the same number of packs of each
-            dataset; 0: batches may differ.
-        augment, next_image: as for ``PackedDataset``.
-        sampling: as for ``shares_of``.
+        config: the run. With strata the groups of a dataset are its share of ``config.group``, as
+            the packs are that a step has of it. A dataset without levels of difficulty is of one
+            level.
     """
+    data = config.data
     opened = OpenFiles()
     datasets = [
         PackedDataset(
-            folder, augment=augment, next_image=next_image, opened=opened, with_shards=False
+            folder,
+            augment=data.augment,
+            next_image=data.next_image,
+            opened=opened,
+            with_shards=False,
         )
-        for folder in folders
+        for folder in data.train_folders
     ]
     samples = [dataset.manifest.totals.samples for dataset in datasets]
-    shares = shares_of(weights, sampling, [len(dataset) for dataset in datasets], samples)
-    order = {"seed": seed, "shuffle": shuffle, "strata": strata}
+    shares = shares_of(data.weights, data.sampling, [len(each) for each in datasets], samples)
     plans = tuple(
-        _plan_of(dataset, curriculum, group=own, **order)
-        for dataset, own in zip(datasets, _own_groups(group, strata, shares), strict=True)
+        _plan_of(dataset, config, share)
+        for dataset, share in zip(datasets, exact_shares(shares), strict=True)
     )
     if len(datasets) == 1:
         return datasets[0], plans[0]
-    windows = {"block": shared_batch, "window": shared_batch} if shared_batch else {}
+    batch = config.training.global_batch_size
+    windows = {"block": batch, "window": batch} if data.batch_shares else {}
     return BlendedDataset(datasets), BlendPlan(
-        plans=plans, weights=shares, seed=seed, shuffle=shuffle, **windows
+        plans=plans,
+        weights=shares,
+        seed=config.training.seed,
+        shuffle=data.shuffle,
+        **windows,
     )
+
+
+def _plan_of(dataset: PackedDataset, config: Config, share: float) -> Order:
+    """Return the order of the packs of one dataset, which has a share of all."""
+    order = {
+        "seed": config.training.seed,
+        "shuffle": config.data.shuffle,
+        "group": max(1, round(config.group * share)) if config.strata > 1 else config.group,
+        "strata": config.strata,
+    }
+    levels = dataset.manifest.levels
+    if config.data.curriculum and levels:
+        return Curriculum(levels=tuple(level.packs for level in levels), **order)
+    return Plan(num_packs=len(dataset), **order)

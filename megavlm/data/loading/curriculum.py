@@ -8,11 +8,11 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
-from megavlm.data.loading.order import Plan
+from megavlm.data.loading.order import Order, Plan
 
 
 @dataclass(frozen=True, kw_only=True)
-class Curriculum:
+class Curriculum(Order):
     """The order of the packs of one dataset: in the first epoch level after level, later all of
     them in one shuffle.
 
@@ -41,14 +41,8 @@ class Curriculum:
         """Where each level starts, as position and as pack, and where the last one ends."""
         return tuple(accumulate(self.levels, initial=0))
 
-    def pack_ids(self, consumed: int, count: int) -> np.ndarray:
-        """See ``Order.pack_ids``."""
-        return self.at(np.arange(consumed, consumed + count, dtype=np.int64))
-
     def at(self, positions: np.ndarray) -> np.ndarray:
-        """Return the pack at each position of the endless sequence; int64, shaped like
-        ``positions``.
-        """
+        """See ``Order.at``."""
         flat = np.ravel(positions).astype(np.int64)
         ids = np.empty_like(flat)
         order = {"shuffle": self.shuffle, "group": self.group, "strata": self.strata}

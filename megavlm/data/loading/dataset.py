@@ -19,7 +19,7 @@ from megavlm.data.images.feature_layout import (
     mixed_in_pack,
     numbers_in_pack,
 )
-from megavlm.data.loading.batch import Batch, Media, Mixed
+from megavlm.data.loading.batch import AS_PACKED, Batch, BatchOptions, Media, Mixed
 from megavlm.data.loading.draws import (
     drop_path_draws,
     next_image_draws,
@@ -30,7 +30,6 @@ from megavlm.data.loading.instructions import find_instructions
 from megavlm.data.loading.media import find_media
 from megavlm.data.loading.pair_ids import pair_ids
 from megavlm.data.loading.prefixes import find_prefixes
-from megavlm.data.loading.rank_slice import WHOLE_PACK, RankSlice
 from megavlm.data.loading.tiles import TileDecoder
 from megavlm.data.loading.weights import weight_field, weight_of
 from megavlm.data.store.manifest import Manifest
@@ -97,6 +96,10 @@ class PackedDataset:
         """The records of the packs: ``index[pack_ids]["tiles"]``."""
         return self.reader.index
 
+    def records(self, pack_ids: np.ndarray) -> np.ndarray:
+        """Return the index's records of packs."""
+        return self.index[pack_ids]
+
     @cached_property
     def source_names(self) -> tuple[str, ...]:
         """The sources of the samples; the annotation files of one entry of a meta file are one
@@ -127,49 +130,33 @@ class PackedDataset:
         """
         return weight_of(self.index[pack_ids], reduction)
 
-    def batch(
-        self,
-        pack_id: int,
-        position: int,
-        *,
-        reduction: str = "square",
-        vision_layers: int = 0,
-        patches: tuple[int, int] | None = None,
-        with_pair_ids: bool = False,
-        seed: int = 0,
-        with_tiles: bool = True,
-        tile_multiple: int = 1,
-        rank_slice: RankSlice = WHOLE_PACK,
-    ) -> Batch:
+    def batch(self, pack_id: int, position: int, options: BatchOptions = AS_PACKED) -> Batch:
         """Make the batch of a pack, or a rank's slice of it.
 
         Args:
             pack_id: the pack.
-            position, seed: its index in the run's order, and the run's seed: they fix all draws.
-            reduction: how a sample's supervised tokens are weighed: token, sample or square.
-            vision_layers: layers of the vision encoder that need draws.
-            patches: how many a tile has, and how many of them are kept, see
-                ``Batch.kept_patches``; none: all are kept.
-            with_pair_ids: whether to say which pairs share an image or a text.
-            with_tiles: whether to decode the images.
-            tile_multiple: of the number of a rank's tiles, filled up with black ones.
-            rank_slice: which tiles and tokens are this rank's.
+            position: its index in the run's order.
+            options: how the run reads its packs.
 
         Raises:
-            ValueError: damaged bytes or images, wrong context tokens, or samples not to be cut.
+            ReadError: damaged bytes or images, or wrong context tokens.
+            ValueError: samples that cannot be cut for ``options.rank_slice``.
         """
         manifest = self.manifest
-        pack = self.reader.read(pack_id, with_images=with_tiles or with_pair_ids)
+        pack = self.reader.read(pack_id, with_images=options.with_tiles or options.with_pair_ids)
         positions, ends = sample_positions(pack.lengths, manifest.alignment, manifest.capacity)
-        own = rank_slice.tokens(ends)
+        own = options.rank_slice.tokens(ends)
         local = np.full(manifest.capacity, -1)
         local[own] = np.arange(len(own))
 
         def on_rank(values: np.ndarray, fill: int | bool = 0) -> np.ndarray:
             return _spread(values, positions, manifest.capacity, fill)[own]
 
-        labels, weights = map(on_rank, label(pack.tokens, pack.supervised, pack.lengths, reduction))
-        chosen = rank_slice.tiles(pack.tiles, tile_multiple)
+        labels, weights = map(
+            on_rank, label(pack.tokens, pack.supervised, pack.lengths, options.reduction)
+        )
+        chosen = options.rank_slice.tiles(pack.tiles, options.tile_multiple)
+        decoded = chosen if options.with_tiles else range(0)
         return Batch.of(
             tokens=on_rank(pack.tokens.astype(np.int64), manifest.pad_token_id),
             labels=labels.astype(np.int64),
@@ -177,14 +164,14 @@ class PackedDataset:
             loss_positions=loss_positions(weights),
             sources=on_rank(np.repeat(self._source_numbers(pack), pack.lengths)),
             is_padding=on_rank(np.zeros(len(pack.tokens), bool), True),
-            **_of_samples(pack, ends, with_pair_ids),
+            **_of_samples(pack, ends, options.with_pair_ids),
             prefixes=find_prefixes(pack.supervised, positions, ends),
-            media=self._media(pack, local[positions], seed, position),
+            media=self._media(pack, local[positions], options.seed, position),
             instructions=find_instructions(pack, manifest, chosen),
-            tiles=self._decoder.decode(pack, chosen if with_tiles else range(0), seed, position),
+            tiles=self._decoder.decode(pack, decoded, options.seed, position),
             **self._features(pack, positions, local),
-            **_draws(pack.tiles, chosen, seed, position, vision_layers, patches),
-            weight_sum=float(self.index[pack_id][weight_field(reduction)]),
+            **_draws(pack.tiles, chosen, position, options),
+            weight_sum=float(self.index[pack_id][weight_field(options.reduction)]),
             pack_id=int(pack_id),
         )
 
@@ -338,28 +325,24 @@ def _of_samples(
 
 
 def _draws(
-    tiles: int,
-    chosen: range,
-    seed: int,
-    position: int,
-    vision_layers: int,
-    patches: tuple[int, int] | None,
+    tiles: int, chosen: range, position: int, options: BatchOptions
 ) -> dict[str, np.ndarray | int]:
     """Return what is random in the batch of a pack.
 
     Args:
         tiles: of the pack.
         chosen: tiles of the rank.
-        seed, position, vision_layers, patches: as for ``PackedDataset.batch``.
+        position, options: as for ``PackedDataset.batch``.
     """
-    found = drop_path_draws(seed, position, 2 * vision_layers + 2, max(1, tiles))
+    seed = options.seed
+    found = drop_path_draws(seed, position, 2 * options.vision_layers + 2, max(1, tiles))
     drawn = {
         "drop_path_draws": _columns(found[:-2], chosen),
         "pair_draws": found[-2:],
         "draw": pack_draw(seed, position),
     }
-    if patches is not None:
-        count, kept = patches
+    if options.patches is not None:
+        count, kept = options.patches
         of_patches = _columns(patch_draws(seed, position, count, max(1, tiles)), chosen)
         order = np.argsort(of_patches, axis=0, kind="stable")
         drawn["kept_patches"] = np.sort(order[:kept], axis=0)

@@ -9,17 +9,15 @@ import multiprocessing.sharedctypes
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.process import BaseProcess
-from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from megavlm.data.images.decode import load_decoders
-from megavlm.data.loading.batch import Batch
+from megavlm.data.loading.batch import AS_PACKED, Batch, BatchOptions
 from megavlm.data.loading.blend import Packs
 from megavlm.data.loading.order import Order
 from megavlm.data.loading.worker_processes import (
@@ -41,12 +39,12 @@ def batches(
     dataset: Packs,
     plan: Order,
     positions: Sequence[int],
+    options: BatchOptions = AS_PACKED,
     *,
     workers: int = 0,
     prefetch: int = 2,
     timeout: float = 0,
     start_method: str | None = None,
-    **options: Any,
 ) -> Generator[Batch, None, None]:
     """Yield the batches at ``positions`` of the plan, in order. The number of workers never changes
     what a batch holds. ``close()`` ends the workers.
@@ -56,22 +54,20 @@ def batches(
         plan: their order.
         positions: in the order. Rank r of n data-parallel ranks that resumes after ``consumed``
             packs gives ``range(consumed + r, end, n)``, which takes no memory.
+        options: how the packs are read.
         workers: processes that decode; 0: this one.
         prefetch: packs that each worker keeps ready.
         timeout: seconds after which a worker is given up; 0: never.
         start_method: how workers start (fork, spawn, forkserver); None: as the platform does.
-        options: keyword arguments of ``PackedDataset.batch``, which makes every batch.
 
     Raises:
         ReadError: a pack cannot be read or decoded; names the pack and the sample's file and line.
         WorkerError: a worker died or is stuck; names its pack, and where the samples come from. Or
             one cannot be started.
     """
-    make = partial(dataset.batch, **options)
-    has_pixels = dataset.has_images and options.get("with_tiles", True)
     board = WorkerStatusBoard(workers)
     loader = DataLoader(
-        Positions(make, plan, positions, board, has_pixels),
+        Positions(dataset, plan, positions, options, board),
         batch_size=None,
         # Its own, so that loading does not advance the global generator of the training process.
         generator=torch.Generator(),
@@ -157,17 +153,18 @@ class Positions(Dataset):
 
     def __init__(
         self,
-        make: Callable[[int, int], Batch],
+        dataset: Packs,
         plan: Order,
         positions: Sequence[int],
+        options: BatchOptions,
         board: WorkerStatusBoard,
-        has_pixels: bool,
     ) -> None:
-        self.make = make
+        self.dataset = dataset
         self.plan = plan
         self.positions = positions
+        self.options = options
         self.board = board
-        self._has_pixels = has_pixels
+        self._has_pixels = dataset.has_images and options.with_tiles
         self._has_made_one = False
 
     def __len__(self) -> int:
@@ -205,7 +202,7 @@ class Positions(Dataset):
         self._has_made_one = True
         pack_id = int(self.plan.at(position))
         try:
-            return self.make(pack_id, position)
+            return self.dataset.batch(pack_id, position, self.options)
         except OSError as error:
             raise ReadError(f"pack {pack_id}: {error}") from error
 

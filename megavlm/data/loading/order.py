@@ -21,9 +21,9 @@ are, and what ranks compute at the same time still costs alike.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
 
 import numpy as np
 
@@ -38,26 +38,29 @@ LARGEST_TABLE = 1024
 WINDOW_GROUPS = 8
 
 
-class Order(Protocol):
+class Order(ABC):
     """An endless order of packs: of one dataset or of several, with a curriculum or without. A pure
     function of the position.
     """
 
-    @property
-    def num_packs(self) -> int:
-        """Packs that it orders."""
+    num_packs: int
+    """Packs that it orders."""
 
-    def pack_ids(self, consumed: int, count: int) -> np.ndarray:
-        """Ids of the ``count`` packs that follow the first ``consumed`` ones; int64 [count].
-        Rank r of n data ranks takes ``[r::n]``.
+    @abstractmethod
+    def at(self, positions: np.ndarray) -> np.ndarray:
+        """Return the pack at each position of the endless sequence; int64, shaped like
+        ``positions``.
         """
 
-    def at(self, positions: np.ndarray) -> np.ndarray:
-        """Return the pack at each position; int64, shaped like ``positions``."""
+    def pack_ids(self, consumed: int, count: int) -> np.ndarray:
+        """Return the ``count`` packs that follow the first ``consumed`` ones; int64 [count]. Rank r
+        of n data ranks takes ``[r::n]``.
+        """
+        return self.at(np.arange(consumed, consumed + count, dtype=np.int64))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(Order):
     """The order of the packs of one dataset.
 
     Args:
@@ -88,14 +91,8 @@ class Plan:
         if self.strata < 1:
             raise ValueError(f"--data.strata {self.strata}: must be at least 1")
 
-    def pack_ids(self, consumed: int, count: int) -> np.ndarray:
-        """See ``Order.pack_ids``."""
-        return self.at(np.arange(consumed, consumed + count, dtype=np.int64))
-
     def at(self, positions: np.ndarray) -> np.ndarray:
-        """Return the pack at each position of the endless sequence; int64, shaped like
-        ``positions``.
-        """
+        """See ``Order.at``."""
         epochs, offsets = np.divmod(
             np.ravel(positions).astype(np.int64) - self.start, self.num_packs
         )

@@ -43,7 +43,7 @@ class StepPacks:
         if not 0 <= first <= len(self._ids) - self._size:
             self._start = consumed
             self._ids = self._plan.pack_ids(consumed, self._steps * self._size)
-            self._records = self._dataset.index[self._ids]
+            self._records = self._dataset.records(self._ids)
             first = 0
         own = slice(first, first + self._size)
         return self._ids[own], self._records[own]

@@ -24,6 +24,7 @@ from megavlm.data.images.decode import (
 )
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.images.transforms import decode_changed
+from megavlm.data.loading.batch import BatchOptions
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.tiles import TileDecoder
 from megavlm.data.store.manifest import read_manifest
@@ -138,7 +139,7 @@ def test_images_of_marked_sources_are_changed_while_training(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(facts))
     dataset = PackedDataset(tmp_path, augment=ALL)
     tiles = [
-        dataset.batch(0, position, seed=seed).tiles
+        dataset.batch(0, position, BatchOptions(seed=seed)).tiles
         for position, seed in ((0, 0), (0, 0), (3, 0), (0, 1))
     ]
     assert np.array_equal(tiles[0], tiles[1]) and np.array_equal(

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megavlm.config.sampling import BLOCK
+from megavlm.data.loading.batch import BatchOptions
 from megavlm.data.loading.blend import BlendedDataset, BlendPlan, open_blend
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.loader import batches
@@ -20,7 +21,7 @@ from megavlm.data.loading.order import Plan
 from megavlm.data.loading.step_packs import StepPacks
 from megavlm.data.loading.weights import weight_of
 from megavlm.data.store import manifest, reader
-from tests.data.samples import make_dataset
+from tests.data.samples import make_dataset, run_over
 
 PLANS = (Plan(num_packs=10, seed=1), Plan(num_packs=1000, seed=1), Plan(num_packs=7, seed=1))
 BLEND = BlendPlan(plans=PLANS, weights=(0.6, 0.3, 0.1), seed=1)
@@ -117,12 +118,12 @@ def test_a_blend_answers_as_its_datasets_do(folders):
     assert len(blend) == 14 and blend.has_images and blend.manifest == first.manifest
     ids = np.array([13, 0, 4, 5])
     expected = [second.index[8], first.index[0], first.index[4], second.index[0]]
-    assert blend.index[ids]["tokens"].tolist() == [int(record["tokens"]) for record in expected]
-    assert weight_of(blend.index[ids], "square") == pytest.approx(
+    assert blend.records(ids)["tokens"].tolist() == [int(record["tokens"]) for record in expected]
+    assert weight_of(blend.records(ids), "square") == pytest.approx(
         sum(float(record["weight_square"]) for record in expected), rel=1e-12
     )
-    batch = pickle.loads(pickle.dumps(blend)).batch(13, 77, vision_layers=1, seed=3)
-    other = second.batch(8, 77, vision_layers=1, seed=3)
+    batch = pickle.loads(pickle.dumps(blend)).batch(13, 77, BatchOptions(vision_layers=1, seed=3))
+    other = second.batch(8, 77, BatchOptions(vision_layers=1, seed=3))
     assert (
         batch.pack_id == 13
         and torch.equal(batch.tokens, other.tokens)
@@ -137,7 +138,7 @@ def test_a_blend_answers_as_its_datasets_do(folders):
 def test_the_loss_of_each_dataset_is_a_mean_of_its_own_with_its_weight(folders):
     blend = BlendedDataset([PackedDataset(name) for name in folders])
     ids = np.array([0, 7, 4, 13])
-    records = blend[ids]
+    records = blend.records(ids)
     records["weight_sample"] = [3, 5, 4, 1]
     divisors = blend.pack_weights(ids, records, "sample", (1.0, 2.0))
     assert divisors == {0: 7.0, 4: 7.0, 7: 3.0, 13: 3.0}
@@ -173,26 +174,24 @@ def test_a_blend_is_described_by_its_first_packs_with_images(folders, tmp_path: 
 
 
 def test_a_blend_is_loaded_and_gone_on_with(folders):
-    dataset, plan = open_blend(folders, (3.0, 1.0), seed=5, shuffle=True, group=1)
-    whole = [batch.pack_id for batch in batches(dataset, plan, range(40), reduction="token")]
+    dataset, plan = open_blend(run_over(folders, seed=5, weights=(3.0, 1.0)))
+    whole = [batch.pack_id for batch in batches(dataset, plan, range(40))]
     later = [
         batch.pack_id
-        for batch in islice(
-            batches(dataset, plan, range(23, 10**9, 1), reduction="token", workers=1), 17
-        )
+        for batch in islice(batches(dataset, plan, range(23, 10**9, 1), workers=1), 17)
     ]
     assert whole == plan.pack_ids(0, 40).tolist() and later == whole[23:]
     assert sum(pack_id < 5 for pack_id in whole) in range(27, 34)
-    even, order = open_blend(folders, (), seed=5, shuffle=True, group=1)
+    even, order = open_blend(run_over(folders, seed=5))
     assert order.weights == (5.0, 9.0) and len(even) == 14
-    alone, plan = open_blend(folders[:1], (), seed=5, shuffle=True, group=1)
+    alone, plan = open_blend(run_over(folders[:1], seed=5))
     assert isinstance(alone, PackedDataset) and isinstance(plan, Plan)
 
 
 def test_what_a_blend_is_asked_for_reaches_its_plans_and_its_datasets_in_every_process(folders):
     order = dict(seed=5, shuffle=False, group=3)
-    options = order | dict(augment=("flip",), next_image=0.25)
-    dataset, plan = open_blend(folders, (1.0, 3.0), **options)
+    options = order | dict(weights=(1.0, 3.0), augment=("flip",), next_image=0.25)
+    dataset, plan = open_blend(run_over(folders, **options))
     plans = (Plan(num_packs=5, **order), Plan(num_packs=9, **order))
     assert plan == BlendPlan(plans=plans, weights=(1.0, 3.0), seed=5, shuffle=False)
     for blend in (dataset, pickle.loads(pickle.dumps(dataset))):
@@ -203,14 +202,14 @@ def test_what_a_blend_is_asked_for_reaches_its_plans_and_its_datasets_in_every_p
 
 
 def test_a_group_of_a_dataset_is_its_share_of_a_steps_group(folders):
-    order = dict(seed=5, shuffle=True, group=16)
+    order = dict(seed=5, group=16)
     for strata, groups in ((1, (16, 16)), (8, (12, 4))):
-        _, plan = open_blend(folders, (3.0, 1.0), strata=strata, **order)
+        _, plan = open_blend(run_over(folders, weights=(3.0, 1.0), strata=strata, **order))
         assert plan.plans == (
             Plan(num_packs=5, seed=5, group=groups[0], strata=strata),
             Plan(num_packs=9, seed=5, group=groups[1], strata=strata),
         )
-    _, plan = open_blend(folders, (99.0, 1.0), strata=8, **order)
+    _, plan = open_blend(run_over(folders, weights=(99.0, 1.0), strata=8, **order))
     assert [one.group for one in plan.plans] == [16, 1]
 
 
@@ -245,17 +244,17 @@ def test_a_blend_is_opened_without_a_look_at_shards_and_parses_each_manifest_onc
     (tmp_path / "5" / "packs-00001.bin").unlink()
     with pytest.raises(FileNotFoundError, match="5/packs-00001.bin: missing, but the manifest"):
         reader.check_shards(folders)
-    open_blend(folders, (), seed=5, shuffle=True, group=1)
+    open_blend(run_over(folders, seed=5))
     named = [*folders, str(tmp_path / "long")]
     assert sorted(parsed) == [f"{folder}/manifest.json" for folder in named]
 
 
 def test_steps_look_many_datasets_up_together(folders, monkeypatch):
-    dataset, plan = open_blend(folders, (3.0, 1.0), seed=5, shuffle=True, group=1)
+    dataset, plan = open_blend(run_over(folders, seed=5, weights=(3.0, 1.0)))
     looks = []
-    found = BlendedDataset.__getitem__
+    found = BlendedDataset.records
     monkeypatch.setattr(
-        BlendedDataset, "__getitem__", lambda self, ids: looks.append(len(ids)) or found(self, ids)
+        BlendedDataset, "records", lambda self, ids: looks.append(len(ids)) or found(self, ids)
     )
     steps = StepPacks(dataset, plan, 6)
     for start in (*range(0, 300, 6), 1002, 1131, 6):  # forwards, then anywhere
@@ -269,11 +268,11 @@ def test_samples_come_by_the_square_root_of_their_number(tmp_path):
     folders = [str(tmp_path / name) for name in ("large", "small")]
     make_dataset(Path(folders[0]), packs=64, samples_per_pack=4)
     make_dataset(Path(folders[1]), packs=16, samples_per_pack=1)
-    dataset, plan = open_blend(folders, (), seed=5, shuffle=True, group=1, sampling="sqrt")
+    dataset, plan = open_blend(run_over(folders, seed=5, sampling="sqrt"))
     ids = plan.pack_ids(0, 20_000)
-    drawn = dataset.index[ids]["samples"]
+    drawn = dataset.records(ids)["samples"]
     sizes = [one.manifest.totals.samples for one in dataset.datasets]
     found = drawn[ids < 64].sum() / drawn[ids >= 64].sum()
     assert found == pytest.approx((sizes[0] / sizes[1]) ** 0.5, rel=0.01)
-    _, given = open_blend(folders, (1.0, 1.0), seed=5, shuffle=True, group=1, sampling="sqrt")
+    _, given = open_blend(run_over(folders, seed=5, weights=(1.0, 1.0), sampling="sqrt"))
     assert given.weights == (1.0, 1.0)

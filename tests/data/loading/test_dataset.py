@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from megavlm.data.images.decode import decode_tiles
+from megavlm.data.loading.batch import BatchOptions
 from megavlm.data.loading.dataset import PackedDataset, label
 from megavlm.data.loading.draws import drop_path_draws, pack_draw, patch_draws
 from megavlm.data.sample import Image, Sample
@@ -70,7 +72,7 @@ def by_hand(dataset: PackedDataset, pack_id: int, reduction: str) -> dict[str, n
 @pytest.mark.parametrize("reduction", ["token", "sample", "square"])
 def test_tokens_labels_and_weights(dataset, reduction):
     for pack_id in range(len(dataset)):
-        batch = dataset.batch(pack_id, 0, reduction=reduction)
+        batch = dataset.batch(pack_id, 0, BatchOptions(reduction=reduction))
         expected = by_hand(dataset, pack_id, reduction)
         assert np.array_equal(batch.tokens, expected["tokens"])
         assert np.array_equal(batch.labels, expected["labels"])
@@ -88,7 +90,7 @@ def test_tokens_labels_and_weights(dataset, reduction):
 def test_tiles_and_feature_positions(dataset):
     kinds = set()
     for pack_id in range(len(dataset)):
-        batch = dataset.batch(pack_id, 0, vision_layers=3)
+        batch = dataset.batch(pack_id, 0, BatchOptions(vision_layers=3))
         pack = dataset.reader.read(pack_id)
         assert np.array_equal(batch.feature_positions, np.flatnonzero(batch.tokens == 500))
         assert len(batch.feature_positions) == pack.tiles * 16
@@ -126,8 +128,8 @@ def test_tiles_without_a_thumbnail(tmp_path, grid):
 
 def test_tiles_are_filled_up_with_blank_ones(dataset):
     for pack_id in range(len(dataset)):
-        plain = dataset.batch(pack_id, 3, vision_layers=2)
-        filled = dataset.batch(pack_id, 3, vision_layers=2, tile_multiple=16)
+        plain = dataset.batch(pack_id, 3, BatchOptions(vision_layers=2))
+        filled = dataset.batch(pack_id, 3, BatchOptions(vision_layers=2, tile_multiple=16))
         real = len(plain.tiles)
         assert len(filled.tiles) % 16 == 0 and real <= len(filled.tiles) < real + 16
         assert torch.equal(filled.tiles[:real], plain.tiles) and not filled.tiles[real:].any()
@@ -151,15 +153,15 @@ def test_what_belongs_to_no_sample_is_the_padding_token_of_the_tokenizer(tmp_pat
 
 
 def test_patches_are_kept_by_seed_and_place(dataset):
-    options = dict(patches=(49, 24), tile_multiple=4)
+    options = BatchOptions(patches=(49, 24), tile_multiple=4, seed=3)
     seen = []
     for pack_id in range(len(dataset)):
-        kept = dataset.batch(pack_id, pack_id, seed=3, **options).kept_patches
+        kept = dataset.batch(pack_id, pack_id, options).kept_patches
         assert kept.shape[0] == 24 and kept.shape[1] % 4 == 0 and kept.dtype == torch.int64
         assert torch.equal(kept, kept.sort(dim=0).values) and int(kept.max()) < 49
         assert all(len(tile.unique()) == 24 for tile in kept.T)
-        for place in (dict(position=pack_id, seed=4), dict(position=99, seed=3)):
-            other = dataset.batch(pack_id, **place, **options).kept_patches
+        for position, seed in ((pack_id, 4), (99, 3)):
+            other = dataset.batch(pack_id, position, replace(options, seed=seed)).kept_patches
             assert not torch.equal(other, kept)
         real = max(1, dataset.reader.read(pack_id).tiles)
         seen += kept[:, :real].T.unique(dim=0)
@@ -172,7 +174,7 @@ def test_patches_are_kept_by_seed_and_place(dataset):
 
 def test_a_batch_has_the_draws_of_its_seed_and_position(dataset):
     for pack_id in range(len(dataset)):
-        batch = dataset.batch(pack_id, 7, seed=5, vision_layers=2, patches=(9, 4))
+        batch = dataset.batch(pack_id, 7, BatchOptions(seed=5, vision_layers=2, patches=(9, 4)))
         tiles = max(1, dataset.reader.read(pack_id).tiles)
         draws = np.concatenate([batch.drop_path_draws, batch.pair_draws])
         assert np.array_equal(draws, drop_path_draws(5, 7, 6, tiles))
@@ -184,7 +186,7 @@ def test_a_batch_has_the_draws_of_its_seed_and_position(dataset):
 def test_without_tiles_all_else_is_equal(dataset):
     for pack_id in range(len(dataset)):
         with_tiles, without = (
-            dataset.batch(pack_id, 5, vision_layers=2, seed=1, with_tiles=wanted)
+            dataset.batch(pack_id, 5, BatchOptions(vision_layers=2, seed=1, with_tiles=wanted))
             for wanted in (True, False)
         )
         assert without.tiles.shape == (0, 3, 32, 32)
@@ -218,7 +220,7 @@ def test_weight_sum_does_not_depend_on_order(dataset):
     ):
         dataset.weight_sum(ids, "mean")
     with pytest.raises(ValueError, match="--data.loss_reduction mean"):
-        dataset.batch(0, 0, reduction="mean")
+        dataset.batch(0, 0, BatchOptions(reduction="mean"))
 
 
 def test_draws_depend_on_seed_and_position_alone():
@@ -257,7 +259,7 @@ def test_images_that_are_not_decoded_are_not_read(tmp_path):
     dataset = PackedDataset(tmp_path)
     with pytest.raises(ReadError, match="CRC32 of its images"):
         dataset.batch(0, 0)
-    assert dataset.batch(0, 0, with_tiles=False).num_features > 0
+    assert dataset.batch(0, 0, BatchOptions(with_tiles=False)).num_features > 0
 
 
 @pytest.mark.parametrize("source", [1, -1])
@@ -287,7 +289,8 @@ def test_packs_for_pairs_have_one_tile_a_sample(tmp_path, images):
     if images == (1, 1):
         assert len(dataset.batch(0, 0).tiles) == 2
         seen, blind = (
-            dataset.batch(0, 0, with_pair_ids=True, with_tiles=wanted) for wanted in (True, False)
+            dataset.batch(0, 0, BatchOptions(with_pair_ids=True, with_tiles=wanted))
+            for wanted in (True, False)
         )
         assert torch.equal(blind.pair_ids, seen.pair_ids) and len(seen.pair_ids[:, 0].unique()) == 2
         return
@@ -305,7 +308,7 @@ def test_pairs_with_one_image_or_one_text_are_told(tmp_path):
     pairs = [one, dataclasses.replace(other, images=one.images)]
     pairs.append(dataclasses.replace(other, tokens=one.tokens))
     write_packs(tmp_path, [pairs], capacity=64, **facts)
-    ids = PackedDataset(tmp_path).batch(0, 0, with_pair_ids=True).pair_ids
+    ids = PackedDataset(tmp_path).batch(0, 0, BatchOptions(with_pair_ids=True)).pair_ids
     (first, second, third), (text, different, same) = ids.T.tolist()
     assert first == second != third and text == same != different
     assert ids.abs().min() > 2**32, "so long that no two of a run are equal by chance"
@@ -341,7 +344,7 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
         PackedDataset(tmp_path).batch(0, 0)
     assert str(tmp_path) in str(caught.value)
     assert PackedDataset(tmp_path).origins(0) == ["captions.jsonl:40", "captions.jsonl:41"]
-    assert PackedDataset(tmp_path).batch(0, 0, with_tiles=False).tiles.shape[0] == 0
+    assert PackedDataset(tmp_path).batch(0, 0, BatchOptions(with_tiles=False)).tiles.shape[0] == 0
 
 
 def write_broken_image(folder) -> None:
@@ -381,7 +384,7 @@ def test_a_full_pack_has_no_padding_sample(tmp_path):
     write_broken_image(tmp_path / "facts")
     manifest = Reader(tmp_path / "facts").manifest
     store_packs(tmp_path / "full", [[sample]], manifest)
-    batch = PackedDataset(tmp_path / "full").batch(0, 0, reduction="token")
+    batch = PackedDataset(tmp_path / "full").batch(0, 0, BatchOptions(reduction="token"))
     assert (
         batch.sample_ends.tolist() == [0, 64]
         and batch.weight_sum == 63

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megavlm.data.loading.batch import BatchOptions
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.rank_slice import RankSlice
 from tests.data.samples import make_sample, write_packs
@@ -45,7 +46,9 @@ def test_every_tile_has_the_instruction_of_its_sample(dataset: PackedDataset) ->
 def test_ranks_have_the_instructions_of_their_own_tiles(dataset: PackedDataset) -> None:
     whole = dataset.batch(0, 0).instructions
     parts = [
-        dataset.batch(0, 0, rank_slice=RankSlice(tile_rank=rank, tile_ranks=3)).instructions
+        dataset.batch(
+            0, 0, BatchOptions(rank_slice=RankSlice(tile_rank=rank, tile_ranks=3))
+        ).instructions
         for rank in range(3)
     ]
     lengths = np.concatenate([part.lengths for part in parts])

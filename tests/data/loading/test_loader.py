@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megavlm.data.loading import loader
-from megavlm.data.loading.batch import Batch
+from megavlm.data.loading.batch import Batch, BatchOptions
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.loader import WorkerError, WorkerStatusBoard, batches
 from megavlm.data.loading.order import Plan
@@ -41,18 +41,21 @@ def no_worker_is_left_behind():
     assert not multiprocessing.active_children()
 
 
-def load(dataset: PackedDataset, positions: range, **options) -> list[Batch]:
+BY_TOKEN = BatchOptions(reduction="token")
+NO_TILES = BatchOptions(with_tiles=False)  # whose decoders are loaded for seconds
+DRAWN = BatchOptions(reduction="sample", vision_layers=2, seed=9)
+
+
+def load(dataset: PackedDataset, positions: range, **workers) -> list[Batch]:
     plan = Plan(num_packs=len(dataset), seed=4)
-    return list(
-        batches(dataset, plan, positions, reduction="sample", vision_layers=2, seed=9, **options)
-    )
+    return list(batches(dataset, plan, positions, DRAWN, **workers))
 
 
 def test_order_and_content(dataset):
     plan = Plan(num_packs=7, seed=4)
     found = load(dataset, range(3, 20))
     assert [batch.pack_id for batch in found] == plan.pack_ids(3, 17).tolist()
-    expected = dataset.batch(found[5].pack_id, 8, reduction="sample", vision_layers=2, seed=9)
+    expected = dataset.batch(found[5].pack_id, 8, DRAWN)
     assert found[5] == expected
 
 
@@ -81,13 +84,13 @@ def test_ranks_share_out_the_sequence(dataset):
 
 
 def test_positions_take_no_memory(dataset):
-    stream = batches(dataset, Plan(num_packs=7), range(10**12 + 1, 10**15, 4), reduction="token")
+    stream = batches(dataset, Plan(num_packs=7), range(10**12 + 1, 10**15, 4), BY_TOKEN)
     assert next(stream).pack_id == Plan(num_packs=7).at(10**12 + 1)
     stream.close()
 
 
 def test_close_ends_the_workers(dataset):
-    stream = batches(dataset, Plan(num_packs=7), range(10**9), reduction="token", workers=2)
+    stream = batches(dataset, Plan(num_packs=7), range(10**9), BY_TOKEN, workers=2)
     next(stream)
     workers = multiprocessing.active_children()
     stream.close()
@@ -98,7 +101,7 @@ def test_close_ends_the_workers(dataset):
 class Faulty(PackedDataset):
     """Packs that a mistake in the code keeps from being made."""
 
-    def batch(self, pack_id, position, **options):
+    def batch(self, pack_id, position, options):
         raise EOFError("a mistake")
 
 
@@ -119,7 +122,7 @@ def test_an_unreadable_image_is_named(tmp_path, workers):
                 PackedDataset(tmp_path),
                 Plan(num_packs=1),
                 range(5),
-                reduction="token",
+                BY_TOKEN,
                 workers=workers,
             )
         )
@@ -140,7 +143,7 @@ def test_a_file_that_is_damaged_while_a_run_reads_it_is_named(tmp_path, workers,
         PackedDataset(tmp_path),
         Plan(num_packs=7, shuffle=False),
         range(7),
-        reduction="token",
+        BY_TOKEN,
         workers=workers,
         prefetch=1,
     )
@@ -163,7 +166,7 @@ def test_a_worker_that_dies_is_named(dataset, number, told):
         dataset,
         Plan(num_packs=7, shuffle=False),
         range(7, 10**6),
-        reduction="token",
+        BY_TOKEN,
         workers=1,
         prefetch=1,
     )
@@ -186,7 +189,7 @@ def test_a_worker_that_dies_is_told_of_only_where_a_batch_is_waited_for(dataset)
         dataset,
         Plan(num_packs=7, shuffle=False),
         range(10**6),
-        reduction="token",
+        BY_TOKEN,
         workers=2,
         prefetch=1,
     )
@@ -214,8 +217,8 @@ def test_a_board_tells_of_the_workers_that_are_making_a_batch():
 class Noted(PackedDataset):
     """Packs of which a file tells that they were made."""
 
-    def batch(self, pack_id, position, **options):
-        made = super().batch(pack_id, position, **options)
+    def batch(self, pack_id, position, options):
+        made = super().batch(pack_id, position, options)
         (self.folder / f"made-{position}").touch()
         return made
 
@@ -223,7 +226,7 @@ class Noted(PackedDataset):
 def test_a_worker_makes_so_many_packs_ahead_and_is_at_none_then(tmp_path):
     make_dataset(tmp_path, packs=7)
     plan = Plan(num_packs=7, shuffle=False)
-    stream = batches(Noted(tmp_path), plan, range(99), workers=1, prefetch=4, with_tiles=False)
+    stream = batches(Noted(tmp_path), plan, range(99), NO_TILES, workers=1, prefetch=4)
     next(stream)
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("made-*"))) < 5:
@@ -242,13 +245,13 @@ class Killed(PackedDataset):
     number 6, which takes long.
     """
 
-    def batch(self, pack_id, position, **options):
+    def batch(self, pack_id, position, options):
         wait_beside(self.folder, pack_id, seconds=2)
         if pack_id == 5:
             while not (self.folder / "beside").exists():
                 time.sleep(0.02)
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().batch(pack_id, position, **options)
+        return super().batch(pack_id, position, options)
 
 
 def wait_beside(folder: Path, pack_id: int, seconds: float) -> None:
@@ -281,8 +284,8 @@ def test_samples_that_cannot_be_read_are_told_of_in_words_alone(dataset):
 class NoRoom(PackedDataset):
     """Packs of which one, number 5, finds no room in shared memory."""
 
-    def batch(self, pack_id, position, **options):
-        made = super().batch(pack_id, position, **options)
+    def batch(self, pack_id, position, options):
+        made = super().batch(pack_id, position, options)
         if pack_id == 5:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
         return made
@@ -293,9 +296,9 @@ def test_a_batch_that_finds_no_room_in_shared_memory_is_named(dataset):
         NoRoom(dataset.folder),
         Plan(num_packs=7, shuffle=False),
         range(7, 100),
+        NO_TILES,
         workers=1,
         timeout=30,
-        with_tiles=False,
     )
     with pytest.raises(ReadError, match=r"pack 5: .*shared memory \(unable to .*--shm-size"):
         for _ in range(7):
@@ -305,12 +308,12 @@ def test_a_batch_that_finds_no_room_in_shared_memory_is_named(dataset):
 class Stuck(PackedDataset):
     """Packs of which one, number 5, cannot be read: whoever tries waits. Number 6 takes long."""
 
-    def batch(self, pack_id, position, **options):
+    def batch(self, pack_id, position, options):
         wait_beside(self.folder, pack_id, seconds=9)
         if pack_id == 5:
             (self.folder / "stuck").write_text(str(os.getpid()))
             time.sleep(600)
-        return super().batch(pack_id, position, **options)
+        return super().batch(pack_id, position, options)
 
     def origins(self, pack_id):
         time.sleep(60)
@@ -331,9 +334,9 @@ def test_the_pack_that_a_worker_is_lost_at_is_named(dataset, monkeypatch, kind, 
         kind(dataset.folder),
         Plan(num_packs=7, shuffle=False),
         range(100),
+        NO_TILES,
         workers=2,
         timeout=5 if kind is Stuck else 60,
-        with_tiles=False,  # whose decoders are loaded for seconds
     )
     (dataset.folder / "stuck").write_text("")
     (dataset.folder / "beside").unlink(missing_ok=True)

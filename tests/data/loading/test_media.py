@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.idefics import processing_idefics
 
+from megavlm.data.loading.batch import BatchOptions
 from megavlm.data.loading.dataset import PackedDataset, sample_positions
 from megavlm.data.loading.draws import next_image_draws
 from megavlm.data.loading.media import find_media, group_by_image, images_read
@@ -99,7 +100,7 @@ def test_the_samples_below_the_share_read_the_next_image(tmp_path: Path) -> None
     sizes = dict(vocab_size=9, context_token_id=IMAGE, tile_size=16, features_per_tile=1)
     write_packs(tmp_path, [samples], capacity=48, **sizes)
     dataset = PackedDataset(tmp_path, next_image=0.3)
-    media = dataset.batch(0, 5, seed=3, with_tiles=False).media
+    media = dataset.batch(0, 5, BatchOptions(seed=3, with_tiles=False)).media
     reads_next = next_image_draws(3, 5, 12) < 0.3
     assert 0 < reads_next.sum() < 6
     # With the next image, the tokens in front of it read it, too.

@@ -19,7 +19,7 @@ from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.loader import batches
 from megavlm.data.loading.order import Order, Plan
 from megavlm.data.store.manifest import Level, read_manifest
-from tests.data.samples import make_dataset
+from tests.data.samples import make_dataset, run_over
 
 CASES = settings(max_examples=60, deadline=None, derandomize=True)
 BATCH = 24  # a multiple of every number of ranks
@@ -232,18 +232,18 @@ def test_a_folder_with_levels_is_opened_as_a_curriculum_when_asked(folders):
         Level(packs=5, easiest=0, hardest=0),
         Level(packs=8, easiest=1, hardest=1),
     )
-    options = dict(seed=4, shuffle=True, group=1)
-    dataset, order = open_blend(folders, (1.0, 1.0), curriculum=True, **options)
+    run = run_over(folders, seed=4, weights=(1.0, 1.0), curriculum=True)
+    dataset, order = open_blend(run)
     assert isinstance(dataset, BlendedDataset)
     assert order.plans == (Plan(num_packs=11, seed=4), Curriculum(levels=(5, 8), seed=4))
-    _, order = open_blend(folders[1:], (), curriculum=False, **options)
+    _, order = open_blend(run_over(folders[1:], seed=4))
     assert order == Plan(num_packs=13, seed=4)
 
 
 ORDERS = {
     "plan": dict(),
     "blend": dict(weights=(3.0, 1.0)),
-    "shares": dict(weights=(3.0, 1.0), shared_batch=24),
+    "shares": dict(weights=(3.0, 1.0), batch_shares=True),
     "curriculum": dict(curriculum=True),
 }
 # By the number of loader workers of each rank, which are processes.
@@ -255,8 +255,7 @@ RANKS = {0: (1, 2, 3, 8), 1: (1, 8), 4: (2, 1)}
 def test_workers_and_ranks_give_the_same_order(folders, kind, workers):
     """Each number of ranks goes on where the one before stopped."""
     wanted = folders if "weights" in ORDERS[kind] else folders[1:]
-    options = dict(weights=(), seed=2, shuffle=True, group=4) | ORDERS[kind]
-    dataset, order = open_blend(wanted, options.pop("weights"), **options)
+    dataset, order = open_blend(run_over(wanted, seed=2, batch=24, group=4, **ORDERS[kind]))
     seen = []
     start = 0
     for ranks in RANKS[workers]:

@@ -5,11 +5,13 @@ positions that go with them.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from megavlm.data.loading.batch import BatchOptions
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.rank_slice import RankSlice
 from tests.data.samples import make_dataset
@@ -87,8 +89,8 @@ def test_samples_that_cannot_be_cut_are_refused(lengths: list[int], told: str) -
 
 @pytest.mark.parametrize("pack_id", range(8))
 def test_shares_together_are_the_whole_batch(dataset: PackedDataset, pack_id: int) -> None:
-    options = dict(reduction="square", vision_layers=2, patches=(16, 5), seed=5)
-    whole = dataset.batch(pack_id, 11, **options)
+    options = BatchOptions(reduction="square", vision_layers=2, patches=(16, 5), seed=5)
+    whole = dataset.batch(pack_id, 11, options)
     places = [
         RankSlice(context_rank=rank, context_ranks=3).tokens(whole.sample_ends.numpy())
         for rank in range(3)
@@ -97,8 +99,10 @@ def test_shares_together_are_the_whole_batch(dataset: PackedDataset, pack_id: in
         dataset.batch(
             pack_id,
             11,
-            **options,
-            rank_slice=RankSlice(tile_rank=r, tile_ranks=3, context_rank=r, context_ranks=3),
+            replace(
+                options,
+                rank_slice=RankSlice(tile_rank=r, tile_ranks=3, context_rank=r, context_ranks=3),
+            ),
         )
         for r in range(3)
     ]
@@ -139,5 +143,7 @@ def test_only_images_of_the_share_are_decoded(
     monkeypatch.setattr(
         module, "decode_tiles", lambda *args, **named: decoded.append(1) or decode(*args, **named)
     )
-    dataset.batch(pack_id, 0, rank_slice=RankSlice(tile_rank=0, tile_ranks=pack.tiles))
+    dataset.batch(
+        pack_id, 0, BatchOptions(rank_slice=RankSlice(tile_rank=0, tile_ranks=pack.tiles))
+    )
     assert len(decoded) == 1 < len(pack.images)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from megavlm.data.loading.batch import BatchOptions
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.loader import WorkerError, batches
 from megavlm.data.loading.order import Plan
@@ -42,7 +43,11 @@ def others():
 def test_a_stream_that_ends_leaves_the_workers_of_another_one_alone(dataset):
     """As an evaluation does, while training waits."""
     training = batches(
-        dataset, Plan(num_packs=7, shuffle=False), range(99), workers=1, with_tiles=False
+        dataset,
+        Plan(num_packs=7, shuffle=False),
+        range(99),
+        BatchOptions(with_tiles=False),
+        workers=1,
     )
     next(training)
     assert len(load(dataset, range(3), workers=1)) == 3
@@ -100,7 +105,7 @@ signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
 signal.signal(signal.SIGINT, lambda *_: asked.append(1))
 stream = batches(
     PackedDataset(sys.argv[1]), Plan(num_packs=7), range(10**6),
-    reduction="token", workers=2, start_method=sys.argv[2],
+    workers=2, start_method=sys.argv[2],
 )
 next(stream)
 print("ready", flush=True)

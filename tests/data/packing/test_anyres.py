@@ -25,6 +25,7 @@ from megavlm.data.images.feature_layout import (
     numbers_in_pack,
 )
 from megavlm.data.images.tiling import Tiling
+from megavlm.data.loading.batch import BatchOptions
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.rank_slice import RankSlice
 from megavlm.data.packing.asked_job import make_job
@@ -240,7 +241,7 @@ def test_slices_of_ranks_hold_every_feature_and_newline_once(data: Path) -> None
     packs = pack(data)
     whole = packs.batch(0, 0)
     slices = [
-        packs.batch(0, 0, rank_slice=RankSlice(context_rank=rank, context_ranks=2))
+        packs.batch(0, 0, BatchOptions(rank_slice=RankSlice(context_rank=rank, context_ranks=2)))
         for rank in range(2)
     ]
     found = torch.cat([one.feature_numbers for one in slices]).sort().values
@@ -258,7 +259,7 @@ def test_each_rank_has_the_mixed_features_of_its_own_tokens(videos: Path) -> Non
     found = []
     for rank in range(2):
         own = RankSlice(context_rank=rank, context_ranks=2)
-        part = packs.batch(0, 0, rank_slice=own).mixed
+        part = packs.batch(0, 0, BatchOptions(rank_slice=own)).mixed
         positions = torch.from_numpy(own.tokens(whole.sample_ends.numpy()))[part.positions]
         is_own = torch.isin(mixed.positions, positions)
         assert torch.equal(positions, mixed.positions[is_own]) and len(positions) > 0
