@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 from megavlm.checkpoint.train_state import State
@@ -41,6 +42,7 @@ def export_finished(config: Config, state: State, start: Start, groups: Groups) 
     def note() -> None:
         atomic.write_text(Path(files.save) / EXPORTED, json.dumps(noted) + "\n")
 
+    begun = time.monotonic()
     try:
         # Noted first: killed in the moment between, the export would be in the way of the same
         # command. A note of a folder that is not there counts for nothing.
@@ -56,3 +58,4 @@ def export_finished(config: Config, state: State, start: Start, groups: Groups) 
             f"--checkpoint.export_hf {files.export_hf}: the model could not be exported ({error});"
             f" the checkpoint is in {folder}, and the same command exports it when that is mended"
         ) from error
+    print(f"exported {files.export_hf} in {time.monotonic() - begun:.1f} s", flush=True)

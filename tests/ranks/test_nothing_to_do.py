@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from unittest import mock
@@ -70,6 +71,7 @@ def test_the_command_of_a_finished_run_is_no_failure_and_exports_once(
     assert not list(tmp_path.glob(".growing*"))
     [shown] = ranks.run(output_of_job, 1, wanted)
     assert f"nothing to do: step {STEPS} is done, and --training.steps is {STEPS}" in shown
+    assert re.search(rf"^exported {export} in [0-9.]+ s$", shown, re.MULTILINE)
     assert (export / "config.json").is_file()
     before = (export / "config.json").stat().st_mtime_ns
     [shown] = ranks.run(output_of_job, 1, wanted)
