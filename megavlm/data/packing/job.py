@@ -84,7 +84,9 @@ def pack_dataset(job: Job) -> Report:
     tokenizer = _tokenizer(job)
     words = _qformer_tokenizer(job)
     identity = job.identity(fingerprint(tokenizer), fingerprint(words) if words else "")
-    with partial_folder(job.partial, identity, flag=f"--out {job.out}") as folder:
+    with partial_folder(
+        job.partial, identity, flag=f"--out {job.out}", prepared=(TOKENIZER_NAME,)
+    ) as folder:
         _save(tokenizer, words, folder)
         settings = _settings(job, tokenizer, folder / TOKENIZER_NAME)
         scan = _scan(job, settings, folder)

@@ -34,14 +34,17 @@ def partial_of(out: Path) -> Path:
 
 
 @contextmanager
-def partial_folder(folder: Path, identity: dict[str, Any], *, flag: str) -> Iterator[Path]:
+def partial_folder(
+    folder: Path, identity: dict[str, Any], *, flag: str, prepared: Sequence[str] = ()
+) -> Iterator[Path]:
     """Make a folder for a job, or enter the one that the same job left; it stays when the job ends
-    with an error.
+    with an error. Another job takes the folder over if the one before had done nothing yet.
 
     Args:
         folder: of the work.
         identity: what makes a job the same; JSON.
         flag: the flag that the folder comes from, for errors.
+        prepared: names of what a job writes there before its work begins.
 
     Raises:
         FileExistsError: another process works there, or another job was stopped there.
@@ -63,6 +66,8 @@ def partial_folder(folder: Path, identity: dict[str, Any], *, flag: str) -> Iter
                 f"{flag}: the file system of {folder} has no locks ({error.strerror}); give a"
                 " folder on another one"
             ) from None
+        if _is_unused(folder, identity, prepared):
+            _clear(folder)
         _same_job(folder, identity, flag)
         try:
             yield folder
@@ -133,6 +138,22 @@ def _same_job(folder: Path, identity: dict[str, Any], flag: str) -> None:
             f"{flag}: {folder} was left by another job ({'; '.join(shown)}{more}); "
             "give the same settings to resume it, or remove it"
         )
+
+
+def _is_unused(folder: Path, identity: dict[str, Any], prepared: Sequence[str]) -> bool:
+    """Tell whether another job was refused in a folder before it had done anything, such as one
+    whose template the tokenizer does not fit.
+
+    Args:
+        folder: of the work.
+        identity: of this job.
+        prepared: as of ``partial_folder``.
+    """
+    before = atomic.read_json(folder / JOB_NAME)
+    if before is None or before == identity:
+        return False
+    early = {JOB_NAME, LOCK_NAME, *prepared}
+    return all(entry.name in early or atomic.is_partial(entry) for entry in folder.iterdir())
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

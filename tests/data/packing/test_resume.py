@@ -316,6 +316,8 @@ def test_workers_end_with_a_packing_that_is_killed():
 
 
 def test_another_job_does_not_go_on(data, tmp_path, monkeypatch):  # noqa: F811
+    with pytest.raises(ValueError, match="no token </s>, which --template llava_v1 needs"):
+        pack_dataset(_job(data, tmp_path / "out", template="llava_v1"))  # leaves nothing to resume
     stop_at(monkeypatch, "plan_packs", lambda: pack_dataset(_job(data, tmp_path / "out")))
     with pytest.raises(
         FileExistsError,

@@ -56,6 +56,28 @@ def test_another_job_is_told_by_what_differs(tmp_path: Path, change: dict, told:
     enter(tmp_path)
 
 
+def test_another_job_takes_over_where_nothing_was_done(tmp_path: Path) -> None:
+    for change in ({}, {"capacity": 9}):  # refused before its work, as for an unfit tokenizer
+        with (
+            pytest.raises(ZeroDivisionError),
+            partial_folder(
+                tmp_path, IDENTITY | change, flag="--out x", prepared=("tokenizer",)
+            ) as folder,
+        ):
+            assert not (folder / "tokenizer").exists()
+            (folder / "tokenizer").mkdir()
+            raise ZeroDivisionError
+    enter(tmp_path, {"capacity": 9})  # the same job keeps what is there
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "job.json",
+        "lock",
+        "tokenizer",
+        "work",
+    ]
+    with pytest.raises(FileExistsError, match="left by another job"):
+        enter(tmp_path)
+
+
 @pytest.mark.parametrize("change", [{"bytes": 4}, {"modified": 6}])
 def test_an_annotation_file_that_has_changed_is_named(tmp_path: Path, change: dict) -> None:
     enter(tmp_path)
