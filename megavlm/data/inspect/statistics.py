@@ -123,7 +123,7 @@ def _totals(overview: Overview) -> list[str]:
         f"  fill {overview.fill:.3%}, supervised {overview.supervised_share:.1%} of the tokens",
         (
             f"  packs without images {overview.packs_without_tiles:,}; mean tiles {mean_tiles:.2f},"
-            f" load imbalance of {RANKS} ranks (max / mean): {overview.load_imbalance:.3f}"
+            f" load imbalance of {RANKS} ranks {overview.load_imbalance - 1:.1%}"
         ),
     ]
     lines += [

@@ -6,8 +6,9 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from megavlm.data.packing.job_state import SHOWN_REJECTS, reject_lines
+from megavlm.data.packing.job_state import reject_lines
 from megavlm.data.packing.scan import Scan
+from megavlm.data.packing.scan_state import shown_first
 from megavlm.data.packing.settings import Job
 from megavlm.data.packing.write_shards import WrittenShard
 from megavlm.data.records.reject import Reject, count_unwanted
@@ -40,7 +41,8 @@ def check_shards(job: Job, scan: Scan, shards: Iterable[WrittenShard]) -> None:
     late = late_rejects(shards)
     rejected = count_unwanted(scan.rejects) + len(late)
     if rejected > job.max_rejects * scan.records or len(late) == scan.packable:
-        raise _too_many(job, scan, rejected, str(scan.records), late[:SHOWN_REJECTS], late)
+        first = shown_first([*scan.first_rejects, *late])
+        raise _too_many(job, scan, rejected, str(scan.records), first, late)
 
 
 def write_rejects(path: Path, scan: Scan, late: Iterable[Reject]) -> None:

@@ -119,7 +119,7 @@ def count_measured(
     state.sources[source].tasks += 1
     state.sources[source].add(counts)
     if rejects:
-        state.first_rejects = _to_show([*state.first_rejects, *rejects])
+        state.first_rejects = shown_first([*state.first_rejects, *rejects])
 
 
 def first_unfinished(state: ScanState) -> tuple[int, int]:
@@ -132,7 +132,7 @@ def first_unfinished(state: ScanState) -> tuple[int, int]:
     return first, state.sources[first].tasks if state.sources else 0
 
 
-def _to_show(rejects: Sequence[Reject]) -> list[Reject]:
+def shown_first(rejects: Sequence[Reject]) -> list[Reject]:
     """Return the first few rejected records, and of those that a filter left out as many as there
     is room for: they are as they were asked to be, and do not end a job.
     """
@@ -179,7 +179,7 @@ def merge_repaired(
     content = reject_lines(left)
     atomic.write_bytes(folder / state.rejects_name, content)
     state.rejects_bytes = len(content)
-    state.first_rejects = _to_show(left)
+    state.first_rejects = shown_first(left)
     with open(old, "rb") as before, open(folder / state.rows_name, "wb") as after:
         done = 0
         kept = state.rows

@@ -51,7 +51,7 @@ class SourceReport:
 
     def lines(self) -> list[str]:
         """Return the figures as lines of text."""
-        deep = f", {self.deep_images:,} of more than 8 bits a channel" if self.deep_images else ""
+        deep = f" ({self.deep_images:,} of more than 8 bits a channel)" if self.deep_images else ""
         images = "" if self.images is None else f"{self.images:,} images{deep} of "
         lines = [
             f"source    {self.name}: {self.records:,} records, {self.rejected:,} rejected;"

@@ -50,7 +50,10 @@ def test_wide_figures_have_few_bars(folder):
 
 
 def test_text(folder):
-    text = to_text(overview_of(Reader(folder)))
+    overview = overview_of(Reader(folder))
+    text = to_text(overview)
+    # As the packer's report tells it: what the slowest rank has above the mean.
+    assert f"load imbalance of 512 ranks {overview.load_imbalance - 1:.1%}\n" in text
     assert "packs 40 of 256 tokens" in text
     assert (
         "random.jsonl" in text and "rejected records: none" in text and "context_token_id" in text

@@ -235,6 +235,7 @@ def test_images_of_more_than_eight_bits(folder: Path, capfd):
     (folder / "a.jsonl").write_text(chat(image="0.png"))
     report = pack_dataset(job(folder))
     assert report.sources[0].deep_images == 1
+    assert "1 images (1 of more than 8 bits a channel) of " in report.text()
     assert "1 images have more than 8 bits" in capfd.readouterr().err
     pack_dataset(job(folder, "scaled", deep_images="scale"))
     assert "more than 8 bits" not in capfd.readouterr().err

@@ -215,7 +215,8 @@ def test_the_limit_counts_each_record_once_over_both_passes(
     (tmp_path / "a.jsonl").write_text("\n".join(chat(image=name) for name in names))
     (source,) = single_source(tmp_path / "a.jsonl", tmp_path)
     wanted = job(tmp_path, sources=(replace(source, repeat_time=3),), capacity=256)
-    with pytest.raises(ValueError, match=r"^2 of 4 records \(50.00%\).*The first:\n.*3: unread"):
+    told = r"^2 of 4 records \(50.00%\).*The first:\n.*:1: missing_image.*\n.*:3: unread"
+    with pytest.raises(ValueError, match=told):
         pack_dataset(replace(wanted, max_rejects=0.49))
     listed = [json.loads(line)["line"] for line in (tmp_path / "out.rejects.jsonl").open()]
     assert listed == [1, 3]
