@@ -15,7 +15,7 @@ FILE_NAME = "state.json"
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)  # version 1 called the connector projector
 
-_LISTS = ("packs", "indexes", "recent_losses", "skipped_steps")
+_LISTS = ("packs", "indexes", "recent_losses", "skipped_steps", "unreadable_packs")
 
 History = tuple[tuple[int, tuple[str, ...]], ...]
 """Stages whose moments were kept, oldest first: steps of each, and what it trained."""
@@ -44,6 +44,7 @@ class State:
         skipped_in_a_row: how many of these are the last steps.
         skipped_steps: their numbers, counted from 1, if parameters are unfrozen on the way.
         recent_losses: of the last steps, if spikes of the loss are looked for.
+        unreadable_packs: ids of those that could not be read and were left out, ascending.
         format: version of the checkpoint's layout.
     """
 
@@ -62,6 +63,7 @@ class State:
     skipped_in_a_row: int = 0
     skipped_steps: tuple[int, ...] = ()
     recent_losses: tuple[float, ...] = ()
+    unreadable_packs: tuple[int, ...] = ()
     format: int = FORMAT_VERSION
 
     @property

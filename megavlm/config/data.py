@@ -64,6 +64,10 @@ class Data:
         prefetch: packs that each loader process decodes ahead.
         timeout: abort the run if a loader process delivers nothing for this many seconds; 0 waits
             forever.
+        max_unreadable_packs: go on without packs of ``train`` that cannot be read (damaged, an
+            image that no decoder takes, a file that is gone), at most so many different ones in the
+            whole run; each is named and counted. All ranks then wait for each other before each
+            step. 0: the first one ends the run.
     """
 
     train: str = ""
@@ -86,6 +90,7 @@ class Data:
     workers: int = 4
     prefetch: int = 4
     timeout: int = 600
+    max_unreadable_packs: int = 0
 
     @property
     def train_folders(self) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from megavlm.config.checks.experts import spans_data_ranks
 from megavlm.config.schema import Vision
 from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.loading.loader import readable
 from megavlm.data.loading.order import Plan
 from megavlm.train.bad_steps import StepError
 from megavlm.train.job import Job
@@ -69,7 +70,7 @@ def held_out_loss(
             " there is no loss"
         )
     workers = min(data.workers, len(positions))
-    packs = job.batches(job.valid, plan, positions, job.batch_options, workers=workers)
+    packs = readable(job.batches(job.valid, plan, positions, job.batch_options, workers=workers))
     shown = blanked(packs, job.config.architecture.vision) if without_images else packs
     by_source = SourceLosses(job.valid.source_names, job.backend.device)
     named = NamedLosses(job.config.architecture, job.backend.device)
@@ -128,7 +129,7 @@ def task_batches(
 ) -> Generator[Batch, None, None]:
     """Load packs of a task by their numbers; ``close()`` frees what they hold."""
     plan = Plan(num_packs=len(packs), seed=0, shuffle=False)
-    return job.batches(packs, plan, numbers, job.batch_options, workers=0)
+    return readable(job.batches(packs, plan, numbers, job.batch_options, workers=0))
 
 
 def run_forward(

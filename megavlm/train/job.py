@@ -16,7 +16,7 @@ from megavlm.convert.hf.unused_weights import Weights
 from megavlm.data.loading.batch import Batch, BatchOptions
 from megavlm.data.loading.blend import Packs
 from megavlm.data.loading.dataset import PackedDataset
-from megavlm.data.loading.loader import batches
+from megavlm.data.loading.loader import Unreadable, batches
 from megavlm.data.loading.order import Order
 from megavlm.evaluate.packs import TaskPacks
 from megavlm.evaluate.pair_packs import PairPacks
@@ -59,7 +59,7 @@ class Job(BuiltModel):
     lock: Lock | None = None
     averages: Averages | None = None
     unused_weights: Weights = field(default_factory=dict)
-    watch: Callable[[Iterator[Batch]], Iterator[Batch]] = iter
+    watch: Callable[[Iterator[Batch | Unreadable]], Iterator[Batch | Unreadable]] = iter
     usage: Usage | None = None
 
     def samples_of_ranks(self, records: np.ndarray) -> list[list[int]]:
@@ -101,8 +101,8 @@ class Job(BuiltModel):
         options: BatchOptions,
         *,
         workers: int,
-    ) -> Generator[Batch, None, None]:
-        """Load packs ahead; ``close()`` ends the workers.
+    ) -> Generator[Batch | Unreadable, None, None]:
+        """Load packs ahead; ``close()`` ends the workers. See ``loader.batches``.
 
         Args:
             packs: to load.

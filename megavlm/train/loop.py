@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megavlm.checkpoint.train_state import State
 from megavlm.data.loading.batch import Batch
+from megavlm.data.loading.loader import Unreadable, readable
 from megavlm.data.loading.step_packs import StepPacks
 from megavlm.data.loading.weights import weight_of
 from megavlm.health.watchdog import Watchdog
@@ -38,6 +39,7 @@ from megavlm.train.stop_signal import StopRequest
 from megavlm.train.supply import Supply
 from megavlm.train.throughput import Throughput, peak_of
 from megavlm.train.unchecked_norms import UncheckedNorms
+from megavlm.train.unreadable_packs import ADVICE, UnreadablePacks
 
 _NOTHING_KEPT = "nothing is kept without --checkpoint.save"
 
@@ -53,7 +55,9 @@ def train(job: Job, state: State, metrics: Metrics, stop: StopRequest) -> State:
 
     Raises:
         StepError: no token of a step is supervised, so its loss is not defined; a gradient was not
-            finite, and the last checkpoint is from before it; or too many steps were skipped.
+            finite, and the last checkpoint is from before it; too many steps were skipped; or too
+            many packs cannot be read.
+        ReadError: a pack cannot be read, on ranks that need it.
         SaveError: the last checkpoint could not be saved.
     """
     config = job.config
@@ -67,6 +71,7 @@ def train(job: Job, state: State, metrics: Metrics, stop: StopRequest) -> State:
         if state.trained_only and config.checkpoint.save:
             saver.save(state)  # the last checkpoint is whole, also if fewer steps are asked for now
     rule = BadStepRule(job, state, metrics)
+    unreadable = UnreadablePacks(job, state, metrics)
     norms = UncheckedNorms()
     clock = Clock()
     supply = Supply(job.backend, job.train.manifest.capacity)
@@ -91,8 +96,9 @@ def train(job: Job, state: State, metrics: Metrics, stop: StopRequest) -> State:
             ids, records = steps.after(state.consumed)
             rate = set_rates(job.optimizer, config, state.step, state.skipped, state.skipped_steps)
             try:
-                result = _step(job, state, ids, records, batches, meters, rule, control)
-                state = rule.after(state.after(packs))
+                arrived, records = unreadable.replace(state, ids, records, batches)
+                result = _step(job, state, ids, records, arrived, meters, rule, control)
+                state = unreadable.after(rule.after(state.after(packs)))
                 if not result.is_skipped:
                     if job.averages is not None:
                         job.averages.update(state.updates - 1)
@@ -135,6 +141,7 @@ def train(job: Job, state: State, metrics: Metrics, stop: StopRequest) -> State:
                 metrics.log(_how_it_stopped(job, stop, state.step, saver.step))
                 break
         saver.finish()
+        unreadable.tell()
         # Whoever begins another run has to know of what came after the last look.
         stop.is_agreed = groups.any_rank(stop.asked, device)
     return state
@@ -156,18 +163,25 @@ def _how_it_stopped(job: Job, stop: StopRequest, step: int, saved: int) -> str:
     return f"stopped by {cause} after step {step}; {kept}"
 
 
-def _load_batches(job: Job, state: State) -> Generator[Batch, None, None]:
-    """Load this data-parallel rank's packs of the steps after ``state``."""
+def _load_batches(job: Job, state: State) -> Generator[Batch | Unreadable, None, None]:
+    """Load this data-parallel rank's packs of the steps after ``state``.
+
+    Raises:
+        ReadError: one cannot be read, and none may be left out.
+    """
     config = job.config
     left = config.training.steps - state.step
     end = state.consumed + left * config.training.global_batch_size
-    return job.batches(
+    loaded = job.batches(
         job.train,
         job.plan,
         range(state.consumed + job.groups.data_rank, end, job.groups.data_size),
         job.training_options,
         workers=config.data.workers,
     )
+    if config.data.max_unreadable_packs:
+        return loaded
+    return readable(loaded, "" if config.architecture.needs.spans_step else ADVICE)
 
 
 def _evaluate(job: Job, state: State, metrics: Metrics, watchdog: Watchdog) -> State:

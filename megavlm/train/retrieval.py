@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megavlm.data.loading.batch import Batch
+from megavlm.data.loading.loader import readable
 from megavlm.data.loading.order import Plan
 from megavlm.evaluate.pair_metrics import CUTS, RECALLS, search_ranks
 from megavlm.parallel.gather_rows import gather_rows
@@ -73,7 +74,7 @@ def _embed(job: Job, plan: Plan, count: int) -> tuple[list[Tensor], list[Tensor]
     options = job.batch_options
     if is_last:
         options = dataclasses.replace(options, with_pair_ids=True)
-    batches = job.batches(job.valid, plan, positions, options, workers=workers)
+    batches = readable(job.batches(job.valid, plan, positions, options, workers=workers))
     ids: list[Tensor] = []
 
     def noting() -> Iterator[Batch]:

@@ -46,5 +46,7 @@ class StepLog:
         figures = {"loss": whole_loss, "lr": rate, "grad_norm": grad_norm} | reports
         if self._job.config.bad_steps.skips:
             figures["skipped_steps"] = state.skipped
+        if self._job.config.data.max_unreadable_packs:
+            figures["unreadable_packs"] = len(state.unreadable_packs)
         by_source |= self._rates.at(state.step - 1, rate)
         self._metrics.record(state.step, figures, by_source)

@@ -49,6 +49,7 @@ LEFT_OUT = (
     "data.template",
     "data.tiling",
     "data.timeout",
+    "data.max_unreadable_packs",
 )
 DRAWN = tuple(
     option

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from megavlm.data.loading.batch import Batch, BatchOptions
 from megavlm.data.loading.dataset import PackedDataset
-from megavlm.data.loading.loader import batches
+from megavlm.data.loading.loader import batches, readable
 from megavlm.data.loading.order import Plan
 
 MOST_STEPS = 1000
@@ -36,13 +36,8 @@ class Feed:
         self.waited_s = 0.0
         self.taken = 0
         self._ids = pack_ids
-        self._arriving = batches(
-            packs,
-            plan,
-            [pack_ids[step % len(pack_ids)] for step in range(MOST_STEPS)],
-            options,
-            workers=workers,
-        )
+        positions = [pack_ids[step % len(pack_ids)] for step in range(MOST_STEPS)]
+        self._arriving = readable(batches(packs, plan, positions, options, workers=workers))
 
     def next_ids(self, count: int) -> list[int]:
         """Return the packs that come next."""

@@ -51,7 +51,9 @@ def data_problems(data: Data) -> Iterator[str]:
             yield "--data.augment crop,half_crop: an image is cropped in one way; give one of them"
         if name not in AUGMENTATIONS:
             yield f"--data.augment {name}: no such change; known are {', '.join(AUGMENTATIONS)}"
-    yield from at_least(0, "data", data, "workers", "group", "strata", "timeout")
+    yield from at_least(
+        0, "data", data, "workers", "group", "strata", "timeout", "max_unreadable_packs"
+    )
     yield from at_least(1, "data", data, "prefetch")
 
 

@@ -21,6 +21,11 @@ def objective_problems(config: Config) -> Iterator[str]:
         )
     if arch.needs.spans_step and config.data.loss_weights:
         yield f"--data.loss_weights: {wanted} has one loss for a whole batch; leave it out"
+    if arch.needs.spans_step and (most := config.data.max_unreadable_packs):
+        yield (
+            f"--data.max_unreadable_packs {most}: {wanted} compares the pairs of all packs of a"
+            " batch, and one of fewer pairs has another loss; use 0"
+        )
     if arch.needs.is_of_pairs:
         yield from _pairs(config, wanted)
     elif _reads_nothing(arch):

@@ -30,7 +30,7 @@ _BY_SECTION: dict[str, dict[Kind, str]] = {
         # packs and tokenizer are compared
         "taken": "train valid loss_reduction loss_weights template tiling augment next_image",
         "refused": "weights sampling batch_shares curriculum shuffle group strata",
-        "free": "packing cache workers prefetch timeout",
+        "free": "packing cache workers prefetch timeout max_unreadable_packs",
     },
     "parallel.": {
         "taken": "tensor_model_parallel_size pipeline_model_parallel_size"

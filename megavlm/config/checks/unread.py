@@ -254,6 +254,7 @@ TOLERATED = (
             "training.drop_path",
             "eval.control_interval",
             "checkpoint.save_epochs",
+            "data.max_unreadable_packs",
             "bad_steps.skip",
             "bad_steps.spike_factor",
             "profile.folder",

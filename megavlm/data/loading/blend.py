@@ -283,6 +283,12 @@ class BlendedDataset:
             batch, pack_id=int(pack_id), sources=batch.sources + self._first_sources[number]
         )
 
+    def blank(self, pack_id: int, position: int, options: BatchOptions = AS_PACKED) -> Batch:
+        """Make what takes a pack's place; arguments as for ``PackedDataset.blank``."""
+        number, own_id = self._within(pack_id)
+        batch = self.datasets[number].blank(own_id, position, options)
+        return dataclasses.replace(batch, pack_id=int(pack_id))
+
     def origins(self, pack_id: int) -> list[str]:
         """Where the samples of a pack come from: ``annotations.jsonl:line`` of each."""
         number, own_id = self._within(pack_id)

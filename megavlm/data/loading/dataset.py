@@ -33,7 +33,7 @@ from megavlm.data.loading.prefixes import find_prefixes
 from megavlm.data.loading.tiles import TileDecoder
 from megavlm.data.loading.weights import weight_field, weight_of
 from megavlm.data.store.manifest import Manifest
-from megavlm.data.store.reader import Index, Pack, Reader
+from megavlm.data.store.reader import Index, Pack, Reader, empty_pack
 from megavlm.io.open_files import OpenFiles
 from megavlm.io.storage import ReadError
 
@@ -142,8 +142,23 @@ class PackedDataset:
             ReadError: damaged bytes or images, or wrong context tokens.
             ValueError: samples that cannot be cut for ``options.rank_slice``.
         """
-        manifest = self.manifest
         pack = self.reader.read(pack_id, with_images=options.with_tiles or options.with_pair_ids)
+        weight = self.index[pack_id][weight_field(options.reduction)]
+        return self._batch_of(pack, float(weight), position, options)
+
+    def blank(self, pack_id: int, position: int, options: BatchOptions = AS_PACKED) -> Batch:
+        """Make the batch that takes the place of a pack that cannot be read: padding alone, and no
+        image. Arguments as for ``batch``.
+        """
+        return self._batch_of(empty_pack(pack_id), 0.0, position, options)
+
+    def _batch_of(
+        self, pack: Pack, weight_sum: float, position: int, options: BatchOptions
+    ) -> Batch:
+        """Make the batch of a pack that has been read, and whose loss weights have this sum; other
+        arguments as for ``batch``.
+        """
+        manifest = self.manifest
         positions, ends = sample_positions(pack.lengths, manifest.alignment, manifest.capacity)
         own = options.rank_slice.tokens(ends)
         local = np.full(manifest.capacity, -1)
@@ -171,8 +186,8 @@ class PackedDataset:
             tiles=self._decoder.decode(pack, decoded, options.seed, position),
             **self._features(pack, positions, local),
             **_draws(pack.tiles, chosen, position, options),
-            weight_sum=float(self.index[pack_id][weight_field(options.reduction)]),
-            pack_id=int(pack_id),
+            weight_sum=weight_sum,
+            pack_id=pack.pack_id,
         )
 
     def origins(self, pack_id: int) -> list[str]:

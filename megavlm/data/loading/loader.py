@@ -45,9 +45,10 @@ def batches(
     prefetch: int = 2,
     timeout: float = 0,
     start_method: str | None = None,
-) -> Generator[Batch, None, None]:
-    """Yield the batches at ``positions`` of the plan, in order. The number of workers never changes
-    what a batch holds. ``close()`` ends the workers.
+) -> Generator[Batch | Unreadable, None, None]:
+    """Yield the batches at ``positions`` of the plan, in order, and what takes the place of one
+    whose pack cannot be read. The number of workers never changes what a batch holds. ``close()``
+    ends the workers.
 
     Args:
         dataset: the packs.
@@ -61,9 +62,8 @@ def batches(
         start_method: how workers start (fork, spawn, forkserver); None: as the platform does.
 
     Raises:
-        ReadError: a pack cannot be read or decoded; names the pack and the sample's file and line.
         WorkerError: a worker died or is stuck; names its pack, and where the samples come from. Or
-            one cannot be started.
+            one cannot be started, or cannot hand over what it has made.
     """
     board = WorkerStatusBoard(workers)
     loader = DataLoader(
@@ -84,27 +84,45 @@ def batches(
         for position in positions:
             try:
                 with failing_with_workers(processes):
-                    batch = _made(next(arriving))
+                    arrived = next(arriving)
             except Exception as error:
                 if not workers:
                     raise
                 raise _explain(error, dataset, plan, position, board, processes) from None
-            yield batch
+            if isinstance(arrived, WorkerError):
+                raise arrived
+            yield arrived
     finally:
         del arriving  # nothing else holds DataLoader's iterator, so the workers end
         kill_frozen(processes)
 
 
+def readable(
+    batches: Generator[Batch | Unreadable, None, None], advice: str = ""
+) -> Generator[Batch, None, None]:
+    """Yield batches as long as their packs can be read; ``close()`` closes them.
+
+    Raises:
+        ReadError: one cannot; names the pack, and the file at fault or the sample's file and line,
+            and ends in ``advice``.
+    """
+    with contextlib.closing(batches):
+        for batch in batches:
+            if isinstance(batch, Unreadable):
+                raise ReadError(f"{batch.reason}{advice}")
+            yield batch
+
+
 class WorkerError(RuntimeError):
-    """A loader worker that died, is stuck or cannot be started."""
+    """A loader worker that died, is stuck, cannot be started or cannot hand over a batch."""
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """What a worker hands over instead of a batch that it cannot make.
+    """What takes the place of a batch whose pack cannot be read or decoded.
 
     Args:
-        reason: in words; without the worker's stack, which PyTorch would put before them.
+        reason: names the pack, and the file at fault or the sample's file and line.
     """
 
     reason: str
@@ -170,53 +188,48 @@ class Positions(Dataset):
     def __len__(self) -> int:
         return len(self.positions)
 
-    def __getitem__(self, index: int) -> Batch | Unreadable:
+    def __getitem__(self, index: int) -> Batch | Unreadable | WorkerError:
         position = int(self.positions[index])
         worker = get_worker_info()
         if worker is None:
             return self._make(position)
         self.board.start(worker.id, position)
         try:
-            return self._shared(self._make(position), position)
-        except ReadError as error:
-            return Unreadable(str(error))
+            made = self._make(position)
+            return made if isinstance(made, Unreadable) else self._shared(made, position)
         finally:
             self.board.end(worker.id)
 
-    def _shared(self, batch: Batch, position: int) -> Batch:
+    def _shared(self, batch: Batch, position: int) -> Batch | WorkerError:
         """Put a batch where the training process gets it. PyTorch would do so in a thread whose
-        errors nobody hears of, and the batch would be waited for.
+        errors nobody hears of, and the batch would be waited for. An error is returned, since
+        PyTorch would put the worker's stack into its words.
         """
         try:
             return batch.share_memory()
         except RuntimeError as error:
-            raise ReadError(
+            return WorkerError(
                 f"pack {int(self.plan.at(position))}: a loader worker could not hand it over in"
                 f" shared memory ({error}); if /dev/shm is full, make it larger, in a container by"
                 " --ipc host or --shm-size, or use fewer --data.workers or a lower --data.prefetch"
-            ) from error
+            )
 
-    def _make(self, position: int) -> Batch:
+    def _make(self, position: int) -> Batch | Unreadable:
         if self._has_made_one and self._has_pixels:
             load_decoders()
         self._has_made_one = True
         pack_id = int(self.plan.at(position))
         try:
             return self.dataset.batch(pack_id, position, self.options)
+        except ReadError as error:
+            return Unreadable(str(error))
         except OSError as error:
-            raise ReadError(f"pack {pack_id}: {error}") from error
-
-
-def _made(arrived: Batch | Unreadable) -> Batch:
-    """Return a batch; raise ReadError if a worker could not make it."""
-    if isinstance(arrived, Unreadable):
-        raise ReadError(arrived.reason)
-    return arrived
+            return Unreadable(f"pack {pack_id}: {error}")
 
 
 def _start(
     loader: DataLoader, start_method: str | None
-) -> tuple[Iterator[Batch | Unreadable], list[BaseProcess]]:
+) -> tuple[Iterator[Batch | Unreadable | WorkerError], list[BaseProcess]]:
     """Return what the workers of a loader make, and the workers."""
     try:
         with starting_workers(start_method) as processes:
@@ -324,9 +337,9 @@ def _samples(dataset: Packs, pack_ids: Sequence[int]) -> str:
     return f"The samples are unknown, since {', '.join(files)} cannot be read now"
 
 
-def _unchanged(batch: Batch | Unreadable) -> Batch | Unreadable:
-    """Return a pack as it is. The DataLoader calls this to collate."""
-    return batch
+def _unchanged(made: Batch | Unreadable | WorkerError) -> Batch | Unreadable | WorkerError:
+    """Return what was made as it is. The DataLoader calls this to collate."""
+    return made
 
 
 def _start_worker(worker: int) -> None:

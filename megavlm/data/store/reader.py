@@ -237,6 +237,11 @@ def parse_pack(pack_id: int, record: np.ndarray, head: np.ndarray, encoded: np.n
     )
 
 
+def empty_pack(pack_id: int) -> Pack:
+    """Return a pack that holds no sample."""
+    return parse_pack(pack_id, np.zeros((), RECORD), np.empty(0, np.uint8), np.empty(0, np.uint8))
+
+
 def _sections(record: np.ndarray) -> Sections:
     """Compute the layout of a block from its record."""
     counts = (int(record[name]) for name in ("tokens", "samples", "images", "instructions"))

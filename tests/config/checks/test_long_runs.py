@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from megavlm.config.checks.long_runs import bad_steps_problems, profile_problems
+from megavlm.config.checks.rules import problems
 from megavlm.config.schema import BadSteps, Profile
+from tests.config.checks.configs import tiny
 
 
 @pytest.mark.parametrize(
@@ -46,3 +50,22 @@ def test_profiles_that_would_not_be_written_are_named(settings: dict, told: str)
     [problem] = profile_problems(Profile(**settings), steps=10, world_size=4)
     assert problem.startswith(told)
     assert not list(profile_problems(Profile(folder="t", first_step=8), steps=10, world_size=1))
+
+
+@pytest.mark.parametrize(
+    ("objective", "most", "told"),
+    [
+        ("next_token", 9, ""),
+        ("next_token", -1, "must be 0 or more"),
+        ("contrastive", 9, "--architecture.objective contrastive compares the pairs of all packs"),
+        ("contrastive", 0, ""),
+        ("qformer", 9, "--architecture.objective qformer compares"),
+    ],
+)
+def test_a_limit_of_unreadable_packs_suits_losses_of_single_packs(
+    tmp_path: Path, objective: str, most: int, told: str
+) -> None:
+    option = f"--data.max_unreadable_packs={most}"
+    config = tiny(tmp_path, option, "--architecture.objective", objective)
+    found = [one for one in problems(config, 1) if one.startswith("--data.max_unreadable")]
+    assert len(found) == bool(told) and all(told in one for one in found), found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -161,7 +160,9 @@ def test_patches_are_kept_by_seed_and_place(dataset):
         assert torch.equal(kept, kept.sort(dim=0).values) and int(kept.max()) < 49
         assert all(len(tile.unique()) == 24 for tile in kept.T)
         for position, seed in ((pack_id, 4), (99, 3)):
-            other = dataset.batch(pack_id, position, replace(options, seed=seed)).kept_patches
+            other = dataset.batch(
+                pack_id, position, dataclasses.replace(options, seed=seed)
+            ).kept_patches
             assert not torch.equal(other, kept)
         real = max(1, dataset.reader.read(pack_id).tiles)
         seen += kept[:, :real].T.unique(dim=0)

@@ -6,6 +6,7 @@ import errno
 import gc
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import threading
@@ -18,7 +19,13 @@ import torch
 from megavlm.data.loading import loader
 from megavlm.data.loading.batch import Batch, BatchOptions
 from megavlm.data.loading.dataset import PackedDataset
-from megavlm.data.loading.loader import WorkerError, WorkerStatusBoard, batches
+from megavlm.data.loading.loader import (
+    Unreadable,
+    WorkerError,
+    WorkerStatusBoard,
+    batches,
+    readable,
+)
 from megavlm.data.loading.order import Plan
 from megavlm.io.storage import ReadError
 from tests.data.loading.test_dataset import write_broken_image
@@ -118,15 +125,13 @@ def test_an_unreadable_image_is_named(tmp_path, workers):
         ReadError, match=r"pack 0: image 0 of the pack, from the sample at captions.jsonl:41"
     ) as caught:
         next(
-            batches(
-                PackedDataset(tmp_path),
-                Plan(num_packs=1),
-                range(5),
-                BY_TOKEN,
-                workers=workers,
+            readable(
+                batches(PackedDataset(tmp_path), Plan(num_packs=1), range(5), workers=workers),
+                advice="; ask for help",
             )
         )
     assert "Traceback" not in str(caught.value)  # a worker's, which PyTorch puts into the message
+    assert str(caught.value).endswith("; ask for help")
 
 
 @pytest.mark.parametrize(
@@ -139,19 +144,38 @@ def test_an_unreadable_image_is_named(tmp_path, workers):
 def test_a_file_that_is_damaged_while_a_run_reads_it_is_named(tmp_path, workers, damage, told):
     make_dataset(tmp_path, packs=7, shard_bytes=5000)
     last = max(tmp_path.glob("*.bin"))
-    stream = batches(
-        PackedDataset(tmp_path),
-        Plan(num_packs=7, shuffle=False),
-        range(7),
-        BY_TOKEN,
-        workers=workers,
-        prefetch=1,
+    stream = readable(
+        batches(
+            PackedDataset(tmp_path),
+            Plan(num_packs=7, shuffle=False),
+            range(7),
+            BY_TOKEN,
+            workers=workers,
+            prefetch=1,
+        )
     )
     next(stream)
     damage(last)
     with pytest.raises(ReadError, match=told) as caught:
         list(stream)
     assert str(last) in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_packs_behind_one_that_cannot_be_read_come_as_ever(tmp_path, workers):
+    make_dataset(tmp_path, packs=7, shard_bytes=5000)
+    plan = Plan(num_packs=7, shuffle=False)
+    dataset = PackedDataset(tmp_path)
+    expected = list(batches(dataset, plan, range(7)))
+    gone = Path(dataset.file_of(3))
+    lost = [pack for pack in range(7) if dataset.file_of(pack) == str(gone)]
+    gone.unlink()
+    found = list(
+        batches(PackedDataset(tmp_path, with_shards=False), plan, range(7), workers=workers)
+    )
+    assert [pack for pack in range(7) if isinstance(found[pack], Unreadable)] == lost
+    assert all(re.match(rf"pack {pack}: .*{gone.name}", found[pack].reason) for pack in lost)
+    assert all(found[pack] == expected[pack] for pack in range(7) if pack not in lost)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +324,7 @@ def test_a_batch_that_finds_no_room_in_shared_memory_is_named(dataset):
         workers=1,
         timeout=30,
     )
-    with pytest.raises(ReadError, match=r"pack 5: .*shared memory \(unable to .*--shm-size"):
+    with pytest.raises(WorkerError, match=r"pack 5: .*shared memory \(unable to .*--shm-size"):
         for _ in range(7):
             next(stream)
 
