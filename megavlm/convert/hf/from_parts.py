@@ -147,9 +147,10 @@ def _language(folder: Path) -> Language:
     path = folder / json_files.FILE_NAME
     raw = json_files.read_config(path)
     if raw.get("model_type") not in FAMILIES:
+        whole = "; no part of a vision-language model is read: name a language model alone"
         raise ValueError(
             f"--init.language {path}: model_type is {raw.get('model_type')!r}, must be one of"
-            f" {', '.join(FAMILIES)}"
+            f" {', '.join(FAMILIES)}{whole if json_files.is_whole_model(raw) else ''}"
         )
     json_files.refuse(path, list(language_config.problems(raw, "")))
     settings = json_files.completed(raw, path)

@@ -33,7 +33,7 @@ from megavlm.convert.hf import (
     preprocessing,
     processor,
 )
-from megavlm.convert.hf.json_files import FILE_NAME, read_config
+from megavlm.convert.hf.json_files import FILE_NAME, is_whole_model, read_config
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.weights import pairs
 from megavlm.convert.weights.tables import Dialect, llava_name_on_disk, name_on_disk
@@ -229,10 +229,16 @@ def dialect_of(folder: str | Path) -> Dialect:
     of_kind = {dialect: row for dialect, row in HUB_FORMATS.items() if row.model_type == found}
     if not of_kind:
         known = dict.fromkeys(row.model_type for row in HUB_FORMATS.values())
+        remedy = (
+            "no other vision-language model can be trained here; one can be made of a vision"
+            " encoder and a language model, by --init.vision and --init.language of"
+            " pretrain_vlm.py, which docs/conversion.md lists (What is supported)"
+            if is_whole_model(settings)
+            else "a language model or vision encoder alone is for --init.language or --init.vision"
+            " of pretrain_vlm.py"
+        )
         raise ValueError(
-            f"{path}: model_type is {found!r}, must be {' or '.join(map(repr, known))}"
-            "; a language model or vision encoder alone is for --init.language or --init.vision of"
-            " pretrain_vlm.py"
+            f"{path}: model_type is {found!r}, must be {' or '.join(map(repr, known))}; {remedy}"
         )
     # Several classes may have one kind of config.json, which then names the class.
     named = settings.get("architectures") or []

@@ -113,6 +113,11 @@ def named(section: str, name: str) -> str:
     return f"{section}.{name}".lstrip(".")
 
 
+def is_whole_model(raw: Mapping[str, Any]) -> bool:
+    """Tell whether a config.json is that of a vision-language model, and not of a part of one."""
+    return "vision_config" in raw
+
+
 def name_of(value: Any, names: Mapping[str, Any]) -> str:
     """Return what files call one of our values, from a table of ours by theirs."""
     return next(name for name, ours in names.items() if ours == value)

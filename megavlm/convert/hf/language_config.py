@@ -17,6 +17,7 @@ from megavlm.convert.hf.json_files import (
     layer_type_problems,
     layer_types,
     missing,
+    named,
     no_flags,
     no_positive_numbers,
     no_sizes,
@@ -74,14 +75,14 @@ def problems(settings: Mapping[str, Any], section: str) -> Iterator[str]:
         yield (
             f"{section}: rotary positions are of type {rotary['rope_type']!r}, must be 'default' or"
             " 'dynamic'"
-        )
+        ).removeprefix(": ")
     if rotary["rope_type"] == "dynamic":
         yield from compressed_rotary_problems(section, rotary)
     rotated = family.facts["rotary_percent"]
     if rotary.get("partial_rotary_factor", rotated) != rotated:
         yield (
-            f"{section}.partial_rotary_factor is {rotary['partial_rotary_factor']}, must be"
-            f" {rotated}"
+            f"{named(section, 'partial_rotary_factor')} is {rotary['partial_rotary_factor']},"
+            f" must be {rotated}"
         )
     if not family.has_head_dim:
         yield from _head_dim_problems(settings, section)
@@ -94,10 +95,13 @@ def _head_dim_problems(settings: Mapping[str, Any], section: str) -> Iterator[st
     heads = settings.get("num_attention_heads") or 1
     width = settings.get("hidden_size") or 0
     if width % heads:
-        yield f"{section}.hidden_size is {width}, must be a multiple of num_attention_heads {heads}"
+        yield (
+            f"{named(section, 'hidden_size')} is {width}, must be a multiple of"
+            f" num_attention_heads {heads}"
+        )
     elif settings.get("head_dim") not in (None, width / heads):
         yield (
-            f"{section}.head_dim is {settings['head_dim']}, must be hidden_size /"
+            f"{named(section, 'head_dim')} is {settings['head_dim']}, must be hidden_size /"
             f" num_attention_heads = {width / heads:g}"
         )
 

@@ -91,13 +91,13 @@ def _problems(settings: dict[str, Any]) -> Iterator[str]:
     else:
         chosen = {"vision_feature_select_strategy": select_strategy(Vision(family=family))}
         yield from shared.contradictions("", settings, chosen)
-    yield from shared.contradictions("vision_config", vision, {"num_channels": 3})
+        yield from shared.contradictions("vision_config", vision, {"num_channels": 3})
+        yield from clip_vision.problems(vision, "vision_config")
     if settings["projector_hidden_act"] not in _CONNECTORS:
         yield (
             f"projector_hidden_act is {settings['projector_hidden_act']!r}, must be one of"
             f" {', '.join(_CONNECTORS)}"
         )
-    yield from clip_vision.problems(vision, "vision_config")
     layer = settings["vision_feature_layer"]
     if not isinstance(layer, int):
         yield f"vision_feature_layer is {layer}, must be one layer"

@@ -62,9 +62,11 @@ def vision_from_hf(folder: str | Path, like: Vision | None = None) -> Vision:
         json_files.refuse(path, list(blip2_config.vision_problems(settings, "")))
         return blip2_config.read_vision(settings, Path(folder))
     if kind not in _CLIP_KINDS:
+        whole = "; no part of another vision-language model is read: name a vision encoder alone"
         raise ValueError(
             f"--init.vision {path}: model_type is {kind!r}, must be one of"
             f" {', '.join((_INTERNVIT, *_CLIP_KINDS, *_EVA_KINDS))}"
+            f"{whole if json_files.is_whole_model(raw) else ''}"
         )
     family, form = _CLIP_KINDS[kind]
     found = json_files.complete(form, raw.get("vision_config", raw), path)

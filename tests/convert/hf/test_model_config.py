@@ -157,7 +157,11 @@ def test_what_other_models_of_phi3s_kind_have_is_refused(
         ("{", "not JSON"),
         ("[]", "not a JSON object"),
         ('{"model_type": "internvl_chat"}', r"ps_version is missing(.|\n)*llm_config is missing"),
-        ('{"model_type": "qwen2"}', "must be 'internvl' or 'internvl_chat'"),
+        ('{"model_type": "qwen2"}', "must be 'internvl' or 'internvl_chat'.*; a language model or"),
+        (
+            '{"model_type": "qwen2_5_vl", "vision_config": {}}',
+            "must be 'internvl' or .*; no other vision-language model can be trained here; one",
+        ),
         (
             json.dumps({"model_type": "internvl", "vision_config": {"hidden_size": "wide"}}),
             "transformers cannot read it",
