@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megavlm.config.models import MODELS, architecture
+from megavlm.config.models import MODELS, architecture, refuse_doubt
 from megavlm.config.recipes import RECIPES
 from megavlm.config.schema import Architecture, Init
 
@@ -42,7 +42,10 @@ def image_model(name: str | None) -> Architecture:
     if not name:
         return Architecture()
     of_recipe = RECIPES[name].architecture if name in RECIPES else None
-    return of_recipe or architecture(name, read_model=read)
+    if of_recipe is None:
+        return architecture(name, read_model=read)
+    refuse_doubt(name)
+    return of_recipe
 
 
 def image_grids(name: str | None) -> tuple[tuple[int, int], ...]:

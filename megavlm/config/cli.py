@@ -25,11 +25,10 @@ from megavlm.config.hub_cache import cached, is_same, short_name
 from megavlm.config.layer_ranges import with_layers
 from megavlm.config.lora import Lora
 from megavlm.config.models import MODELS, ReadModel, architecture, for_objective
-from megavlm.config.not_offered import NOT_OFFERED
+from megavlm.config.not_offered import NOT_OFFERED, meant
 from megavlm.config.options import (
     is_ready,
     make_parser,
-    nearest,
     options,
     reader,
     shown_value,
@@ -382,7 +381,7 @@ def _normal(arguments: list[str]) -> list[str]:
     given = [flag for flag in flags if " " not in flag]  # else a value: --data.packing "--root a"
     if flag := next(filter(NOT_OFFERED.get, given), ""):
         raise ValueError(f"{flag}: {NOT_OFFERED[flag]}")
-    unknown = [f"{flag}{nearest(flag, known)}" for flag in given if flag not in known]
+    unknown = [f"{flag}{meant(flag, known)}" for flag in given if flag not in known]
     if unknown:
         raise ValueError("unknown option " + ", ".join(unknown))
     normal = []

@@ -224,6 +224,15 @@ def for_objective(model: Architecture, objective: str) -> Architecture:
     return model if model.needs.has_language else replace(model, language=NO_LANGUAGE)
 
 
+def refuse_doubt(name: str) -> None:
+    """Raise ValueError if the name of a model that is known here may mean a Hugging Face folder."""
+    if (Path(name) / "config.json").is_file():
+        raise ValueError(
+            f"--model {name}: megavlm knows a model of that name, and the working folder has one in"
+            f" {name}/config.json; for the folder write --model ./{name}"
+        )
+
+
 def architecture(
     name: str,
     init: Init = _NO_PARTS,
@@ -241,11 +250,12 @@ def architecture(
         default: the recipe's model.
 
     Raises:
-        ValueError: there is no such row and no such folder, which the message tells, or the folder
-            is of a model that ours is not.
+        ValueError: there is no such row and no such folder, which the message tells, or both, or
+            the folder is of a model that ours is not.
         FileNotFoundError: the folder holds no model.
     """
     if name in MODELS:
+        refuse_doubt(name)
         return MODELS[name]
     has_parts = init.language or (init.parts and default is not None)
     if read_model is not None and (Path(name).is_dir() if name else has_parts):

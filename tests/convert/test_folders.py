@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,6 +72,52 @@ def test_packs_need_only_the_vision_encoder(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="--model nano"):
         image_model("nano")
+
+
+@pytest.mark.parametrize("name", ["clip", "tiny"])  # a recipe's model, and a row of the table
+def test_a_name_that_a_folder_has_too_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    known = image_model(name)
+    Path(name).mkdir()
+    assert image_model(name) == known  # a folder of runs, perhaps
+    make_vision(Path(name), "clip")
+    with pytest.raises(ValueError, match=f"^--model {name}: .* write --model ./{name}$"):
+        image_model(name)
+    assert image_model(f"./{name}").vision.family == "clip"
+
+
+@pytest.mark.parametrize(("part", "told"), [("language", "qwen2, "), ("vision", "intern_vit_6b, ")])
+def test_a_whole_model_of_another_kind_is_no_part(tmp_path: Path, part: str, told: str) -> None:
+    parts = map(str, make_parts(tmp_path, SMALL)[1:])
+    folders = dict(zip(("vision", "language"), parts, strict=True))
+    folders[part] = str(tmp_path / "whole")
+    Path(folders[part]).mkdir()
+    kind = {"model_type": "qwen2_5_vl", "vision_config": {}}
+    (Path(folders[part]) / "config.json").write_text(json.dumps(kind))
+    with pytest.raises(
+        ValueError, match=f"qwen2_5_vl', must be one of {told}.*; no part of a"
+    ) as e:
+        read_model("", Init(**folders))
+    assert f"--init.{part} {folders[part]}" in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rotary positions are of type 'llama3'"),
+        ({"hidden_size": 49}, "hidden_size is 49, must be a multiple of"),
+    ],
+)
+def test_what_is_wrong_with_a_language_model_is_told_without_a_section(
+    tmp_path: Path, change: dict[str, Any], told: str
+) -> None:
+    _, vision, words = make_parts(tmp_path, SMALL)
+    path = words / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=f"\n  {told}"):
+        read_model("", Init(vision=str(vision), language=str(words)))
 
 
 @pytest.mark.slow
