@@ -93,8 +93,17 @@ def _check_speed(config: Config, groups: Groups, backend: Backend, metrics: Metr
 
 
 def _log_plans(config: Config, layout: Layout, plan: Order, metrics: Metrics) -> None:
-    """Log how the model is cut for the pipeline, and how several datasets are mixed."""
+    """Log how the model is cut for the pipeline, how often the data is seen, and how several
+    datasets are mixed.
+    """
     if config.parallel.pipeline_model_parallel_size > 1:
         metrics.log(f"pipeline: {layout}")
+    training = config.training
+    if not config.eval.only:
+        epochs = training.steps * training.global_batch_size / plan.num_packs
+        metrics.log(
+            f"data: {plan.num_packs:,} packs; {training.steps:,} steps of"
+            f" {training.global_batch_size:,} are {epochs:,.2f} epochs"
+        )
     if isinstance(plan, BlendPlan):
         metrics.log(f"data: of {plan.block:,} packs {plan.describe(config.data.train_folders)}")

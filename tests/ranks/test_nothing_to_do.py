@@ -18,6 +18,7 @@ from megavlm.checkpoint.step_folder import find
 from megavlm.config.checks.saving import exported_step
 from megavlm.config.schema import Config
 from megavlm.convert.hf import convert
+from megavlm.data.store.manifest import read_manifest
 from megavlm.io import atomic
 from megavlm.train.bad_steps import StepError
 from megavlm.train.unchecked_norms import UncheckedNorms
@@ -51,7 +52,9 @@ def test_the_command_of_a_finished_run_is_no_failure_and_exports_once(
     ranks: Pool, packs: Path, tmp_path: Path
 ) -> None:
     save = tmp_path / "run"
-    ranks.run(output_of_job, 1, whole_config(packs, save))
+    [shown] = ranks.run(output_of_job, 1, whole_config(packs, save))
+    count = read_manifest(packs).totals.packs
+    assert f"data: {count} packs; {STEPS} steps of 2 are {2 * STEPS / count:.2f} epochs\n" in shown
     for name in ("latest", "junk", "missing"):  # three ways in which a folder is found
         latest = save / "latest"
         if name == "junk":
