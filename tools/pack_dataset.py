@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from megavlm.data.packing.asked_job import make_job
-from megavlm.data.packing.asked_stage import form_warnings, taken_settings
+from megavlm.data.packing.asked_stage import form_warnings, other_templates, taken_settings
 from megavlm.data.packing.command_line import parse
 from megavlm.io.early_end import allow_early_end
 from megavlm.io.full_disk import in_words
@@ -22,7 +22,9 @@ def main() -> int:
         model = image_model(options.model)
         job = make_job(options, model, image_grids(options.model))
         if settings := taken_settings(options):
-            print(f"pack_dataset: packs as the stage has them: {settings}", file=sys.stderr)
+            others = " or ".join(other_templates(options))
+            more = f"; it also takes --template {others}" if others else ""
+            print(f"pack_dataset: packs as the stage has them: {settings}{more}", file=sys.stderr)
         for warning in form_warnings(options):
             print(f"pack_dataset: warning: {warning}", file=sys.stderr)
         # Only now: help and mistakes on the command line should not wait for transformers.

@@ -61,6 +61,17 @@ def taken_settings(args: argparse.Namespace) -> str:
     )
 
 
+def other_templates(args: argparse.Namespace) -> list[str]:
+    """Return the templates that the stage takes beside its first, which was taken because none was
+    given: the tokenizer may need one of them.
+    """
+    if stage_settings(args.recipe, args.stage).get("template") != args.template:
+        return []
+    chosen = recipe(args.recipe or Config.recipe)
+    names = chosen.data(args.stage or next(iter(chosen.stages))).template
+    return [name for name in names if name != args.template]
+
+
 def form_warnings(args: argparse.Namespace) -> Iterator[str]:
     """Warn of a template or of tiles that the stage is not trained on or, if none is named, of
     tiles that no stage is trained on whose packs have the template: that is noticed when training

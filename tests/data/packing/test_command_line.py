@@ -12,7 +12,7 @@ from megavlm.config.schema import ANY
 from megavlm.config.vision import PIXELS
 from megavlm.data.images.frame_sampling import FrameChoice
 from megavlm.data.packing.asked_job import make_job
-from megavlm.data.packing.asked_stage import form_warnings, taken_settings
+from megavlm.data.packing.asked_stage import form_warnings, other_templates, taken_settings
 from megavlm.data.packing.command_line import parse
 from megavlm.model_source import image_model
 
@@ -153,6 +153,23 @@ def test_a_stage_says_what_its_packs_are_like(arguments: list[str], given: str, 
     settings = taken.split()
     for flag, value in zip(settings[::2], settings[1::2], strict=True):
         assert str(vars(options)[flag.removeprefix("--")]) == value
+
+
+@pytest.mark.parametrize(
+    ("given", "others"),
+    [
+        ("--recipe llava --stage 2", ["llava_chatml"]),
+        ("--recipe llava --stage 2 --template llava_chatml", []),  # chosen, so no word about it
+        ("--recipe llava_next --stage 2", ["llava_mistral", "llava_chatml"]),
+        ("--recipe llava --stage 1", []),
+        ("--recipe flamingo", ["flamingo", "flamingo_chunks_plain", "flamingo_chunks"]),
+        ("", []),
+    ],
+)
+def test_a_stage_says_which_other_templates_it_takes(
+    arguments: list[str], given: str, others: list[str]
+) -> None:
+    assert other_templates(parse([*arguments, *given.split()])) == others
 
 
 @pytest.mark.parametrize("name", RECIPES)
