@@ -281,7 +281,9 @@ def test_a_disk_that_fails_on_one_rank_leaves_its_packs_out_on_all(
     config = tolerant(dataset, tmp_path / "run", len(lost), **PIPELINE)
     shown = "".join(ranks.run(run_shown, 2, config, (1, name)))
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "expected"), rel=1e-6)
-    assert len(re.findall(rf"rank 1: pack \d: .*Input/output error: .*{name}", shown)) == len(lost)
+    assert len(re.findall(rf"rank 1: .*: pack \d: .*Input/output error: .*{name}", shown)) == len(
+        lost
+    )
     assert seen(tmp_path / "run")[1] == lost
 
 

@@ -218,13 +218,10 @@ class Positions(Dataset):
         if self._has_made_one and self._has_pixels:
             load_decoders()
         self._has_made_one = True
-        pack_id = int(self.plan.at(position))
         try:
-            return self.dataset.batch(pack_id, position, self.options)
+            return self.dataset.batch(int(self.plan.at(position)), position, self.options)
         except ReadError as error:
             return Unreadable(str(error))
-        except OSError as error:
-            return Unreadable(f"pack {pack_id}: {error}")
 
 
 def _start(

@@ -39,8 +39,7 @@ class MemoryReader(Reader):
         """Return the samples of a pack; without ``load`` their images need no content."""
         return self.packs[pack_id]
 
-    def read(self, pack_id: int, *, with_images: bool = True) -> Pack:
-        """See ``Reader``."""
+    def _read(self, pack_id: int, with_images: bool) -> Pack:
         (head, *images), record = pack_block(self.samples(pack_id, load=with_images))
         return parse_pack(
             pack_id,

@@ -31,6 +31,8 @@ from megavlm.io.storage import Files, ReadError, is_remote, open_folder
 # Shards whose sizes are looked at before a run starts; a parallel file system takes a millisecond
 # for each.
 CHECKED_SHARDS = 1024
+# Packs that cannot be read, of which the words are shown.
+SHOWN_ERRORS = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,9 +149,15 @@ class Reader:
         neither read nor verified.
 
         Raises:
-            ReadError: the bytes on the disk are not those that were written; names the pack and
-                the file.
+            ReadError: the bytes on the disk are not those that were written, or the storage does
+                not give them; names the pack and the file.
         """
+        try:
+            return self._read(pack_id, with_images)
+        except OSError as error:
+            raise ReadError(f"{self.folder}: pack {pack_id}: {error}") from error
+
+    def _read(self, pack_id: int, with_images: bool) -> Pack:
         record = self.index[pack_id]
         shard = self.manifest.shards[int(self.index.shard_of(pack_id))]
         layout = _sections(record)
@@ -188,7 +196,7 @@ class Reader:
         """Read everything and verify all checksums; returns the number of packs.
 
         Raises:
-            ReadError: at the first that is wrong.
+            ReadError: names the packs that cannot be read, the first of many.
         """
         size = self._form.header_bytes + self._form.record.itemsize * len(self)
         _, crc = measure(
@@ -200,8 +208,19 @@ class Reader:
                 f"{self.folder}/{INDEX_NAME}: checksum is not the one in the manifest; the file is"
                 " damaged, copy or pack the dataset again"
             )
+        wrong = []
         for pack_id in range(len(self)):
-            self.read(pack_id)
+            try:
+                self.read(pack_id)
+            except ReadError as error:
+                wrong.append(str(error))
+        if wrong:
+            listed = "\n  ".join(
+                [*wrong[:SHOWN_ERRORS], *(["..."] if wrong[SHOWN_ERRORS:] else [])]
+            )
+            raise ReadError(
+                f"{self.folder}: {len(wrong)} of {len(self)} packs cannot be read:\n  {listed}"
+            )
         return len(self)
 
     def _check(self, pack_id: int, what: str, data: np.ndarray, expected: int) -> None:

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from megavlm.data.sample import Sample
+from megavlm.data.store import reader as reader_module
 from megavlm.data.store.index_format import FORM, FORMS, HEADER, RECORD
 from megavlm.data.store.manifest import Manifest, read_manifest
 from megavlm.data.store.pack_format import PackRules, ShardWriter, pack_block, sections
 from megavlm.data.store.reader import Reader
+from megavlm.io.storage import ReadError
 from tests.data.samples import make_dataset, make_sample, store_packs
 
 FACTS = {"vocab_size": 512, "context_token_id": 500, "tile_size": 32, "features_per_tile": 4}
@@ -210,8 +212,24 @@ def test_damaged_bytes(stored, damaged):
     Reader(damaged).read(0, with_images=False)
     with pytest.raises(ValueError, match="pack 0: CRC32 of its images"):
         Reader(damaged).read(0)
-    with pytest.raises(ValueError, match="pack 0: CRC32 of its images"):
-        Reader(damaged).check()
+
+
+def test_a_check_names_all_damaged_packs_or_the_first_of_many(damaged, monkeypatch):
+    flip(damaged / "packs-00000.bin", 8)
+    reader = Reader(damaged)
+    (damaged / "packs-00001.bin").unlink()
+    start, end = reader.index.starts[1:3].tolist()
+    with pytest.raises(ReadError, match=rf"{1 + end - start} of 12 packs cannot be read:") as told:
+        reader.check()
+    _, first, *others = str(told.value).splitlines()
+    assert "packs-00000.bin: pack 0: CRC32 of its tokens" in first
+    assert len(others) == end - start > 1
+    for pack_id, line in zip(range(start, end), others, strict=True):
+        assert f": pack {pack_id}: [Errno 2] No such file" in line and "packs-00001.bin" in line
+    monkeypatch.setattr(reader_module, "SHOWN_ERRORS", 2)
+    with pytest.raises(ReadError) as told:
+        reader.check()
+    assert str(told.value).splitlines()[1:] == [first, others[0], "  ..."]
 
 
 def test_damaged_index(damaged):
