@@ -9,6 +9,7 @@ Therefore all ranks agree before each step which of its packs are left out.
 from __future__ import annotations
 
 import dataclasses
+import socket
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -68,7 +69,7 @@ class UnreadablePacks:
         own = range(groups.data_rank, len(ids), groups.data_size)
         arrived = list(islice(batches, len(own)))
         failed = {
-            index: f"rank {groups.rank}: {item.reason}"
+            index: f"rank {groups.rank} ({socket.gethostname()}): {item.reason}"
             for index, item in zip(own, arrived, strict=True)
             if isinstance(item, Unreadable)
         }

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -217,7 +218,7 @@ def test_a_step_goes_on_as_if_the_pack_had_no_loss(
     assert f"pack {bad} of " in shown and f"1 of at most 1 ({OPTION})" in shown
     assert shown.count("WARNING: 1 packs could not be read and were left out") == 1
     if damage == "tokens":  # which no rank can read
-        assert f"({OPTION}): rank 0: " in shown
+        assert f"({OPTION}): rank 0 ({socket.gethostname()}): " in shown
 
 
 def seen(save: Path) -> tuple[list[int], list[int]]:
@@ -281,7 +282,7 @@ def test_a_disk_that_fails_on_one_rank_leaves_its_packs_out_on_all(
     config = tolerant(dataset, tmp_path / "run", len(lost), **PIPELINE)
     shown = "".join(ranks.run(run_shown, 2, config, (1, name)))
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "expected"), rel=1e-6)
-    assert len(re.findall(rf"rank 1: .*: pack \d: .*Input/output error: .*{name}", shown)) == len(
+    assert len(re.findall(rf"rank 1 .*: pack \d: .*Input/output error: .*{name}", shown)) == len(
         lost
     )
     assert seen(tmp_path / "run")[1] == lost

@@ -314,7 +314,6 @@ def label(
     counted = supervised.copy()
     counted[starts] = False
     counts = np.maximum(np.add.reduceat(counted, starts, dtype=np.int64), 1)
-    weight_field(reduction)
     power = {"token": 0.0, "sample": -1.0, "square": -0.5}[reduction]
     weight_of_token = np.repeat((counts**power).astype(np.float32), lengths) * counted
     labels = np.zeros_like(tokens)
