@@ -38,6 +38,9 @@ inputs = processor.apply_chat_template(
 answer = model.generate(**inputs, max_new_tokens=100)[0, inputs["input_ids"].shape[1] :]
 print(processor.decode(answer, skip_special_tokens=True))
 ```"""
+_OF_VIDEOS = """
+
+`AutoProcessor` needs torchvision, which it has for videos."""
 # A list of images works without a program that decodes videos.
 _WATCHING = """
 
@@ -131,11 +134,11 @@ def _comparing(
 
 
 EXAMPLES: dict[Dialect, Example] = {
-    "native": Example(text=_CHATTING),
+    "native": Example(text=_CHATTING + _OF_VIDEOS),
     "chat": Example(text=_ORIGINAL),
     "llava": Example(text=_CHATTING),
     "llava_next": Example(text=_CHATTING),
-    "llava_onevision": Example(text=_CHATTING + _WATCHING),
+    "llava_onevision": Example(text=_CHATTING + _OF_VIDEOS + _WATCHING),
     "paligemma": Example(text=_ASKING.format(prompt="<image>What is it?")),
     "fuyu": Example(text=_READING_PATCHES),
     "clip": _comparing(

@@ -79,6 +79,7 @@ def test_a_card_states_what_the_checkpoint_knows(tmp_path: Path) -> None:
         "started from `Qwen2.5-0.5B` (`--init.language`)",
         "| language | apache-2.0 |",
         "| vision | not told |",
+        "`AutoProcessor` needs torchvision",
     ):
         assert told in text
     assert "somebody" not in text
