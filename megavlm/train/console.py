@@ -31,7 +31,7 @@ class Console(Protocol):
 
         Args:
             step: updates that are done.
-            steps: of the whole run.
+            steps: of the whole run; 0: it trains none.
             values: figures by name.
             by_source: figures of each source by name, of which the first ones are shown.
         """
@@ -47,7 +47,7 @@ class Lines:
 
     def record(self, step: int, steps: int, values: Values, by_source: BySource) -> None:
         """Print a line for a record; see ``Console``."""
-        words = [f"step {step} of {steps}"]
+        words = [f"step {step} of {steps}" if steps else f"step {step}"]
         words += [f"{name} {short(value)}" for name, value in values.items()]
         left = time_left(step, steps, values)
         words += [f"left {left}"] if left else []
@@ -81,11 +81,14 @@ class Terminal:
         """Print a line for a record; see ``Console``."""
         from rich.text import Text
 
-        done = round(_BAR * min(step / max(steps, 1), 1.0))
         line = Text().append("step ", style="dim")
-        line.append(f"{step:>{len(str(steps))}}/{steps} ", style="bold")
-        line.append("━" * done, style="green")
-        line.append("━" * (_BAR - done), style="bright_black")
+        if steps:
+            done = round(_BAR * min(step / steps, 1.0))
+            line.append(f"{step:>{len(str(steps))}}/{steps} ", style="bold")
+            line.append("━" * done, style="green")
+            line.append("━" * (_BAR - done), style="bright_black")
+        else:
+            line.append(str(step), style="bold")
         names = [name for name in values if name not in _RATES]
         for name in (*names, *(name for name in _RATES if name in values)):
             shown, unit = _with_unit(name, values[name])

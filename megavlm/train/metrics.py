@@ -38,7 +38,7 @@ class Metrics:
 
     def __init__(self, config: Config, is_writer: bool, step: int = 0):
         self._writes = is_writer
-        self._steps = config.training.steps
+        self._steps = 0 if config.eval.only else config.training.steps
         self._console = open_console() if is_writer else Lines()
         self._file: FileIO | None = None
         self._is_file_full = False

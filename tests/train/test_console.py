@@ -49,6 +49,14 @@ def test_a_file_holds_every_figure_under_its_name(capsys: pytest.CaptureFixture)
     )
 
 
+def test_an_evaluation_is_no_step_of_many(capsys: pytest.CaptureFixture) -> None:
+    Lines().record(300, 0, {"valid_loss": 2.5}, {})
+    assert capsys.readouterr().out == "step 300  valid_loss 2.5\n"
+    file = io.StringIO()
+    Terminal(file, width=400).record(300, 0, {"valid_loss": 2.5}, {})
+    assert visible(file.getvalue()) == "step 300  valid_loss 2.5\n"
+
+
 def test_a_count_has_all_of_its_digits(capsys: pytest.CaptureFixture) -> None:
     count = {"trainable_parameters": 8_075_365_376}
     Lines().record(0, 1000, count, {})
