@@ -11,6 +11,7 @@ warnings.filterwarnings("ignore", module=r"megatron\.|torch\.(distributed|jit)\.
 # It comes several times from each rank, and at each evaluation; ``summary`` tells of it once.
 warnings.filterwarnings("ignore", message="This DataLoader will create", module=r"torch\.utils\.")
 for _name in (
+    "dist_checkpointing.strategies.common",
     "dist_checkpointing.strategies.torch",
     "dist_checkpointing.validation",
     "distributed.distributed_data_parallel",
