@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,12 +145,30 @@ def load_tokenizer(folder: str | Path, flag: str = "--tokenizer") -> PreTrainedT
     try:
         if _is_read_as_llama(folder):
             return _load_sentencepiece(folder)
-        return AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
+        with _unknown_model_is_fine():
+            return AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
     except Exception as error:
         text = " ".join(str(error).split())
         raise ValueError(f"{flag} {folder}: holds no readable tokenizer: {text:.300}") from None
+
+
+@contextmanager
+def _unknown_model_is_fine() -> Iterator[None]:
+    """Leave out transformers' warning that a config.json beside a tokenizer is of a model that it
+    has no class for, as those of ``InternVLChatModel`` are: nothing but the tokenizer is loaded.
+    """
+    logger = logging.getLogger("transformers.configuration_utils")
+
+    def is_another(record: logging.LogRecord) -> bool:
+        return "You are using a model of type" not in record.getMessage()
+
+    logger.addFilter(is_another)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_another)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
