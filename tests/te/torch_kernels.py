@@ -33,10 +33,15 @@ def gemm(
     *rest: Any,
     **overlap: Any,
 ) -> tuple[Tensor, Tensor | None, None, None]:
-    """Multiply as ``tex.generic_gemm`` does: b @ a, with bias or its gradient."""
-    (_, _, bias, _, _, _, is_gradient, _, _, accumulate, *_) = rest
+    """Multiply as ``tex.generic_gemm`` does: b @ a, with bias or its gradient; the product of
+    16-bit matrices is float32 if asked for, as that of a router.
+    """
+    (_, wanted, bias, _, _, _, is_gradient, _, _, accumulate, *_) = rest
     left = b.reshape(-1, b.shape[-1])
     right = a.reshape(-1, a.shape[-1])
+    if left.dtype == right.dtype and str(wanted) == "DType.kFloat32":
+        left = left.float()
+        right = right.float()
     made = (left.T if transpose_b else left) @ (right.T if transpose_a else right)
     if bias is not None and not is_gradient:
         made = made + bias
