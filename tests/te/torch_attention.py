@@ -27,10 +27,12 @@ def attention(*given: Any, **more: Any) -> list[Tensor]:
         Output, logarithms of sums [I, H, S, 1] or [T, H, 1], and a state of random numbers.
     """
     (most, most_keys, _, scale) = given[:4]
-    (ends, key_ends, query, key, value) = given[11:16]
-    starts = [ends if one is None else one for one in given[17:19]]
+    mask = _mask(given)
+    first = _index_of(Tensor, given)
+    (ends, key_ends, query, key, value, _, *starts) = given[first : first + 8]
+    starts = [ends if one is None else one for one in starts]
     if query.dim() == 4:
-        scores = _scores(*(_of_tiles(x) for x in (query, key)), scale, given[8])
+        scores = _scores(*(_of_tiles(x) for x in (query, key)), scale, mask)
         sums = scores.logsumexp(-1, keepdim=True)
         out = (scores - sums).exp() @ _of_tiles(value)
         return [_from_tiles(out), sums, torch.zeros(2, dtype=torch.int64)]
@@ -38,7 +40,7 @@ def attention(*given: Any, **more: Any) -> list[Tensor]:
     sums = torch.zeros(*query.shape[:2], 1)
     for rows, keys in _places(ends, key_ends, *starts, most, most_keys):
         (q, k, v) = (_heads(x, query) for x in (query[rows], key[keys], value[keys]))
-        scores = _scores(q, k, scale, given[8])
+        scores = _scores(q, k, scale, mask)
         sum_ = scores.logsumexp(-1, keepdim=True)
         out[rows] = ((scores - sum_).exp() @ v).transpose(0, 1)
         sums[rows] = sum_.transpose(0, 1)
@@ -50,23 +52,36 @@ def attention_backward(*given: Any, **more: Any) -> list[Tensor | None]:
     more keys than there are, and so may the output.
     """
     (most, most_keys, scale) = given[:3]
-    (ends, key_ends, query, key, value, out, grad) = given[11:18]
-    (sums, *_) = given[20]
-    starts = [ends if one is None else one for one in given[21:23]]
+    mask = _mask(given)
+    first = _index_of(Tensor, given)
+    (ends, key_ends, query, key, value, out, grad) = given[first : first + 7]
+    kept = _index_of(list, given)
+    (sums, *_) = given[kept]
+    starts = [ends if one is None else one for one in given[kept + 1 : kept + 3]]
     if query.dim() == 4:
         inside = (_of_tiles(x) for x in (query, key, value, out, grad.view_as(out)))
-        found = _backward(*inside, sums, scale, given[7])
+        found = _backward(*inside, sums, scale, mask)
         return [*map(_from_tiles, found), None, None]
     made = [torch.zeros_like(x) for x in (query, key, value)]
     for rows, keys in _places(ends, key_ends, *starts, most, most_keys):
         parts = (query[rows], key[keys], value[keys], out[rows], grad.view_as(out)[rows])
         (q, k, v, o, g) = (_heads(x, query) for x in parts)
-        found = _backward(q, k, v, o, g, sums[rows].transpose(0, 1), scale, given[7])
+        found = _backward(q, k, v, o, g, sums[rows].transpose(0, 1), scale, mask)
         for target, place, one in zip(made, (rows, keys, keys), found, strict=True):
             # Several heads of the queries may read one of the keys.
             grouped = one.unflatten(0, (target.shape[1], -1)).sum(1)
             target[place] = grouped.transpose(0, 1)
     return [*made, None, None]
+
+
+def _index_of(kind: type, given: tuple) -> int:
+    """Return where the first argument of a kind is: releases have others in front."""
+    return next(index for index, one in enumerate(given) if isinstance(one, kind))
+
+
+def _mask(given: tuple) -> Any:
+    """Return the argument that says what attention hides."""
+    return next(one for one in given if type(one).__name__ == "NVTE_Mask_Type")
 
 
 def _backward(

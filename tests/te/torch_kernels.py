@@ -39,7 +39,7 @@ def gemm(
     (_, wanted, bias, _, _, _, is_gradient, _, _, accumulate, *_) = rest
     left = b.reshape(-1, b.shape[-1])
     right = a.reshape(-1, a.shape[-1])
-    if left.dtype == right.dtype and str(wanted) == "DType.kFloat32":
+    if left.dtype == right.dtype and wanted is not None and wanted.name == "kFloat32":
         left = left.float()
         right = right.float()
     made = (left.T if transpose_b else left) @ (right.T if transpose_a else right)

@@ -55,13 +55,12 @@ def permute_with_mask_map(
     inp: Tensor,
     row_id_map: Tensor,
     probs: Tensor | None,
-    scale: None,
-    num_tokens: int,
-    num_experts: int,
-    num_out_tokens: int,
-    *sizes: int | None,
+    *rest: int | None,
 ) -> tuple[Tensor, None, Tensor | None]:
-    """Copy rows of ``inp`` [T, D] to [R, D], and weights [T, E] to [R]."""
+    """Copy rows of ``inp`` [T, D] to [R, D], and weights [T, E] to [R]; releases from 2.12 on have
+    another argument in front of the sizes, which is none here.
+    """
+    (_, num_experts, num_out_tokens, *_) = [one for one in rest if one is not None]
     (token, expert, place) = _copies(row_id_map, num_experts)
     copies = inp.new_full((num_out_tokens, inp.shape[1]), float("nan"))
     copies[place] = inp[token]
@@ -77,11 +76,10 @@ def unpermute_with_mask_map(
     row_id_map: Tensor,
     merging_probs: None,
     permuted_probs: Tensor | None,
-    num_tokens: int,
-    num_experts: int,
-    hidden_size: int,
+    *rest: int | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Add copies [R, D] up in float32, to [T, D], and put weights [R] back to [T, E]."""
+    (num_tokens, num_experts, hidden_size) = [one for one in rest if one is not None]
     (token, expert, place) = _copies(row_id_map, num_experts)
     sums = torch.zeros(num_tokens, hidden_size).index_add_(0, token, inp[place].float())
     if permuted_probs is None:
