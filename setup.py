@@ -44,7 +44,7 @@ setup(
         # A CUDA toolkit must be there to build it; without it training runs on a CPU. megatron-core
         # also uses Apex where it is installed (from source, https://github.com/NVIDIA/apex);
         # nothing here needs it.
-        "gpu": ["transformer-engine[pytorch]>=2.9"],
+        "gpu": ["transformer-engine[pytorch]>=2.10"],
         # Packs millions of samples a second instead of tens of thousands, and makes tiles several
         # times as fast; the results are the same.
         "fast": ["numba>=0.61", "simplejpeg>=1.8"],

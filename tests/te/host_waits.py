@@ -55,7 +55,7 @@ class HostWaits(TorchDispatchMode):
         self.lengths: list[int] = []
         self.experts = (0, 0)
         self._rows = 0
-        self._is_counting = False
+        self._is_cut_next = False
 
     def routed(self, tokens: int) -> int:
         """Return how many copies of the tokens of the pack at hand go to experts."""
@@ -82,18 +82,18 @@ class HostWaits(TorchDispatchMode):
                 self.tell(str(func))
             if first.dtype == torch.bool:
                 return False
-            if self._is_counting:
-                self._is_counting = False
-                return self._rows
             return 1.0 if first.dtype.is_floating_point else 1
         if func in SIZES and on_device:
             self.tell(str(func))
             if func is aten.masked_select.default and self.experts[0]:
                 return first.new_empty(self.routed(first.numel() // self.experts[0]))
         if func is aten.sort.stable and first.dtype == torch.bool and self.experts[0]:
-            # megatron-core 0.19 sorts which tokens go where, and then reads how many are to go.
+            # megatron-core 0.19 sorts which tokens go where, and cuts off those that do not.
             self.routed(first.numel() // self.experts[0])
-            self._is_counting = True
+            self._is_cut_next = True
+        if func is aten.slice.Tensor and self._is_cut_next:
+            self._is_cut_next = False
+            return first.new_empty(self._rows)
         if func in COPIES and first is not None:
             self._look_at_copy(func, args, kwargs)
         if func is aten.convolution.default:
