@@ -106,4 +106,4 @@ def _log_plans(config: Config, layout: Layout, plan: Order, metrics: Metrics) ->
             f" {training.global_batch_size:,} are {epochs:,.2f} epochs"
         )
     if isinstance(plan, BlendPlan):
-        metrics.log(f"data: of {plan.block:,} packs {plan.describe(config.data.train_folders)}")
+        metrics.log(f"data: packs by folder: {plan.describe(config.data.train_folders)}")

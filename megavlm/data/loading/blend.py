@@ -97,7 +97,7 @@ class BlendPlan(Order):
     def describe(self, names: Sequence[str]) -> str:
         """Describe the shares of datasets with these ``names``."""
         return ", ".join(
-            f"{count:,} from {name}"
+            f"{100 * count / self.block:.3g}% from {name}"
             for count, name in zip(self.counts.tolist(), names, strict=True)
         )
 

@@ -47,7 +47,7 @@ def test_shares_are_kept_in_every_batch_and_over_blocks():
 
 
 def test_shares_are_told_with_the_names_of_the_datasets():
-    assert BLEND.describe(("a", "b", "c")) == "39,322 from a, 19,661 from b, 6,553 from c"
+    assert BLEND.describe(("a", "b", "c")) == "60% from a, 30% from b, 10% from c"
 
 
 def test_equal_remainders_go_to_the_first_dataset():
