@@ -72,7 +72,7 @@ def build_job(
     averaged = averages.build(config.ema, built.optimizer)
     if resume.resumes(config, start):
         checkpoint.load_optimizer(start, built.chunks, built.optimizer, config.fp8, averaged)
-        state = replace(start.state, base=base, indexes=resume.index_sums(config))
+        state = _resumed(config, start.state, base)
     elif history:
         stage_moments.keep(start, built.chunks, built.optimizer)
         averages.begin_again(averaged)
@@ -120,4 +120,14 @@ def _first_state(config: Config, packs: Packs, base: Base, history: History) -> 
         indexes=resume.index_sums(config),
         history=history,
         base=base,
+    )
+
+
+def _resumed(config: Config, state: State, base: Base) -> State:
+    """Return the state of a checkpoint, with what is to be known of the files of this run."""
+    return replace(
+        state,
+        base=base,
+        indexes=resume.index_sums(config),
+        unreadable_packs=resume.unreadable_packs(config, state),
     )

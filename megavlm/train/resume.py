@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import torch.distributed as dist
@@ -16,7 +18,7 @@ import torch.distributed as dist
 from megavlm.checkpoint import checksums, directory, step_folder
 from megavlm.checkpoint.base_files import Base
 from megavlm.checkpoint.step_folder import Checkpoint
-from megavlm.checkpoint.train_state import History
+from megavlm.checkpoint.train_state import History, State
 from megavlm.config import torchrun
 from megavlm.config.checks.resume import refusals
 from megavlm.config.checks.rules import ConfigError
@@ -256,6 +258,17 @@ def pack_counts(config: Config) -> tuple[int, ...]:
 def index_sums(config: Config) -> tuple[int, ...]:
     """Checksums of the indexes of the folders of training packs."""
     return tuple(read_manifest(folder).idx_crc32 for folder in config.data.train_folders)
+
+
+def unreadable_packs(config: Config, state: State) -> tuple[int, ...]:
+    """Return the ids of packs that a run could not read and that it still has: in a folder that was
+    packed again since, another pack has the id.
+    """
+    ends = list(accumulate(state.packs))
+    is_same = [
+        before == now for before, now in zip(state.indexes, index_sums(config), strict=False)
+    ]
+    return tuple(pack for pack in state.unreadable_packs if is_same[bisect_right(ends, pack)])
 
 
 def resumes(config: Config, start: Start) -> bool:

@@ -99,8 +99,9 @@ class UnreadablePacks:
             )
             if len(self._known) > self._most:
                 raise StepError(
-                    f"{what}, and it is one more than {_OPTION} {self._most} ({reason}); mend the"
-                    " data, or resume from the last checkpoint with a higher limit"
+                    f"{what} ({reason}); with it there are {len(self._known)} such packs, more"
+                    f" than {_OPTION} {self._most}; mend the data, or resume from the last"
+                    " checkpoint with a higher limit"
                 )
             self._metrics.log(
                 f"WARNING: {what} and is left out, {len(self._known)} of at most {self._most}"

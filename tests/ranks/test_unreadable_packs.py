@@ -21,11 +21,14 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from megavlm.checkpoint.train_state import State
 from megavlm.config.schema import Config, Experts
+from megavlm.data.loading.blend import open_blend
 from megavlm.data.store.index_format import FORM, INDEX_NAME, RECORD
 from megavlm.data.store.pack_format import sections
 from megavlm.data.store.reader import Reader
 from megavlm.io.open_files import OpenFiles
+from megavlm.train.resume import index_sums, pack_counts, unreadable_packs
 from tests.ranks.pool import Pool
 from tests.ranks.runs import TINY, make_packs
 from tests.ranks.test_experts import MODEL
@@ -33,6 +36,7 @@ from tests.ranks.test_resume import (
     INTERLEAVED,
     PIPELINE,
     TENSOR,
+    forget_the_end,
     losses,
     make_job,
     resume_bit_for_bit,
@@ -249,13 +253,46 @@ def test_each_pack_counts_once_and_a_run_resumes_bit_for_bit(
     assert again == counts[3:] and kept == bad
 
 
+def test_packs_of_a_folder_that_was_packed_again_are_others(
+    ranks: Pool, dataset: Path, tmp_path: Path
+) -> None:
+    """The pack that could not be read before is gone, and does not count."""
+    packs = shutil.copytree(dataset, tmp_path / "packs")
+    config = tolerant(packs, tmp_path / "killed", 1)
+    bad = int(open_blend(config)[1].at(np.array(12)))  # the first after the checkpoint of step 3
+    damage_tokens(packs, (bad + 1) % PACKS)
+    ranks.run(run_job, 1, tolerant(packs, tmp_path / "whole", 1))
+    forget_the_end(tmp_path / "whole", tmp_path / "killed")
+    shutil.rmtree(packs)
+    make_packs(packs, packs=PACKS, alignment=4, seed=1)
+    damage_tokens(packs, bad)
+    [shown] = ranks.run(run_shown, 1, config)
+    assert f"step 4: pack {bad} of " in shown and f"1 of at most 1 ({OPTION})" in shown
+    assert seen(tmp_path / "killed") == ([1, 1], [bad])
+
+
+def test_packs_of_other_folders_than_the_one_packed_again_stay_known(
+    dataset: Path, tmp_path: Path
+) -> None:
+    make_packs(tmp_path / "second", packs=3)
+    config = tolerant(dataset, "", 9)
+    folders = f"{dataset},{tmp_path / 'second'},{dataset}"
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, train=folders))
+    first, _, third = index_sums(config)
+    state = State(
+        packs=pack_counts(config), indexes=(first, 1, third), unreadable_packs=(0, 7, 8, 10, 11)
+    )
+    assert unreadable_packs(config, state) == (0, 7, 11)
+
+
 def test_one_pack_too_many_ends_the_run_on_all_ranks(
     ranks: Pool, dataset: Path, tmp_path: Path
 ) -> None:
     bad = with_images(dataset)[:2]
     broken = copy_of(dataset, tmp_path / "broken", damage_images, *bad)
     told = (
-        rf"StepError: step \d: pack \d of .*.bin cannot be read, .* one more than {OPTION} 1 \(rank"
+        r"StepError: step \d: pack \d of .*.bin cannot be read \(rank .*; with it there are 2 such"
+        rf" packs, more than {OPTION} 1; mend the data"
     )
     with pytest.raises(AssertionError, match=told) as caught:
         ranks.run(run_shown, 2, tolerant(broken, tmp_path / "run", 1, **PIPELINE))
