@@ -78,7 +78,10 @@ class UnreadablePacks:
         reasons = _of_all_ranks(failed)
         self._count(state.step + 1, {int(ids[index]): reasons[index] for index in sorted(reasons)})
         if len(reasons) == len(ids):
-            raise StepError(f"step {state.step + 1}: none of its packs can be read")
+            raise StepError(
+                f"step {state.step + 1}: none of its packs can be read, so there is no loss; the"
+                " warnings above say why. Mend the data, and resume from the last checkpoint"
+            )
         options = self._job.training_options
         for place, index in enumerate(own):
             if index in reasons:
