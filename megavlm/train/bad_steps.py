@@ -147,11 +147,16 @@ class BadStepRule:
 
 
 def _read_origins(dataset: Packs, packs: Sequence[int]) -> str:
-    """Return where samples of the packs come from, or that it cannot be read: other ranks wait for
-    an answer.
+    """Return where samples of the packs come from."""
+    told = [_read_origin(dataset, pack) for pack in packs[:_SHOWN_PACKS]]
+    return "; ".join(told) + (", and others" if len(packs) > _SHOWN_PACKS else "")
+
+
+def _read_origin(dataset: Packs, pack: int) -> str:
+    """Return where samples of a pack come from, or that it cannot be read: other ranks wait for an
+    answer.
     """
     try:
-        told = [", ".join(dataset.origins(pack)[:2]) for pack in packs[:_SHOWN_PACKS]]
+        return ", ".join(dataset.origins(pack)[:2])
     except (OSError, ValueError) as error:
-        return f"their records cannot be read: {error}"
-    return "; ".join(told) + (", and others" if len(packs) > _SHOWN_PACKS else "")
+        return f"records of pack {pack} cannot be read: {error}"

@@ -78,13 +78,18 @@ def judged(config: Config, is_broken: bool) -> tuple[str, str]:
 
     Args:
         config: the run.
-        is_broken: whether packs cannot be read.
+        is_broken: whether pack 1 cannot be read.
     """
     job = build(config)
     shown = io.StringIO()
     loss = torch.tensor(float("nan"))
+    origins = PackedDataset.origins
+
+    def failing(dataset: PackedDataset, pack: int) -> list[str]:
+        return fail() if pack == 1 else origins(dataset, pack)
+
     with (
-        mock.patch.object(PackedDataset, "origins", fail)
+        mock.patch.object(PackedDataset, "origins", failing)
         if is_broken
         else contextlib.nullcontext(),
         contextlib.redirect_stdout(shown),
@@ -107,8 +112,9 @@ def test_records_of_a_bad_step_are_named_on_the_console_and_in_the_error(
     )
     (first, told), (last, same) = ranks.run(judged, 2, config, is_broken)
     packs = PackedDataset(dataset)
-    named = "; ".join(", ".join(packs.origins(pack)[:2]) for pack in (1, 2))
+    first_pack, others = (", ".join(packs.origins(pack)[:2]) for pack in (1, 2))
+    named = f"{first_pack}; {others}"
     if is_broken:
-        named = f"their records cannot be read: {ERROR}"
+        named = f"records of pack 1 cannot be read: {ERROR}; {others}"
     assert first == "" and last.count(f"packs [1, 2] ({named})") == 1, last
     assert told == same and f"on packs [1, 2] ({named}); to skip" in told, told
