@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import socket
+from collections import deque
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -74,7 +75,7 @@ class UnreadablePacks:
             if isinstance(item, Unreadable)
         }
         if not groups.any_rank(bool(failed), self._job.backend.device):
-            return iter(arrived), records
+            return _handed_over(deque(arrived)), records
         reasons = _of_all_ranks(failed)
         self._count(state.step + 1, {int(ids[index]): reasons[index] for index in sorted(reasons)})
         if len(reasons) == len(ids):
@@ -89,7 +90,7 @@ class UnreadablePacks:
                 arrived[place] = self._job.train.blank(int(ids[index]), position, options)
         left = records.copy()
         left[list(reasons)] = np.zeros((), records.dtype)
-        return iter(arrived), left
+        return _handed_over(deque(arrived)), left
 
     def _count(self, step: int, reasons: dict[int, str]) -> None:
         """Name the packs that were not known before; raise StepError if there are too many."""
@@ -106,10 +107,11 @@ class UnreadablePacks:
                     f" than {_OPTION} {self._most}; mend the data, or resume from the last"
                     " checkpoint with a higher limit"
                 )
-            self._metrics.log(
-                f"WARNING: {what} and is left out, {len(self._known)} of at most {self._most}"
-                f" ({_OPTION}): {reason}"
-            )
+            if is_new:
+                self._metrics.log(
+                    f"WARNING: {what} and is left out, {len(self._known)} of at most {self._most}"
+                    f" ({_OPTION}): {reason}"
+                )
 
     def after(self, state: State) -> State:
         """Return ``state`` with the packs that a run that resumes has to know."""
@@ -124,6 +126,12 @@ class UnreadablePacks:
                 f"WARNING: {len(self._known)} packs could not be read and were left out"
                 f" ({_OPTION} {self._most}): {shown}{more}"
             )
+
+
+def _handed_over(packs: deque[Batch]) -> Iterator[Batch]:
+    """Yield packs and keep none: memory holds those of the next step before this one is forgotten."""
+    while packs:
+        yield packs.popleft()
 
 
 def _of_all_ranks(failed: dict[int, str]) -> dict[int, str]:

@@ -13,8 +13,9 @@ import os
 import re
 import shutil
 import socket
+import weakref
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -23,14 +24,17 @@ import pytest
 
 from megavlm.checkpoint.train_state import State
 from megavlm.config.schema import Config, Experts
+from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.blend import open_blend
 from megavlm.data.store.index_format import FORM, INDEX_NAME, RECORD
 from megavlm.data.store.pack_format import sections
 from megavlm.data.store.reader import Reader
 from megavlm.io.open_files import OpenFiles
+from megavlm.train.metrics import Metrics
 from megavlm.train.resume import index_sums, pack_counts, unreadable_packs
+from megavlm.train.unreadable_packs import UnreadablePacks
 from tests.ranks.pool import Pool
-from tests.ranks.runs import TINY, make_packs
+from tests.ranks.runs import TINY, build, make_packs
 from tests.ranks.test_experts import MODEL
 from tests.ranks.test_resume import (
     INTERLEAVED,
@@ -283,6 +287,34 @@ def test_packs_of_other_folders_than_the_one_packed_again_stay_known(
         packs=pack_counts(config), indexes=(first, 1, third), unreadable_packs=(0, 7, 8, 10, 11)
     )
     assert unreadable_packs(config, state) == (0, 7, 11)
+
+
+def kept_of_a_step(config: Config) -> list[bool]:
+    """Return which packs of a step are in memory while the second one is trained on."""
+    job = build(config)
+    ids = np.arange(config.training.global_batch_size)
+    made: list[weakref.ref] = []
+
+    def loaded() -> Iterator[Batch]:
+        for pack_id in ids.tolist():
+            batch = job.train.batch(pack_id, pack_id, job.training_options)
+            made.append(weakref.ref(batch.tokens))
+            yield batch
+            del batch
+
+    with Metrics(config, job.groups.is_writer) as metrics:
+        unreadable = UnreadablePacks(job, State(), metrics)
+        packs, _ = unreadable.replace(State(), ids, job.train.records(ids), loaded())
+    pack = next(packs)
+    pack = next(packs)
+    kept = [tokens() is not None for tokens in made]
+    del pack
+    return kept
+
+
+def test_packs_of_a_step_are_let_go_one_by_one(ranks: Pool, dataset: Path, tmp_path: Path) -> None:
+    [kept] = ranks.run(kept_of_a_step, 1, tolerant(dataset, "", 1))
+    assert kept == [False, True, True, True]
 
 
 def test_one_pack_too_many_ends_the_run_on_all_ranks(
