@@ -93,10 +93,11 @@ class UnreadablePacks:
         return _handed_over(deque(arrived)), left
 
     def _count(self, step: int, reasons: dict[int, str]) -> None:
-        """Name the packs that were not known before; raise StepError if there are too many."""
+        """Name the packs that were not known before; raise StepError if there are too many, which
+        they may have been before a run resumed with a lower limit.
+        """
         for pack_id, reason in reasons.items():
-            if pack_id in self._known:
-                continue
+            is_new = pack_id not in self._known
             self._known.add(pack_id)
             what = (
                 f"step {step}: pack {pack_id} of {self._job.train.file_of(pack_id)} cannot be read"
@@ -129,7 +130,7 @@ class UnreadablePacks:
 
 
 def _handed_over(packs: deque[Batch]) -> Iterator[Batch]:
-    """Yield packs and keep none: memory holds those of the next step before this one is forgotten."""
+    """Yield packs and keep none: those of the next step come before this step is forgotten."""
     while packs:
         yield packs.popleft()
 

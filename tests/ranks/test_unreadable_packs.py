@@ -331,6 +331,18 @@ def test_one_pack_too_many_ends_the_run_on_all_ranks(
     assert "CRC32 of its images is" in str(caught.value)
 
 
+def test_a_limit_that_is_passed_already_ends_a_run_that_resumes(
+    ranks: Pool, dataset: Path, tmp_path: Path
+) -> None:
+    first = int(open_blend(tolerant(dataset, "", 1))[1].at(np.array(12)))  # after the checkpoint
+    packs = copy_of(dataset, tmp_path / "packs", damage_tokens, first, (first + 1) % PACKS)
+    ranks.run(run_job, 1, tolerant(packs, tmp_path / "whole", 2))
+    forget_the_end(tmp_path / "whole", tmp_path / "killed")
+    told = f"step 4: pack {first} of .* with it there are 2 such packs, more than {OPTION} 1;"
+    with pytest.raises(AssertionError, match=told):
+        ranks.run(run_job, 1, tolerant(packs, tmp_path / "killed", 1))
+
+
 def test_a_step_of_unreadable_packs_alone_ends_the_run(
     ranks: Pool, dataset: Path, tmp_path: Path
 ) -> None:
