@@ -229,7 +229,7 @@ def refuse_doubt(name: str) -> None:
     if (Path(name) / "config.json").is_file():
         raise ValueError(
             f"--model {name}: megavlm knows a model of that name, and the working folder has one in"
-            f" {name}/config.json; for the folder write --model ./{name}"
+            f" {name}/config.json; for the folder write --model ./{name}, for megavlm's rename it"
         )
 
 

@@ -83,7 +83,7 @@ def test_a_name_that_a_folder_has_too_is_refused(
     Path(name).mkdir()
     assert image_model(name) == known  # a folder of runs, perhaps
     make_vision(Path(name), "clip")
-    with pytest.raises(ValueError, match=f"^--model {name}: .* write --model ./{name}$"):
+    with pytest.raises(ValueError, match=f"^--model {name}: .* ./{name}, for .* rename it$"):
         image_model(name)
     assert image_model(f"./{name}").vision.family == "clip"
 
