@@ -27,6 +27,7 @@ STATE = State(
     skipped_in_a_row=1,
     skipped_steps=(3, 8),
     recent_losses=(2.5, 2.25),
+    unreadable_packs=(2, 6),
 )
 
 
