@@ -125,9 +125,6 @@ def _first_state(config: Config, packs: Packs, base: Base, history: History) -> 
 
 def _resumed(config: Config, state: State, base: Base) -> State:
     """Return the state of a checkpoint, with what is to be known of the files of this run."""
-    return replace(
-        state,
-        base=base,
-        indexes=resume.index_sums(config),
-        unreadable_packs=resume.unreadable_packs(config, state),
-    )
+    indexes = resume.index_sums(config)
+    unreadable = resume.unreadable_packs(state, indexes)
+    return replace(state, base=base, indexes=indexes, unreadable_packs=unreadable)

@@ -260,14 +260,16 @@ def index_sums(config: Config) -> tuple[int, ...]:
     return tuple(read_manifest(folder).idx_crc32 for folder in config.data.train_folders)
 
 
-def unreadable_packs(config: Config, state: State) -> tuple[int, ...]:
+def unreadable_packs(state: State, indexes: Sequence[int]) -> tuple[int, ...]:
     """Return the ids of packs that a run could not read and that it still has: in a folder that was
     packed again since, another pack has the id.
+
+    Args:
+        state: of the run's checkpoint.
+        indexes: of the folders as they are now, see ``index_sums``.
     """
     ends = list(accumulate(state.packs))
-    is_same = [
-        before == now for before, now in zip(state.indexes, index_sums(config), strict=False)
-    ]
+    is_same = [before == now for before, now in zip(state.indexes, indexes, strict=False)]
     return tuple(pack for pack in state.unreadable_packs if is_same[bisect_right(ends, pack)])
 
 

@@ -282,11 +282,11 @@ def test_packs_of_other_folders_than_the_one_packed_again_stay_known(
     config = tolerant(dataset, "", 9)
     folders = f"{dataset},{tmp_path / 'second'},{dataset}"
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, train=folders))
-    first, _, third = index_sums(config)
+    now = index_sums(config)
     state = State(
-        packs=pack_counts(config), indexes=(first, 1, third), unreadable_packs=(0, 7, 8, 10, 11)
+        packs=pack_counts(config), indexes=(now[0], 1, now[2]), unreadable_packs=(0, 7, 8, 10, 11)
     )
-    assert unreadable_packs(config, state) == (0, 7, 11)
+    assert unreadable_packs(state, now) == (0, 7, 11)
 
 
 def kept_of_a_step(config: Config) -> list[bool]:
