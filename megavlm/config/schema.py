@@ -234,7 +234,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Health:
-    """Health checks. They only warn; the run ends only if a rank is lost.
+    """Health checks. They only warn; the run ends only if a rank or a machine is lost.
 
     Args:
         speed_check: at the start, measure for a few seconds how fast every rank computes and every
@@ -248,6 +248,9 @@ class Health:
         hang_seconds: shortest time without progress to report; the first step may take
             ``hang_factor`` times as long. Also how long ranks go on when the process of another one
             has ended.
+        lost_machine_seconds: end a training on several machines if nothing was heard of one for so
+            long, it takes no connection, and the training makes no progress; longer than a machine
+            or its network may stand still; 0: wait until a collective times out.
     """
 
     speed_check: bool = True
@@ -255,6 +258,7 @@ class Health:
     least_gb_per_s: float = 2.0
     hang_factor: float = 10.0
     hang_seconds: int = 60
+    lost_machine_seconds: int = 180
 
 
 @dataclass(frozen=True, kw_only=True)

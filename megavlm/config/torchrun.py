@@ -11,7 +11,7 @@ import time
 
 _OF_A_JOB = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 # Connections of a rank to the key-value store that torchrun serves: the rank's own, those of the
-# watchdog and of the watch for lost ranks, and NCCL's.
+# watchdog and the watch for lost machines, of the watch for lost ranks, and NCCL's.
 _CONNECTIONS = 4
 _OTHER_FILES = 64
 # Characters of a reason that torchrun repeats for each rank.
@@ -36,6 +36,13 @@ def local_rank() -> int:
 def local_size() -> int:
     """Return the number of ranks on this machine; 1 without torchrun."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def store_at() -> tuple[str, int] | None:
+    """Return host and port of the key-value store that the ranks share; none without one."""
+    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        return None
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
 def problems() -> list[str]:

@@ -3,7 +3,7 @@
 A process that was killed says nothing. torchrun of its machine notices, and ends the other ranks of
 that machine; those of other machines wait in a collective until it times out. So each rank looks
 after the process of the next rank of its machine, and tells all of them through their key-value
-store.
+store. ``lost_machines.py`` notices that a whole machine is gone, or the store.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class LostRankWatch:
         interval = min(self._seconds / 4, _LONGEST_INTERVAL)
         lost = ""
         while not lost and not self._ended.wait(interval):
-            with contextlib.suppress(RuntimeError):  # torchrun ends ranks whose store is gone
+            with contextlib.suppress(RuntimeError):  # the store is gone: lost_machines.py
                 lost = self._ranks.find()
         if not lost:
             return
@@ -73,7 +73,7 @@ class LostRankWatch:
                     flush=True,
                 )
         if not self._ended.wait(self._seconds):
-            _end(
+            end_process(
                 f"{lost} has ended, and this rank waited for it; why it did is above, or it was"
                 " killed"
             )
@@ -127,7 +127,7 @@ class LostRanks:
         return self._known.is_here and self._known.has_ended
 
 
-def _end(reason: str) -> None:
+def end_process(reason: str) -> None:
     """End this process, whose main thread waits in a collective that nothing can end."""
     torchrun.refuse(f"error on {torchrun.name_of_rank()}: {reason}", is_printed=False)
     os._exit(1)

@@ -148,6 +148,10 @@ class Watchdog:
             self._note(Mark(what=before.what, step=before.step, packs=before.packs + 1))
             yield pack
 
+    def idle(self) -> float:
+        """Return for how many seconds there has been no sign of progress."""
+        return time.monotonic() - self._mark.time
+
     def limit(self, what: str) -> float:
         """Seconds without progress after which there is an alarm, from the longest waits so far. In
         the first step, evaluation or checkpoint the longest one may be still to come.
@@ -213,9 +217,7 @@ class Watchdog:
         """Whether there is an alarm to raise; one is enough for each sign of progress that is
         missed.
         """
-        return self._mark is not self._alarmed and time.monotonic() - self._mark.time > self.limit(
-            self._mark.what
-        )
+        return self._mark is not self._alarmed and self.idle() > self.limit(self._mark.what)
 
     def _answer(self, mark: Mark) -> Answer:
         return Answer(

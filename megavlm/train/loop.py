@@ -11,10 +11,12 @@ import numpy as np
 import torch.distributed as dist
 
 from megavlm.checkpoint.train_state import State
+from megavlm.config import torchrun
 from megavlm.data.loading.batch import Batch
 from megavlm.data.loading.loader import Unreadable, readable
 from megavlm.data.loading.step_packs import StepPacks
 from megavlm.data.loading.weights import weight_of
+from megavlm.health.lost_machines import LostMachineWatch
 from megavlm.health.watchdog import Watchdog
 from megavlm.planner.flops import training_cost
 from megavlm.train import router_state
@@ -79,10 +81,13 @@ def train(job: Job, state: State, metrics: Metrics, stop: StopRequest) -> State:
     meters = (*_meters(job, clock), supply, control)
     step_log = StepLog(job, meters, metrics, state.step)
     steps = StepPacks(job.train, job.plan, packs)
-    watchdog = _watchdog(job)
+    # A connection of their own: the other may be waiting.
+    store = dist.group.WORLD.get_group_store().clone()
+    watchdog = _watchdog(job, store)
     job = dataclasses.replace(job, watch=watchdog.count)
     with (
         watchdog,
+        _watch_for_lost_machines(job, store, watchdog),
         ProfiledSteps(config.profile, groups.rank, metrics, state.step) as profiled,
         contextlib.closing(_load_batches(job, state)) as loader,
     ):
@@ -274,12 +279,30 @@ def _meters(job: Job, clock: Clock) -> Sequence[Meter]:
     )
 
 
-def _watchdog(job: Job) -> Watchdog:
-    store = dist.PrefixStore(
-        "watchdog", dist.group.WORLD.get_group_store().clone()
-    )  # a connection of its own: the other may be waiting
+def _watch_for_lost_machines(
+    job: Job, store: dist.Store, watchdog: Watchdog
+) -> contextlib.AbstractContextManager[None]:
+    """Return the context in which this rank ends after another machine is lost."""
+    seconds = job.config.health.lost_machine_seconds
+    store_at = torchrun.store_at()
+    is_alone = torchrun.local_size() >= job.groups.size
+    if not seconds or store_at is None or is_alone:
+        return contextlib.nullcontext()
+    return LostMachineWatch(
+        dist.PrefixStore("machines", store),
+        job.groups.rank,
+        job.groups.size,
+        torchrun.local_rank(),
+        torchrun.local_size(),
+        seconds,
+        store_at,
+        watchdog.idle,
+    )
+
+
+def _watchdog(job: Job, store: dist.Store) -> Watchdog:
     return Watchdog(
-        store,
+        dist.PrefixStore("watchdog", store),
         job.groups.rank,
         job.groups.size,
         job.config.health,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import signal
 import time
@@ -29,6 +30,8 @@ from tests.ranks.test_resume import make_job, run_job
 
 RANKS = 2
 PATIENCE_SECONDS = 240
+LATE_SECONDS = 10
+LOST_SECONDS = 3
 # The rank that sleeps 0.1 s is some 30 times slower in exchanges and 300 times in products; ranks
 # that share a core with other processes can be five times slower than each other for a moment.
 SLOW_FACTOR = 10.0
@@ -53,15 +56,20 @@ LATE = {
 }
 
 
-def start_rank(rank: int, port: int, how: str, config: Path) -> None:
+def start_rank(rank: int, port: int, how: str, config: Path, local_size: int) -> None:
     become_rank(rank, RANKS, port, config.with_suffix(""))
-    late_rank.main(how, 10 if how in LATE else PATIENCE_SECONDS, config)
+    os.environ.update(LOCAL_RANK=str(rank % local_size), LOCAL_WORLD_SIZE=str(local_size))
+    late_rank.main(how, LATE_SECONDS if how in LATE else PATIENCE_SECONDS, config)
 
 
-def start_ranks(folder: Path, how: str, tensor: int) -> list[Process]:
-    """Start the ranks of a run on the packs ``train`` in a folder, of which one is late."""
+def start_ranks(folder: Path, how: str, tensor: int, local_size: int = RANKS) -> list[Process]:
+    """Start the ranks of a run on the packs ``train`` in a folder, of which one is late or ends;
+    ``local_size`` of them believe to be on one machine.
+    """
     config = config_for(folder / "train", steps=6, tensor_model_parallel_size=tensor)
-    quick = Health(hang_factor=1, hang_seconds=3, speed_check=False)
+    quick = Health(
+        hang_factor=1, hang_seconds=3, lost_machine_seconds=LOST_SECONDS, speed_check=False
+    )
     checkpoint = dataclasses.replace(config.checkpoint, save_interval=0)
     config = dataclasses.replace(
         config, health=quick, logging=Logging(interval=1), checkpoint=checkpoint
@@ -69,7 +77,7 @@ def start_ranks(folder: Path, how: str, tensor: int) -> list[Process]:
     path = folder / f"{how}.yaml"
     path.write_text(to_yaml(config))
     port = free_port()
-    return [start_process(start_rank, rank, port, how, path) for rank in range(RANKS)]
+    return [start_process(start_rank, rank, port, how, path, local_size) for rank in range(RANKS)]
 
 
 def make_small_packs(folder: Path) -> None:
@@ -91,7 +99,8 @@ def late_runs(
     """Start runs with a late rank, side by side, since they spend most of their time waiting."""
     folder = tmp_path_factory.mktemp("late")
     make_small_packs(folder)
-    runs = {how: start_ranks(folder, how, tensor) for how, (tensor, _) in LATE.items()}
+    # On a machine each, of which one is silent for longer than a machine that is lost.
+    runs = {how: start_ranks(folder, how, tensor, 1) for how, (tensor, _) in LATE.items()}
     yield folder, runs
     for process in (each for run in runs.values() for each in run):
         process.kill()
@@ -111,6 +120,7 @@ def test_a_rank_that_is_late_is_named_with_what_the_others_wait_in(
     report = errors[errors.index("made no progress") :]
     assert all(re.search(told, report, re.DOTALL) for told in LATE[how][1]), errors
     assert "the run continued" in report
+    assert "nothing was heard" not in errors and "no connection" not in errors
 
 
 @pytest.mark.parametrize("how", ["ends", "ends early"])
@@ -124,6 +134,32 @@ def test_a_rank_whose_process_has_ended_ends_the_others(tmp_path: Path, how: str
     errors = (tmp_path / f"{how}.0.err").read_text()
     assert (waiting.exitcode, killed.exitcode) == (1, -signal.SIGKILL), errors
     assert re.search(r"the process of rank 1 \(on .*\) has ended.* the others end in 3 s", errors)
+
+
+# Which rank ends, alone on its machine, and what the other one says.
+LOST = {
+    "ends": (1, r"nothing was heard of .* \(rank 1\) for \d+ s, and it takes no connection: it is"),
+    "first ends": (
+        0,
+        r"the key-value store at .* has not answered for \d+ s, and takes no connection: its",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", LOST)
+def test_a_machine_that_is_lost_ends_those_of_the_others(tmp_path: Path, how: str) -> None:
+    ending, told = LOST[how]
+    make_small_packs(tmp_path)
+    processes = start_ranks(tmp_path, how, 1, local_size=1)
+    killed = processes.pop(ending)
+    [waiting] = processes
+    waiting.join(PATIENCE_SECONDS / 2)  # it would wait for longer by itself
+    for process in (waiting, killed):
+        process.kill()
+        process.join()
+    errors = (tmp_path / f"{how}.{1 - ending}.err").read_text()
+    assert (waiting.exitcode, killed.exitcode) == (1, -signal.SIGKILL), errors
+    assert re.search(told, errors), errors
 
 
 def marks_of(config: Config) -> list[str]:

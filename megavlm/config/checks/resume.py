@@ -73,7 +73,10 @@ _BY_SECTION: dict[str, dict[Kind, str]] = {
         "taken": "tasks examples shots max_new_tokens without_images control_interval",
         "free": "only cache_gib",
     },
-    "health.": {"free": "speed_check slow_factor least_gb_per_s hang_factor hang_seconds"},
+    "health.": {
+        "free": "speed_check slow_factor least_gb_per_s hang_factor hang_seconds"
+        " lost_machine_seconds"
+    },
 }
 KINDS: dict[str, Kind] = {
     section + name: kind

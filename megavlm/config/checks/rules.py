@@ -344,6 +344,7 @@ def _kernels(training: Training) -> Iterator[str]:
 def _health(health: Health) -> Iterator[str]:
     yield from at_least(0, "health", health, "least_gb_per_s")
     yield from at_least(1, "health", health, "hang_seconds")
+    yield from at_least(0, "health", health, "lost_machine_seconds")
     if not health.slow_factor > 1:
         yield f"--health.slow_factor {health.slow_factor}: must be above 1"
     if health.hang_factor and not health.hang_factor >= 1:

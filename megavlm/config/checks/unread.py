@@ -258,6 +258,7 @@ TOLERATED = (
             "bad_steps.skip",
             "bad_steps.spike_factor",
             "profile.folder",
+            "health.lost_machine_seconds",
         ),
         is_read=lambda run: not run.eval.only,
         why=" with --eval.only true, which does not train",

@@ -41,6 +41,7 @@ def test_numbers_are_finite(value: float) -> None:
         ("architecture.connector.qformer.layernorm_epsilon", -1.0),
         ("architecture.language.rotary_base", 0.0),
         ("health.hang_factor", math.nan),
+        ("health.lost_machine_seconds", -1),
     ],
 )
 def test_values_without_a_meaning_are_refused(key: str, value: float) -> None:

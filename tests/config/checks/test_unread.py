@@ -94,6 +94,7 @@ def test_a_model_without_a_vocabulary_has_no_answers_and_no_added_tokens(given: 
         ((*BLIP2, "2", "--architecture.image_text.size", "8"), "qformer reads it"),
         ((*SIGLIP, "--architecture.contrastive.exchange", "ring"), "one data-parallel replica"),
         ((*TINY, "--eval.only", "true", "--training.max_hours", "3.5"), "does not train"),
+        ((*TINY, "--eval.only", "true", "--health.lost_machine_seconds", "9"), "does not train"),
         ((*TINY, "--eval.only", "true", "--bad_steps.skip", "true"), "does not train"),
         ((*TINY, "--eval.only", "true", "--data.max_unreadable_packs", "9"), "does not train"),
     ],
