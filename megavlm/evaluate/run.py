@@ -31,6 +31,7 @@ from megavlm.config.schema import (
     Ema,
     Experts,
     Fp8,
+    Health,
     Init,
     Logging,
     Optimizer,
@@ -270,6 +271,7 @@ def _settings(saved: Checkpoint, evaluation: Eval) -> Config:
             batch_shares=False,
             loss_weights=(),
             curriculum=False,
+            max_unreadable_packs=0,
         ),
         parallel=Parallel(),
         optimizer=Optimizer(),
@@ -285,6 +287,7 @@ def _settings(saved: Checkpoint, evaluation: Eval) -> Config:
         fp8=Fp8(),
         checkpoint=Saving(load=str(saved.folder), weights_only=True),
         logging=Logging(),
+        health=replace(found.health, lost_machine_seconds=Health().lost_machine_seconds),
         eval=evaluation,
     )
 

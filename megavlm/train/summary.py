@@ -53,7 +53,8 @@ def log_run_summary(
     with raised_on_all():
         if groups.is_writer:  # it reads the manifests again
             found = job_checks.warnings(config, groups.size)
-            found += _worker_warnings(config.data.workers)
+            if config.data.valid or not config.eval.only:  # questions are made ready without them
+                found += _worker_warnings(config.data.workers)
             if not config.eval.only:
                 found += room_warnings(config, state.step)
             for warning in found:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from megavlm.config.checks.rules import problems
+from megavlm.config.checks.unread import TOLERATED, unread
 from megavlm.config.cli import parse
 from megavlm.config.schema import Config, Data, Ema, Eval, Init
 from megavlm.evaluate import run
@@ -91,6 +92,15 @@ def test_averages_do_not_stand_in_the_way(tmp_path: Path) -> None:
     measuring = parse(_arguments(saved, tmp_path, Eval(), tmp_path, None))
     assert not [told for told in problems(measuring, 1) if "ema" in told]
     assert measuring.ema == Ema()
+
+
+def test_it_does_not_warn_of_what_only_the_training_was_told(tmp_path: Path) -> None:
+    told = ["--data.max_unreadable_packs", "3", "--health.lost_machine_seconds", "600"]
+    told += ["--training.max_hours", "3", "--bad_steps.spike_factor", "9"]
+    trained = parse(["--stage", "2", "--model", "tiny", *told])
+    saved = SimpleNamespace(config=trained, folder=tmp_path / "step_00000001")
+    measuring = parse(_arguments(saved, tmp_path, Eval(only=True), tmp_path, None))
+    assert list(unread(measuring, TOLERATED)) == []
 
 
 def write_question(path: Path, answer: str, **more: str) -> Path:

@@ -23,16 +23,17 @@ OF_TRAINING = (
 )
 
 
-@pytest.mark.parametrize("only", [False, True])
+@pytest.mark.parametrize(("only", "valid"), [(False, ""), (True, ""), (True, "packs")])
 def test_an_evaluation_says_nothing_of_training(
-    only: bool, monkeypatch: pytest.MonkeyPatch
+    only: bool, valid: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("megavlm.train.summary.raised_on_all", contextlib.nullcontext)
     monkeypatch.setattr("os.cpu_count", lambda: 64)  # of which a scheduler gave it six
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(6)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     options = ["--save", "run", "--eval.only", str(only).lower(), "--training.steps", "7"]
-    config = parse(["--stage", "2", "--model", "tiny", *options])
+    config = parse(["--stage", "2", "--model", "tiny", *options, "--data.valid", valid])
+    monkeypatch.setattr("megavlm.job_checks._datasets", lambda config: ())  # the packs are nowhere
     said: list[str] = []
     recorded: list[dict] = []
     log_run_summary(
@@ -51,7 +52,10 @@ def test_an_evaluation_says_nothing_of_training(
     assert len(recorded) == (not only)
     warning = "warning: --training.steps 7 has no effect with --eval.only true"
     assert any(line.startswith(warning) for line in said) == only, said
-    assert any("2 x 4, more than its 6 cores; give at most --data.workers 3" in t for t in said)
+    told = [line for line in said if "more than its" in line]
+    # Without validation packs an evaluation has no loaders.
+    assert bool(told) == (not only or bool(valid)), said
+    assert all("2 x 4, more than its 6 cores; give at most --data.workers 3" in t for t in told)
 
 
 def test_torch_says_nothing_of_many_workers() -> None:
