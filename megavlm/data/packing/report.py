@@ -47,7 +47,7 @@ class Report:
         fill: share of the packs' capacity that holds tokens.
         images: images of all samples; None in a dry run.
         tiles: tiles of all images, thumbnails counted.
-        tiles_per_pack_mean: mean over the planned packs.
+        tiles_per_pack_mean: mean over the packs.
         tiles_per_pack_max: largest over the planned packs.
         tile_cap: most tiles that a pack was allowed.
         levels: levels of difficulty, the easiest first.
@@ -205,7 +205,7 @@ def make_report(samples: Samples, plan: PackPlan, facts: PackingFacts) -> Report
         fill=known.tokens / (known.packs * facts.capacity),
         images=totals.images if totals else None,
         tiles=known.tiles,
-        tiles_per_pack_mean=float(per_pack.mean(dtype=np.float64)),
+        tiles_per_pack_mean=known.tiles / known.packs,
         tiles_per_pack_max=int(per_pack.max()),
         tile_cap=plan.tile_cap,
         levels=facts.levels,

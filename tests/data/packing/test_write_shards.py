@@ -171,8 +171,8 @@ def test_levels_lose_the_packs_of_which_no_sample_is_left(
     monkeypatch.setattr("megavlm.data.packing.plan.LEAST_PACKS_PER_SHARD", 2)
     save(tmp_path / "good.png")
     damaged(tmp_path / "bad.png")
-    names = ("good.png", "bad.png", "good.png")
-    lines = [chat(image=name, hard=hard) for hard, name in enumerate(names) for _ in range(4)]
+    images = ({"image": "good.png"}, {"image": "bad.png"}, {})
+    lines = [chat(hard=hard, **image) for hard, image in enumerate(images) for _ in range(4)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     (source,) = single_source(tmp_path / "a.jsonl", tmp_path)
     sources = (replace(source, difficulty="hard"),)
@@ -180,6 +180,7 @@ def test_levels_lose_the_packs_of_which_no_sample_is_left(
     manifest = Reader(tmp_path / "out").manifest
     assert [(each.packs, each.easiest) for each in manifest.levels] == [(2, 0), (2, 2)]
     assert report.packs == 4 and rejected_lines(tmp_path / "out") == [5, 6, 7, 8]
+    assert report.tiles == 4 and report.tiles_per_pack_mean == 1.0
 
 
 @pytest.mark.parametrize("name", ["packs-00001.bin", "packs-00001.records"])
