@@ -18,7 +18,6 @@ The others of its machine end after it: torchrun may be waiting for the store to
 from __future__ import annotations
 
 import contextlib
-import errno
 import ipaddress
 import json
 import math
@@ -31,21 +30,16 @@ from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
 
+from megavlm.health.connections import Address, is_unanswered, reach
 from megavlm.health.lost_ranks import end_process
 from megavlm.health.rank_names import named
 from megavlm.io import processes
-
-Address = tuple[str, int]
-"""Host and port."""
 
 _LOST = "lost"
 _SHORTEST_INTERVAL = 1.0
 _LONGEST_INTERVAL = 15.0
 _BEATS = 12
-_ANSWER_SECONDS = 10.0
 _BACKLOG = 4096
-# What says that no connection comes about because of the other side or the way to it.
-_NO_WAY = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,8 +239,9 @@ class Machines:
                 self._at, _ = reach((self._known.address, self._known.port))
             if self._at is None:
                 self._tell(
+                    "unreachable",
                     f"{self._known}: no connection to {self._known.address}, port"
-                    f" {self._known.port}; if the machine is lost, it will not be noticed"
+                    f" {self._known.port}; if the machine is lost, it will not be noticed",
                 )
         self._silence.see(self._store.add(f"beats/{self._other}", 0))
 
@@ -264,13 +259,15 @@ class Machines:
         self._is_found = True
         told = f"nothing was heard of {machine} for {seconds:.0f} s, and it takes no connection"
         self._tell(
-            f"{told}: it is lost or cut off, or its ranks have ended; the run cannot go on and ends"
+            "lost",
+            f"{told}: it is lost or cut off, or its ranks have ended; the run cannot go on and"
+            " ends",
         )
         self._store.compare_set(_LOST, "", told)
 
-    def _tell(self, text: str) -> None:
+    def _tell(self, kind: str, text: str) -> None:
         """Print what was seen of the other machine, of which several ranks may see the same."""
-        if self._store.add(f"told/{self._other}", 1) == 1:
+        if self._store.add(f"told/{kind}/{self._other}", 1) == 1:
             print(text, file=sys.stderr, flush=True)
 
 
@@ -285,6 +282,7 @@ class LostMachineWatch:
         seconds: how long a machine may be silent.
         store_at: where the store is served.
         idle: returns for how many seconds the training of this rank has made no progress.
+        of_all_ranks: errors that every rank raises, and after which it may end before the others.
         end: ends this process, and is told why.
     """
 
@@ -298,6 +296,7 @@ class LostMachineWatch:
         seconds: float,
         store_at: Address,
         idle: Callable[[], float],
+        of_all_ranks: tuple[type[Exception], ...] = (),
         end: Callable[[str], None] = end_process,
     ) -> None:
         self._seconds = seconds
@@ -308,6 +307,7 @@ class LostMachineWatch:
         )
         self._store_at = store_at
         self._idle = idle
+        self._of_all_ranks = of_all_ranks
         self._end = end
         self._beats = 0
         self._ended = threading.Event()
@@ -320,7 +320,7 @@ class LostMachineWatch:
         ).start()
 
     def __exit__(self, kind: type | None, *exception) -> None:
-        if kind is None:
+        if kind is None or issubclass(kind, self._of_all_ranks):
             with contextlib.suppress(RuntimeError):  # the store is gone, with those that are done
                 self._machines.leave()
         self._ended.set()
@@ -370,28 +370,3 @@ class LostMachineWatch:
                 print(told, file=sys.stderr, flush=True)  # nobody can tell the others
                 self._end(told)
                 return
-
-
-def reach(address: Address) -> tuple[Address, str]:
-    """Make a connection.
-
-    Returns:
-        The address in numbers, and that of this machine on the way there.
-
-    Raises:
-        OSError: none comes about.
-    """
-    with socket.create_connection(address, _ANSWER_SECONDS) as connection:
-        host, port, *_ = connection.getpeername()
-        return (host, port), connection.getsockname()[0]
-
-
-def is_unanswered(address: Address) -> bool:
-    """Return whether no connection comes about for a reason on the other side, or on the way."""
-    try:
-        reach(address)
-    except (ConnectionRefusedError, TimeoutError):
-        return True
-    except OSError as error:  # such as too many open files here
-        return error.errno in _NO_WAY
-    return False

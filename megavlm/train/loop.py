@@ -19,7 +19,7 @@ from megavlm.data.loading.weights import weight_of
 from megavlm.health.lost_machines import LostMachineWatch
 from megavlm.health.watchdog import Watchdog
 from megavlm.planner.flops import training_cost
-from megavlm.train import router_state
+from megavlm.train import failures, router_state
 from megavlm.train.bad_steps import BadStepRule, StepError
 from megavlm.train.control_pass import ControlPass
 from megavlm.train.expert_load import ExpertLoad
@@ -297,6 +297,7 @@ def _watch_for_lost_machines(
         seconds,
         store_at,
         watchdog.idle,
+        failures.OF_ALL_RANKS,
     )
 
 

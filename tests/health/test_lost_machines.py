@@ -198,6 +198,32 @@ def test_each_machine_is_looked_after_by_as_many_ranks_of_others(machines: int) 
     assert all(first // 8 not in others for first, others in seen.items())
 
 
+def test_a_warning_of_one_rank_does_not_hush_that_of_another(
+    store_at: tuple[str, int],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = dist.HashStore()
+    ranks = [
+        Machines(store, rank, 4, rank % LOCAL_SIZE, LOCAL_SIZE, PATIENCE, store_at)
+        for rank in range(4)
+    ]
+    for rank in ranks:
+        rank.join()
+    first, second, *others = ranks
+    reach = lost_machines.reach
+    monkeypatch.setattr(lost_machines, "reach", lambda address: reach(("127.0.0.1", 0)))
+    first.beat(is_idle=True)
+    monkeypatch.undo()
+    for other in others:
+        other.close()
+    monkeypatch.setattr(lost_machines, "reach", lambda address: (address, ""))
+    for _ in range(PATIENCE + 1):
+        second.beat(is_idle=True)
+    told = capsys.readouterr().err
+    assert "it will not be noticed" in told and "the run cannot go on" in told
+
+
 def test_a_machine_that_cannot_be_reached_at_the_start_is_told_and_is_not_lost(
     store_at: tuple[str, int],
     asked: list[tuple[str, int]],
@@ -289,7 +315,16 @@ def watch(
         over.set()
 
     return LostMachineWatch(
-        store, rank, 2 * LOCAL_SIZE, rank, LOCAL_SIZE, 0.2, store_at, lambda: 1000.0, end
+        store,
+        rank,
+        2 * LOCAL_SIZE,
+        rank,
+        LOCAL_SIZE,
+        0.2,
+        store_at,
+        lambda: 1000.0,
+        (EOFError,),
+        end,
     )
 
 
@@ -350,12 +385,12 @@ def test_a_store_that_hangs_ends_the_other_ranks_of_a_machine_after_its_first(
     assert "the first rank of this machine has ended" in ends[0]
 
 
-@pytest.mark.parametrize("error", [None, ValueError])
-def test_a_rank_says_that_it_is_done_unless_it_ends_with_an_error(
-    error: type[Exception] | None, store_at: tuple[str, int]
+@pytest.mark.parametrize(("error", "done"), [(None, 1), (ValueError, 0), (EOFError, 1)])
+def test_a_rank_says_that_it_is_done_unless_it_alone_ends_with_an_error(
+    error: type[Exception] | None, done: int, store_at: tuple[str, int]
 ) -> None:
     store = dist.HashStore()
-    with contextlib.suppress(ValueError), watch(store, store_at, [], threading.Event()):
+    with contextlib.suppress(ValueError, EOFError), watch(store, store_at, [], threading.Event()):
         if error is not None:
             raise error
-    assert store.add("done/0", 0) == (0 if error else 1)
+    assert store.add("done/0", 0) == done
