@@ -168,4 +168,5 @@ def _facts(flag: str, folder: str) -> DatasetFacts:
         instruction_length=manifest.instruction_length,
         qformer_vocab_size=manifest.qformer_vocab_size,
         qformer_fingerprint=manifest.qformer_fingerprint,
+        preferences=manifest.preferences,
     )

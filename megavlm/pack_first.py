@@ -229,6 +229,8 @@ def _job(config: Config, name: str) -> Job:
     context = config.parallel.context_parallel_size
     if context > 1:
         first += ["--alignment", str(2 * context)]
+    if config.architecture.needs.is_of_preferences:
+        first.append("--preferences")
     form = {"--template": config.data.template[:1], "--tiling": (config.data.tiling,)}
     for flag, values in form.items():
         for value in values:

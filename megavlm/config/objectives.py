@@ -50,6 +50,8 @@ class ObjectiveNeeds:
         has_vocabulary_head: whether the language model ends in logits over its vocabulary.
         is_of_pairs: whether each sample of a pack is one image and its text, the image without
             placeholder tokens in the text.
+        is_of_preferences: whether packs hold preferences: each sample is a chosen answer, or a
+            rejected one beside it.
         takes_one_embedding: whether the connector gives one embedding of a tile.
         spans_step: whether the loss of a sample depends on all samples of the step, those of other
             microbatches and data-parallel ranks included.
@@ -81,6 +83,7 @@ class ObjectiveNeeds:
     has_language: bool = True
     has_vocabulary_head: bool = True
     is_of_pairs: bool = False
+    is_of_preferences: bool = False
     takes_one_embedding: bool = False
     spans_step: bool = False
     head: Callable[[Parts], Iterator[Piece]]

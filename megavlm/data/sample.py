@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,6 +49,9 @@ class Sample:
         window: index of the part of a document that is cut, from 0; not stored.
         instruction: int32 [m], what a Q-Former reads beside the images, in the tokens of its own
             tokenizer; empty: it reads none.
+        rejected: the same conversation with an answer that is not preferred to this one's, whose
+            placeholder tokens mean the images of this one; it has no images, no instruction and no
+            ``rejected`` of its own. None: a sample alone.
     """
 
     tokens: np.ndarray
@@ -59,13 +63,33 @@ class Sample:
     unread: tuple[str, ...] = ()
     window: int = 0
     instruction: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    rejected: Sample | None = None
+
+    @property
+    def answers(self) -> tuple[Sample, ...]:
+        """The samples that a pack holds of it, side by side: itself, and the rejected one."""
+        return (self,) if self.rejected is None else (self, self.rejected)
 
     @property
     def length(self) -> int:
-        """Number of tokens."""
+        """Number of tokens, without the rejected answer's."""
         return len(self.tokens)
+
+    def extent(self, alignment: int) -> int:
+        """Return the tokens from its start in a pack to its end, where each of its ``answers``
+        starts at a multiple of ``alignment``.
+        """
+        return extent([answer.length for answer in self.answers], alignment)
 
     @property
     def tiles(self) -> int:
         """Tiles of all images, thumbnails counted."""
         return sum(image.tiles for image in self.images)
+
+
+def extent(lengths: Sequence[int], alignment: int) -> int:
+    """Return the tokens from the start of the first of some samples side by side to the end of the
+    last, where each starts at a multiple of ``alignment``.
+    """
+    *others, last = lengths
+    return sum(-(-length // alignment) * alignment for length in others) + last

@@ -173,7 +173,9 @@ class RequestReader(MemoryReader):
         sources = tuple(
             Source(name=str(index), annotations=str(one.path)) for index, one in enumerate(requests)
         )
-        super().__init__((), replace(manifest, sources=sources), "--eval.tasks")
+        # A question is one sample, whatever the training packs hold.
+        alone = replace(manifest, sources=sources, preferences=False)
+        super().__init__((), alone, "--eval.tasks")
 
     def __reduce__(self) -> tuple:
         return type(self), (self.requests, self.order, self.manifest)

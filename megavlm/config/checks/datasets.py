@@ -41,6 +41,7 @@ class DatasetFacts:
         instruction_length: most tokens of an instruction that a Q-Former reads; 0: there are none.
         qformer_vocab_size: ids of the tokenizer of instructions.
         qformer_fingerprint: hash of that tokenizer.
+        preferences: whether its samples are pairs of a chosen and a rejected answer.
     """
 
     flag: str
@@ -64,6 +65,7 @@ class DatasetFacts:
     instruction_length: int = 0
     qformer_vocab_size: int = 0
     qformer_fingerprint: str = ""
+    preferences: bool = False
 
 
 def facts_problems(config: Config, facts: Sequence[DatasetFacts], world_size: int) -> list[str]:
@@ -123,6 +125,7 @@ def _dataset(config: Config, facts: DatasetFacts) -> Iterator[str]:
         yield f"{where}: its tokenizer has {facts.vocab_size} tokens, but {option} is {rows}"
     yield from _form(config, facts, where)
     yield from _instructions(arch, facts, where)
+    yield from _preferences(arch, facts, where)
     yield from sharing_problems(config.parallel, where, facts.capacity, facts.alignment)
     rows = rows_of_a_rank(config.parallel, facts.capacity)
     recipe = config.fp8.language
@@ -210,6 +213,23 @@ def _instructions(arch: Architecture, facts: DatasetFacts, where: str) -> Iterat
         yield (
             f"{where}: its --qformer_tokenizer has {facts.qformer_vocab_size} tokens, but"
             f" {flag}.vocab_size is {rows}"
+        )
+
+
+def _preferences(arch: Architecture, facts: DatasetFacts, where: str) -> Iterator[str]:
+    """Yield that a model is given pairs of answers and reads answers alone, or the other way
+    round.
+    """
+    if facts.preferences and not arch.needs.is_of_preferences:
+        yield (
+            f"{where}: packed with --preferences, each answer beside a rejected one, and"
+            f" --architecture.objective {arch.objective} would learn both; pack records of one"
+            " answer, or train an objective of preferences"
+        )
+    if arch.needs.is_of_preferences and not facts.preferences:
+        yield (
+            f"{where}: has no rejected answers, which --architecture.objective {arch.objective}"
+            " compares; pack records of two answers with --preferences"
         )
 
 

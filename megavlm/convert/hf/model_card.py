@@ -207,10 +207,11 @@ def _data(checkpoint: Checkpoint, manifest: Manifest) -> Iterator[str]:
         yield f"Of packs of {', '.join(f'`{short_name(folder)}`' for folder in folders)}."
         yield "What follows is told of one of them, the first that has images, if any has:"
         yield ""
+    pairs = " (pairs of a chosen and a rejected answer)" if manifest.preferences else ""
     yield (
-        f"{totals.samples:,} samples with {totals.tokens:,} tokens ({totals.supervised:,} of them"
-        f" supervised) and {totals.images:,} images in {totals.tiles:,} tiles, in"
-        f" {totals.packs:,} packs."
+        f"{totals.samples:,} samples{pairs} with {totals.tokens:,} tokens"
+        f" ({totals.supervised:,} of them supervised) and {totals.images:,} images in"
+        f" {totals.tiles:,} tiles, in {totals.packs:,} packs."
     )
     yield ""
     yield "| source | records | samples | repeat time |"

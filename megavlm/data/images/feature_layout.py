@@ -259,7 +259,11 @@ def images_in_text(images: Sequence[Tiled]) -> Iterator[list[Tiled]]:
 
 
 def numbers_in_pack(
-    images: np.ndarray, layout: FeatureLayout, features_per_tile: int
+    images: np.ndarray,
+    layout: FeatureLayout,
+    features_per_tile: int,
+    *,
+    preferences: bool = False,
 ) -> np.ndarray:
     """Return the index of each placeholder's feature among those of all tiles of a pack, or
     ``NEWLINE`` or ``MIXED``; int64 [sum of P].
@@ -268,22 +272,28 @@ def numbers_in_pack(
         images: the pack's table of images.
         layout: of each image.
         features_per_tile: F.
+        preferences: whether the rejected sample behind the one that an image belongs to has
+            placeholders of it too.
     """
     found = []
-    for image, first in _of_pack(images, features_per_tile):
+    for image, first in _of_pack(images, features_per_tile, preferences):
         numbers = layout.numbers(image)
         found.append(np.where(numbers < 0, numbers, numbers + first))
     return np.concatenate(found) if found else np.zeros(0, np.int64)
 
 
 def mixed_in_pack(
-    images: np.ndarray, layout: FeatureLayout, features_per_tile: int
+    images: np.ndarray,
+    layout: FeatureLayout,
+    features_per_tile: int,
+    *,
+    preferences: bool = False,
 ) -> Mixed | None:
     """Return what goes to a pack's placeholders of ``MIXED``, with indices among the features of
     all its tiles; none if there are none. Arguments are those of ``numbers_in_pack``.
     """
     found = []
-    for image, first in _of_pack(images, features_per_tile):
+    for image, first in _of_pack(images, features_per_tile, preferences):
         mixed = layout.mixed(image)
         if mixed is not None:
             found.append(Mixed(mixed.numbers + first, mixed.weights))
@@ -295,9 +305,17 @@ def as_tiled(images: np.ndarray) -> list[Tiled]:
     return [_Row(*row) for row in images[list(_Row._fields)].tolist()]
 
 
-def _of_pack(images: np.ndarray, features_per_tile: int) -> Iterator[tuple[Tiled, int]]:
-    """Yield the images of a pack, each with the index of its first feature."""
-    tiles = 0
-    for image in as_tiled(images):
-        yield image, tiles * features_per_tile
-        tiles += image.tiles
+def _of_pack(
+    images: np.ndarray, features_per_tile: int, preferences: bool
+) -> Iterator[tuple[Tiled, int]]:
+    """Yield the images in the order of their placeholders in a pack, each with the index of its
+    first feature: with ``preferences`` those of a pair twice, one time after the other.
+    """
+    tiles = np.cumsum(images["tiles"], dtype=np.int64) - images["tiles"]
+    found = list(zip(as_tiled(images), (tiles * features_per_tile).tolist(), strict=True))
+    ends = np.flatnonzero(np.diff(images["sample"], append=-1)) + 1
+    start = 0
+    for end in ends.tolist():
+        for _ in range(2 if preferences else 1):
+            yield from found[start:end]
+        start = end

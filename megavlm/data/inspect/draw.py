@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.loading.tiles import TileDecoder
 from megavlm.data.store.reader import Pack
 from megavlm.data.text.tokenizer import load_tokenizer
 
@@ -102,8 +103,11 @@ def spans(
     context = dataset.manifest.context_token_id
     start = 0
     for sample, length in enumerate(pack.lengths):
+        name = f"sample {sample}"
+        if dataset.manifest.preferences:
+            name = f"pair {sample // 2}, {('chosen', 'rejected')[sample % 2]}"
         yield (
-            f"\n[sample {sample}: {dataset.reader.origin(pack, sample)}, {length} tokens]\n",
+            f"\n[{name}: {dataset.reader.origin(pack, sample)}, {length} tokens]\n",
             SAMPLE_COLOUR,
         )
         tokens = pack.tokens[start : start + length]
@@ -144,7 +148,8 @@ def lay_out(pieces: Iterator[tuple[str, str]]) -> Iterator[Run]:
 
 def _draw_tiles(axes, dataset: PackedDataset, pack: Pack) -> None:
     """Draw the first tiles, side by side."""
-    tiles = dataset.batch(pack.pack_id, 0).tiles.numpy()[: min(TILES_SHOWN, pack.tiles)]
+    decoder = TileDecoder(dataset.manifest, (), dataset.folder, dataset.reader.origin)
+    tiles = decoder.decode(pack, range(min(TILES_SHOWN, pack.tiles)), 0, 0)
     rest = pack.tiles - len(tiles)
     axes.set_title(
         f"pack {pack.pack_id}: {len(pack.images)} images, {pack.tiles} tiles"

@@ -108,6 +108,9 @@ def _totals(overview: Overview) -> list[str]:
     """Write the sums over the whole dataset."""
     manifest = overview.manifest
     totals = overview.manifest.totals
+    pairs = (
+        f" in {totals.samples // 2:,} pairs of chosen and rejected" if manifest.preferences else ""
+    )
     mean_tiles = overview.spreads["tiles"].mean
     lines = [
         overview.folder,
@@ -117,8 +120,8 @@ def _totals(overview: Overview) -> list[str]:
             f" {totals.bytes / 1e9:.3f} GB"
         ),
         (
-            f"  samples {totals.samples:,}, images {totals.images:,}, tiles {totals.tiles:,},"
-            f" tokens {totals.tokens:,}"
+            f"  samples {totals.samples:,}{pairs}, images {totals.images:,}, tiles"
+            f" {totals.tiles:,}, tokens {totals.tokens:,}"
         ),
         f"  fill {overview.fill:.3%}, supervised {overview.supervised_share:.1%} of the tokens",
         (

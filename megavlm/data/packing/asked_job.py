@@ -27,6 +27,7 @@ PASSED_ON = (
     "alignment",
     "levels",
     "near",
+    "preferences",
     "seed",
     "workers",
     "max_rejects",

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
+from megavlm.config.objectives import needs_of
 from megavlm.config.recipes import RECIPES, recipe
 from megavlm.config.recipes.recipe import Recipe
 from megavlm.config.schema import ANY, Config
@@ -21,8 +22,8 @@ def add_stage_options(parser: argparse.ArgumentParser) -> None:
         default="",
         help=(
             f"recipe that the packs are for: {', '.join(RECIPES)}; with --stage it sets --template,"
-            " --tiling, --image_size and --model, each unless it is given (default: internvl if"
-            " there is a --stage)"
+            " --tiling, --image_size and --model, each unless it is given, and --preferences"
+            " (default: internvl if there is a --stage)"
         ),
     )
     group.add_argument(
@@ -57,7 +58,9 @@ def taken_settings(args: argparse.Namespace) -> str:
     """
     settings = stage_settings(args.recipe, args.stage)
     return " ".join(
-        f"--{name} {value}" for name, value in settings.items() if vars(args)[name] == value
+        f"--{name}" if value is True else f"--{name} {value}"
+        for name, value in settings.items()
+        if vars(args)[name] == value
     )
 
 
@@ -73,11 +76,14 @@ def other_templates(args: argparse.Namespace) -> list[str]:
 
 
 def form_warnings(args: argparse.Namespace) -> Iterator[str]:
-    """Warn of a template or of tiles that the stage is not trained on or, if none is named, of
-    tiles that no stage is trained on whose packs have the template: that is noticed when training
-    starts, and packing may have taken a day.
+    """Warn of a template, of tiles or of preferences that the stage is not trained on or, if none
+    is named, of tiles that no stage is trained on whose packs have the template: that is noticed
+    when training starts, and packing may have taken a day.
     """
     is_named = bool(args.recipe or args.stage)
+    settings = stage_settings(args.recipe, args.stage)
+    if is_named and args.preferences and "preferences" not in settings:
+        yield "--preferences: the stage is not trained on pairs of answers; leave it out"
     rows = [recipe(args.recipe or Config.recipe)] if is_named else RECIPES.values()
     stages = [
         row.data(name) for row in rows for name in ([args.stage] if args.stage else row.stages)
@@ -104,10 +110,12 @@ def form_warnings(args: argparse.Namespace) -> Iterator[str]:
 def _settings(chosen: Recipe, stage: str) -> dict[str, str | int]:
     """Return the options that follow from one stage."""
     data = chosen.data(stage)
+    row = chosen.stage(stage)
     given = {
         "template": data.template[0],
         "tiling": data.tiling,
-        "image_size": chosen.stage(stage).image_size,
+        "image_size": row.image_size,
         "model": chosen.name if chosen.architecture else None,
+        "preferences": needs_of(row.objective).is_of_preferences or None,
     }
     return {name: value for name, value in given.items() if value not in (ANY, None)}

@@ -176,6 +176,14 @@ def _add_switches(parser: argparse.ArgumentParser) -> None:
         ),
     )
     add(
+        "--preferences",
+        action="store_true",
+        help=(
+            "each record has two answers to one prompt, chosen and rejected, for training on"
+            " preferences (default: as the stage has it)"
+        ),
+    )
+    add(
         "--filter",
         metavar="NAME=VALUE",
         nargs="+",

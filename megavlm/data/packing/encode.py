@@ -25,6 +25,7 @@ from megavlm.data.images.video import (
     read_frames,
     read_media,
 )
+from megavlm.data.packing.answers import count_answers, with_rejected
 from megavlm.data.packing.shorten import cut_windows, truncated
 from megavlm.data.packing.size_limits import SizeLimits
 from megavlm.data.packing.windows import Windows
@@ -38,7 +39,7 @@ from megavlm.data.records.record import (
     Video,
 )
 from megavlm.data.records.reject import Reject, RejectError, printable
-from megavlm.data.sample import Image, Sample
+from megavlm.data.sample import Image, Sample, extent
 from megavlm.data.text.chat_tokens import ChatTemplate
 from megavlm.io.remote import RemoteError, is_remote
 
@@ -65,7 +66,7 @@ class Size:
     """How large a sample is.
 
     Args:
-        length: number of tokens.
+        length: number of tokens; of a sample with a rejected answer, its ``extent``.
         images: without their bytes.
         tiles: of all images, thumbnails counted.
         difficulty: for a curriculum.
@@ -94,6 +95,8 @@ class Encoder:
         windows: how long documents are cut.
         truncate: tokens that the end of a longer sample is cut off after; 0: nothing is cut off.
         seed: fixes the frames that are chosen at random.
+        preferences: whether each record has two answers, of which one is preferred.
+        alignment: each answer of a sample starts at a multiple of this many tokens in its pack.
     """
 
     def __init__(
@@ -108,6 +111,8 @@ class Encoder:
         windows: Windows | None = None,
         truncate: int = 0,
         seed: int = 0,
+        preferences: bool = False,
+        alignment: int = 1,
     ) -> None:
         self.template = template
         self.tiling = tiling
@@ -124,6 +129,8 @@ class Encoder:
         self.windows = windows or Windows()
         self.truncate = truncate
         self.seed = seed
+        self.preferences = preferences
+        self.alignment = alignment
 
     def encode_raw(
         self, raw: RawRecord, annotations: Annotations, *, source: int, images: Images
@@ -161,7 +168,11 @@ class Encoder:
             annotations.keep.check_record(fields, annotations.path, raw.number)
             difficulty = annotations.difficulty_of(fields)
             record = parse_record(
-                fields, root=annotations.root, files=raw.files, prompt=annotations.prompt
+                fields,
+                root=annotations.root,
+                files=raw.files,
+                prompt=annotations.prompt,
+                preferences=self.preferences,
             )
             return encode(
                 record,
@@ -205,7 +216,7 @@ class Encoder:
             )
             return tuple(
                 Size(
-                    length=sample.length,
+                    length=sample.extent(self.alignment),
                     images=sample.images,
                     tiles=sample.tiles,
                     difficulty=difficulty,
@@ -217,16 +228,17 @@ class Encoder:
         stills = tuple(
             self._image(file, len(record.images), max_tiles, images, keep) for file in record.images
         )
-        length = self.template.count(record.conversations, *sizes_in_text(stills, self.layout))
+        sizes = sizes_in_text(stills, self.layout)
+        lengths = count_answers(record.conversations, record.rejected, self.template, *sizes)
         size = Size(
-            length=length,
+            length=extent(lengths, self.alignment),
             images=stills,
             tiles=sum(still.tiles for still in stills),
             difficulty=difficulty,
             unread=record.unread,
         )
-        self.limits.check(size.length, size.images)
-        keep.check_length(size.length)
+        self.limits.check(size.length, size.images, answers=len(lengths))
+        keep.check_length(sum(lengths))
         return (size,)
 
     def encode(
@@ -282,11 +294,14 @@ class Encoder:
         if self.windows.cut and turns[0].role == "pretrain":
             samples = tuple(cut_windows(whole, self.windows, self.template, shown))
         else:
-            samples = (truncated(whole, self.truncate, self.template, shown),)
+            whole = truncated(whole, self.truncate, self.template, shown)
+            samples = (with_rejected(whole, turns, record.rejected, self.template, tiles, shown),)
         videos = [video.file.path for video in record.videos]
         for sample in samples:
-            self.limits.check(sample.length, sample.images, videos)
-            keep.check_length(sample.length)
+            lengths = [answer.length for answer in sample.answers]
+            length = extent(lengths, self.alignment)
+            self.limits.check(length, sample.images, videos, len(lengths))
+            keep.check_length(sum(lengths))
         return samples
 
     def _image(

@@ -57,6 +57,8 @@ class EncoderSettings:
         truncate: tokens that the end of a longer sample is cut off after; 0: nothing is cut off.
         qformer_tokenizer: folder of the tokenizer of instructions; empty: there are none.
         instruction_length: most tokens of an instruction.
+        preferences: whether each record has two answers, of which one is preferred.
+        alignment: each answer of a sample starts at a multiple of this many tokens in its pack.
     """
 
     tokenizer: str
@@ -74,6 +76,8 @@ class EncoderSettings:
     truncate: int = 0
     qformer_tokenizer: str = ""
     instruction_length: int = 0
+    preferences: bool = False
+    alignment: int = 1
 
 
 @lru_cache(maxsize=1)
@@ -101,6 +105,8 @@ def build_encoder(settings: EncoderSettings) -> Encoder:
         windows=settings.windows,
         truncate=0 if template.format.is_of_pairs else settings.truncate,
         seed=settings.seed,
+        preferences=settings.preferences,
+        alignment=settings.alignment,
     )
 
 

@@ -20,6 +20,14 @@ from typing import Any
 
 from megavlm.data.packing.encode import Images
 from megavlm.data.packing.executors import EncoderSettings, build_encoder, ordered_map
+from megavlm.data.packing.job_tokenizers import (
+    TOKENIZER_NAME,
+    context_token_id,
+    end_token_id,
+    load_own,
+    load_qformer,
+    save_both,
+)
 from megavlm.data.packing.plan import PackPlan, Samples, gather_samples, plan_packs
 from megavlm.data.packing.reject_limit import (
     check_scan,
@@ -50,20 +58,11 @@ from megavlm.data.records.reject import Reject, count_unwanted
 from megavlm.data.store.manifest import Level, Manifest, Source, Totals
 from megavlm.data.store.pack_format import PackRules, complete
 from megavlm.data.text.templates import chat_format
-from megavlm.data.text.tokenizer import (
-    QFORMER_TOKENIZER,
-    add_special_tokens,
-    fingerprint,
-    first_tokens,
-    load_tokenizer,
-    save_tokenizer,
-    video_token,
-)
+from megavlm.data.text.tokenizer import QFORMER_TOKENIZER, fingerprint
 from megavlm.io import atomic
 from megavlm.io.progress import Progress
 
 __all__ = ["Job", "pack_dataset", "plan_dataset"]
-TOKENIZER_NAME = "tokenizer"
 SCAN_NAME = "scan"
 REJECTS_NAME = "rejects.jsonl"
 
@@ -81,13 +80,13 @@ def pack_dataset(job: Job) -> Report:
     """
     start = time.monotonic()
     job.check()
-    tokenizer = _tokenizer(job)
-    words = _qformer_tokenizer(job)
+    tokenizer = load_own(job)
+    words = load_qformer(job)
     identity = job.identity(fingerprint(tokenizer), fingerprint(words) if words else "")
     with partial_folder(
         job.partial, identity, flag=f"--out {job.out}", prepared=(TOKENIZER_NAME,)
     ) as folder:
-        _save(tokenizer, words, folder)
+        save_both(tokenizer, words, folder)
         settings = _settings(job, tokenizer, folder / TOKENIZER_NAME)
         scan = _scan(job, settings, folder)
         plan = _plan(job, _gather(job, scan))
@@ -96,9 +95,9 @@ def pack_dataset(job: Job) -> Report:
         facts = {
             "tokenizer_fingerprint": settings.fingerprint,
             "vocab_size": max(tokenizer.get_vocab().values()) + 1,
-            "context_token_id": _context_token_id(job, tokenizer),
+            "context_token_id": context_token_id(job, tokenizer),
             "pad_token_id": tokenizer.pad_token_id or 0,
-            "end_token_id": _end_token_id(job, tokenizer),
+            "end_token_id": end_token_id(job, tokenizer),
         }
         if words:
             facts |= {
@@ -116,7 +115,7 @@ def pack_dataset(job: Job) -> Report:
         write_rejects(folder / REJECTS_NAME, scan, late)
         (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
         (folder / "report.txt").write_text(report.text() + "\n", encoding="utf-8")
-        _save(tokenizer, words, folder)  # again, in case it was removed in these hours
+        save_both(tokenizer, words, folder)  # again, in case it was removed in these hours
         publish(folder, Path(job.out), (SCAN_NAME, SOURCES_NAME, *WORK_FILES))
     job.rejects_path.unlink(missing_ok=True)  # of a run before, which had too many of them
     return report
@@ -129,65 +128,13 @@ def plan_dataset(job: Job) -> Report:
     start = time.monotonic()
     job.check()
     job = dataclasses.replace(job, out="")
-    tokenizer = _tokenizer(job)
+    tokenizer = load_own(job)
     with tempfile.TemporaryDirectory(prefix="megavlm-") as temporary:
         folder = Path(temporary)
-        _save(tokenizer, _qformer_tokenizer(job), folder)
+        save_both(tokenizer, load_qformer(job), folder)
         scan = _scan(job, _settings(job, tokenizer, folder / TOKENIZER_NAME), folder)
         samples = _gather(job, scan)
         return _report(job, scan, samples, _plan(job, samples), [], None, None, start)
-
-
-def _tokenizer(job: Job) -> Any:
-    """Load the tokenizer, with all that the dataset's copy of it needs."""
-    tokenizer = load_tokenizer(job.tokenizer)
-    add_special_tokens(tokenizer, chat_format(job.template).image_tokens)
-    form = chat_format(job.template)
-    if form.is_of_pairs:
-        if form.fills_pair and tokenizer.pad_token_id is None:
-            raise ValueError(
-                f"--template {job.template}: fills up texts, and the tokenizer of --tokenizer"
-                f" {job.tokenizer} has no pad_token"
-            )
-        if form.ends_pair and tokenizer.eos_token_id is None:
-            raise ValueError(
-                f"--template {job.template}: ends texts, and the tokenizer of --tokenizer"
-                f" {job.tokenizer} has no eos_token"
-            )
-        return tokenizer
-    tokenizer.chat_template = form.hf_template(
-        system_message=job.system_message,
-        bos=bool(form.first_token or first_tokens(tokenizer)),
-        video=video_token(tokenizer) if job.tiling.joins_frames else None,
-    )
-    return tokenizer
-
-
-def _qformer_tokenizer(job: Job) -> Any:
-    """Load the tokenizer of the instructions that a Q-Former reads; none if it reads none."""
-    folder = job.qformer_tokenizer_folder
-    return load_tokenizer(folder, "--qformer_tokenizer") if folder else None
-
-
-def _save(tokenizer: Any, words: Any, folder: Path) -> None:
-    """Write both tokenizers into a dataset, that of the Q-Former inside the other one's folder, as
-    in the folders of transformers.
-    """
-    save_tokenizer(tokenizer, folder / TOKENIZER_NAME)
-    if words:
-        save_tokenizer(words, folder / TOKENIZER_NAME / QFORMER_TOKENIZER)
-
-
-def _context_token_id(job: Job, tokenizer: Any) -> int:
-    """Return the id of the token that stands for an image feature; -1 if texts have none."""
-    form = chat_format(job.template)
-    return -1 if form.is_of_pairs else tokenizer.convert_tokens_to_ids(form.images.context)
-
-
-def _end_token_id(job: Job, tokenizer: Any) -> int:
-    """Return the id of the token that ends a text; -1 if the template has none."""
-    end = chat_format(job.template).text_end
-    return tokenizer.convert_tokens_to_ids(end) if end else -1
 
 
 def _settings(job: Job, tokenizer: Any, folder: Path) -> EncoderSettings:
@@ -212,6 +159,8 @@ def _settings(job: Job, tokenizer: Any, folder: Path) -> EncoderSettings:
         if job.qformer_tokenizer_folder
         else "",
         instruction_length=job.most_of_instruction,
+        preferences=job.preferences,
+        alignment=job.alignment,
     )
     build_encoder(settings)
     return settings
@@ -271,7 +220,12 @@ def _write_shards(
         if (written := find_written(folder, number)) is not None:
             shards.add(number, written)
     missing = [number for number in range(plan.shards) if number not in shards]
-    rules = PackRules(capacity=job.capacity, tile_cap=plan.tile_cap, alignment=job.alignment)
+    rules = PackRules(
+        capacity=job.capacity,
+        tile_cap=plan.tile_cap,
+        alignment=job.alignment,
+        preferences=job.preferences,
+    )
     sources = write_sources(folder.absolute(), job.sources)
 
     def tasks() -> Iterator[ShardTask]:
@@ -326,11 +280,12 @@ def _report(
         records=scan.records,
         packed_records=scan.packable - len(late),
         rejects=dict(sorted(reasons.items())),
-        sources=report_sources(job.sources, scan, plan, late, shards and shards.sources),
+        sources=report_sources(job, scan, plan, late, shards and shards.sources),
         capacity=job.capacity,
         seed=job.seed,
         tile_multiple=job.tile_multiple,
         levels=_levels(plan, shards or ()),
+        preferences=job.preferences,
         totals=totals,
         seconds=time.monotonic() - start,
     )
@@ -378,6 +333,7 @@ def _manifest(
         tile_cap=plan.tile_cap,
         alignment=job.alignment,
         seed=job.seed,
+        preferences=job.preferences,
         sources=tuple(
             Source(
                 name=source.name,

@@ -76,7 +76,8 @@ class PackPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """The sizes of all samples, repeats counted.
+    """The sizes of all samples, repeats counted; a sample and the rejected one beside it are one
+    here, since they share a pack.
 
     Args:
         rows: int32 [samples], the row of the scan that each is, in an order that the seed fixes.

@@ -40,6 +40,7 @@ class Report:
         rejected: records left out.
         rejects: number of rejected records for each reason.
         samples: samples packed; a record that is taken k times is k samples.
+        pairs: pairs of a chosen and a rejected sample, which all samples are; None: there are none.
         packs: packs written, or planned.
         capacity: tokens of a pack.
         tokens: tokens of all samples.
@@ -56,8 +57,8 @@ class Report:
         bytes: size of the packs; None in a dry run.
         seconds: time that it took, since it was started last.
         sources: figures of each source.
-        lengths: tokens of the samples, aligned.
-        tile_counts: tiles of the samples.
+        lengths: tokens of the samples, or of the pairs, aligned.
+        tile_counts: tiles of the samples, or of the pairs.
         caps: what other tile caps would come to.
     """
 
@@ -68,6 +69,7 @@ class Report:
     rejected: int
     rejects: dict[str, int]
     samples: int
+    pairs: int | None
     packs: int
     capacity: int
     tokens: int
@@ -106,6 +108,7 @@ class Report:
     def text(self) -> str:
         """Return the figures as lines of text."""
         supervised = "" if self.supervised is None else f", {self.supervised:,} of them supervised"
+        pairs = "" if self.pairs is None else f", in {self.pairs:,} pairs of chosen and rejected"
         size = "" if self.bytes is None else f", {self.bytes / 1e6:,.1f} MB"
         images = (
             f"{self.tiles:,} tiles"
@@ -120,7 +123,7 @@ class Report:
                 for reason, count in self.rejects.items()
             ),
             *(line for source in self.sources for line in source.lines()),
-            f"samples   {self.samples:,} of {self.tokens:,} tokens{supervised}",
+            f"samples   {self.samples:,} of {self.tokens:,} tokens{supervised}{pairs}",
             f"packs     {self.packs:,} of {self.capacity:,} tokens, {self.fill:.2%} filled{size}",
             *(
                 f"level     {level.packs:,} packs of difficulty {level.easiest:g} to"
@@ -160,6 +163,7 @@ class PackingFacts:
         seed: of the packer.
         tile_multiple: what a chosen tile cap is a multiple of.
         levels: of difficulty, with the packs of each that were written, or are planned.
+        preferences: whether each sample has a rejected one beside it.
         totals: of what was written; None: a dry run.
         seconds: time that it took.
     """
@@ -173,6 +177,7 @@ class PackingFacts:
     seed: int
     tile_multiple: int = 1
     levels: tuple[Level, ...] = ()
+    preferences: bool = False
     totals: Totals | None = None
     seconds: float
 
@@ -188,7 +193,7 @@ def make_report(samples: Samples, plan: PackPlan, facts: PackingFacts) -> Report
     rejected = sum(facts.rejects.values())
     assert facts.records == facts.packed_records + rejected, facts
     totals = facts.totals
-    known = _planned(samples, plan) if totals is None else totals
+    known = _planned(samples, plan, facts.preferences) if totals is None else totals
     per_pack = _tiles_of_packs(samples, plan)
     return Report(
         out=facts.out,
@@ -198,6 +203,7 @@ def make_report(samples: Samples, plan: PackPlan, facts: PackingFacts) -> Report
         rejected=rejected,
         rejects=facts.rejects,
         samples=known.samples,
+        pairs=known.samples // 2 if facts.preferences else None,
         packs=known.packs,
         capacity=facts.capacity,
         tokens=known.tokens,
@@ -226,10 +232,11 @@ def make_report(samples: Samples, plan: PackPlan, facts: PackingFacts) -> Report
     )
 
 
-def _planned(samples: Samples, plan: PackPlan) -> Totals:
+def _planned(samples: Samples, plan: PackPlan, preferences: bool) -> Totals:
     """Return what would be written."""
+    count = len(plan.order) * (2 if preferences else 1)
     tokens, tiles = (int(values.sum(dtype=np.int64)) for values in (samples.tokens, samples.tiles))
-    return Totals(packs=plan.packs, samples=len(plan.order), tokens=tokens, tiles=tiles)
+    return Totals(packs=plan.packs, samples=count, tokens=tokens, tiles=tiles)
 
 
 def _tiles_of_packs(samples: Samples, plan: PackPlan) -> np.ndarray:

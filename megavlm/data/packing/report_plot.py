@@ -22,8 +22,9 @@ def draw_report(report: Report, path: Path) -> None:
         f" tokens, {report.fill:.3%} filled, {report.rejected:,} rejected"
     )
     axes = figure.subplots(2, 3)
-    _draw_histogram(axes[0, 0], report.lengths, "tokens of a sample")
-    _draw_histogram(axes[0, 1], report.tile_counts, "tiles of a sample")
+    unit = "sample" if report.pairs is None else "pair"
+    _draw_histogram(axes[0, 0], report.lengths, "tokens", unit)
+    _draw_histogram(axes[0, 1], report.tile_counts, "tiles", unit)
     _draw_caps(axes[0, 2], report)
     sources = report.sources[:SHOWN_SOURCES]
     names = [source.name for source in sources]
@@ -33,8 +34,8 @@ def draw_report(report: Report, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def _draw_histogram(axes, histogram: Histogram, label: str) -> None:
-    """Draw a histogram of the samples; the counts differ by powers of ten."""
+def _draw_histogram(axes, histogram: Histogram, name: str, unit: str) -> None:
+    """Draw a histogram of the samples or pairs; the counts differ by powers of ten."""
     axes.bar(
         histogram.edges[:-1],
         histogram.counts,
@@ -42,7 +43,7 @@ def _draw_histogram(axes, histogram: Histogram, label: str) -> None:
         align="edge",
         color=COLOUR,
     )
-    axes.set(xlabel=label, ylabel="samples", yscale="log")
+    axes.set(xlabel=f"{name} of a {unit}", ylabel=f"{unit}s", yscale="log")
 
 
 def _draw_caps(axes, report: Report) -> None:

@@ -1,9 +1,9 @@
 """First pass over the annotation files: the tokens and tiles of each sample, and the records to
 leave out.
 
-A sample is a row of 32 bytes in a file. Progress is saved now and then, and a scan that was stopped
-resumes there. Records that were rejected because a media file was missing or damaged are read again
-when it resumes.
+A sample, with the rejected answer beside it, is a row of 32 bytes in a file. Progress is saved now
+and then, and a scan that was stopped resumes there. Records that were rejected because a media file
+was missing or damaged are read again when it resumes.
 """
 
 from __future__ import annotations

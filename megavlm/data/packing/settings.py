@@ -64,6 +64,7 @@ class Job:
         levels: levels of difficulty that records are cut into; 0: one for each difficulty.
         near: folder of scores, in whose order packs are filled with similar records; empty: packs
             are filled as well as can be.
+        preferences: whether each record has two answers to one prompt, of which one is preferred.
         seed: fixes which of equal samples share a pack, and the order of packs.
         workers: processes that encode; 0: this one (with Ray: as many as the cluster has cores).
         executor: where they run.
@@ -93,6 +94,7 @@ class Job:
     alignment: int = 1
     levels: int = 0
     near: str = ""
+    preferences: bool = False
     seed: int = 0
     workers: int = 0
     executor: Executor = "processes"
@@ -145,6 +147,7 @@ class Job:
             )
         self._check_tiles()
         self._check_near()
+        self._check_preferences()
         for source in self.sources:
             check_scores(source.keep, [source.path], f"filter of {source.name}")
         if not 0 <= self.max_rejects <= 1:
@@ -166,6 +169,31 @@ class Job:
             scores.check([source.path for source in self.sources])
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"{flag}: {error}") from None
+
+    def _check_preferences(self) -> None:
+        """Raise ValueError for what does not go with two answers to each prompt."""
+        if not self.preferences:
+            return
+        if chat_format(self.template).is_of_pairs:
+            raise ValueError(
+                f"--preferences: a text of --template {self.template} is no answer; give a template"
+                " of conversations"
+            )
+        if self.windows.cut:
+            raise ValueError(
+                "--preferences: a document has no two answers; leave --window_tokens and"
+                " --window_images out"
+            )
+        if self.truncate:
+            raise ValueError(
+                f"--truncate {self.truncate}: an answer without its end is not the one that"
+                " --preferences compares; leave it out, and raise --capacity for longer records"
+            )
+        if self.near:
+            raise ValueError(
+                f"--near {self.near}: puts pairs of image and text beside hard negatives, and"
+                " --preferences has none; leave one of them out"
+            )
 
     def _check_template(self) -> None:
         """Raise ValueError for a template that does not go with the images' tiles."""

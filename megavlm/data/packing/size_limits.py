@@ -32,13 +32,20 @@ class SizeLimits:
     layout: FeatureLayout
     template: ChatTemplate
 
-    def check(self, length: int, images: Sequence[Image], videos: Sequence[str] = ()) -> None:
+    def check(
+        self,
+        length: int,
+        images: Sequence[Image],
+        videos: Sequence[str] = (),
+        answers: int = 1,
+    ) -> None:
         """Raise RejectError for a sample that no pack can hold.
 
         Args:
-            length: number of tokens.
+            length: number of tokens, of all answers.
             images: its images, and the frames of its videos.
             videos: names of the videos, each as often as it is shown.
+            answers: 2 if a rejected answer stands beside it, with placeholders of the same images.
         """
         tiles = sum(image.tiles for image in images)
         if self.tile_cap is not None and tiles > self.tile_cap:
@@ -50,8 +57,8 @@ class SizeLimits:
                 f" --tile_cap{advice}",
             )
         if length > self.capacity:
-            features = [self.layout.count(image) for image in images]
-            line = self._frame_line() if videos else 0
+            features = [answers * self.layout.count(image) for image in images]
+            line = answers * self._frame_line() if videos else 0
             sizes = [
                 count + (line if image.name in videos else 0)
                 for count, image in zip(features, images, strict=True)
@@ -59,8 +66,9 @@ class SizeLimits:
             advice = self._advice(images, videos, sizes, length - self.capacity)
             raise RejectError(
                 "too_long",
-                f"{length} tokens, {sum(features)} of them for {tiles} tiles, but a pack holds"
-                f" {self.capacity}: raise --capacity{advice}",
+                f"{length} tokens{' of both answers' if answers > 1 else ''}, {sum(features)} of"
+                f" them for {tiles} tiles, but a pack holds {self.capacity}: raise"
+                f" --capacity{advice}",
             )
 
     def _advice(

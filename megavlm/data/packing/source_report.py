@@ -11,8 +11,8 @@ import numpy as np
 
 from megavlm.data.packing.plan import PackPlan
 from megavlm.data.packing.scan import Scan
+from megavlm.data.packing.settings import Job
 from megavlm.data.packing.write_shards import SourceTotals
-from megavlm.data.records.meta_file import Annotations
 from megavlm.data.records.reject import Reject
 from megavlm.io.record_file import RecordFile
 
@@ -27,7 +27,7 @@ class SourceReport:
         name: of the source.
         records: read.
         rejected: of them, left out.
-        samples: packed, repeats counted.
+        samples: packed, repeats counted; of a pair, both.
         text_only: of them, without an image or a video.
         tokens: of the samples.
         share: of all tokens.
@@ -67,7 +67,7 @@ class SourceReport:
 
 
 def report_sources(
-    sources: Sequence[Annotations],
+    job: Job,
     scan: Scan,
     plan: PackPlan,
     late: Sequence[Reject],
@@ -76,13 +76,14 @@ def report_sources(
     """Return the figures of each source, in the order of the meta file.
 
     Args:
-        sources: annotation files.
+        job: names the annotation files.
         scan: their records.
         plan: the samples that were to be packed.
         late: records that the second pass rejected.
         packed: what it wrote of each file; None: a dry run.
     """
-    taken = _planned(scan.rows, plan, len(sources)) if packed is None else packed
+    sources = job.sources
+    taken = _planned(job, scan.rows, plan) if packed is None else packed
     all_tokens = max(1, sum(each.tokens for each in taken))
     lost = Counter(reject.source for reject in late)
     reports = []
@@ -114,8 +115,12 @@ def report_sources(
     return tuple(reports)
 
 
-def _planned(rows: RecordFile, plan: PackPlan, sources: int) -> list[SourceTotals]:
-    """Return what would be packed of each source; nothing is known of its images."""
+def _planned(job: Job, rows: RecordFile, plan: PackPlan) -> list[SourceTotals]:
+    """Return what would be packed of each source; nothing is known of its images. Tokens of pairs
+    include what aligns the rejected ones.
+    """
+    sources = len(job.sources)
+    of_row = 2 if job.preferences else 1
     times = np.bincount(plan.order, minlength=len(rows))
     source = rows["source"]
 
@@ -123,8 +128,8 @@ def _planned(rows: RecordFile, plan: PackPlan, sources: int) -> list[SourceTotal
         return np.bincount(source, weights, sources).astype(np.int64).tolist()
 
     columns = {
-        "samples": total(times),
-        "text_only": total(np.where(rows["tiles"] == 0, times, 0)),
+        "samples": total(of_row * times),
+        "text_only": total(np.where(rows["tiles"] == 0, of_row * times, 0)),
         "tokens": total(times * rows["tokens"]),
         "tiles": total(times * rows["tiles"]),
     }

@@ -66,11 +66,11 @@ class SourceTotals:
     """What of one source is in packs.
 
     Args:
-        samples: repeats counted.
+        samples: repeats counted, and the rejected ones of pairs too.
         text_only: of them, without an image or a video.
         tokens: of the samples.
-        tiles: of the samples.
-        images: of the samples.
+        tiles: of the samples; those that both samples of a pair show count once.
+        images: of the samples, counted likewise.
         deep_images: of them, those with more than 8 bits a channel.
     """
 
@@ -83,9 +83,10 @@ class SourceTotals:
 
     def count(self, sample: Sample) -> None:
         """Add a sample."""
-        self.samples += 1
-        self.text_only += not sample.tiles
-        self.tokens += sample.length
+        count = len(sample.answers)
+        self.samples += count
+        self.text_only += 0 if sample.tiles else count
+        self.tokens += sum(answer.length for answer in sample.answers)
         self.tiles += sample.tiles
         self.images += len(sample.images)
         self.deep_images += sum(image.deep for image in sample.images)
@@ -286,8 +287,9 @@ def _encode_row(
         return reject(raw, annotations, source, _changed(row, str(samples)))
     window = int(row["window"])
     sample = next((each for each in samples if each.window == window), None)
-    if sample is None or (sample.length, sample.tiles) != (row["tokens"], row["tiles"]):
-        now = f"{sample.length} tokens, {sample.tiles} tiles" if sample else "gone"
+    length = sample.extent(task.rules.alignment) if sample else 0
+    if sample is None or (length, sample.tiles) != (row["tokens"], row["tiles"]):
+        now = f"{length} tokens, {sample.tiles} tiles" if sample else "gone"
         return reject(raw, annotations, source, _changed(row, now))
     if task.decode_images:
         # All windows of a document, so that they are packed or rejected together.

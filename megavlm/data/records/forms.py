@@ -80,7 +80,7 @@ def read_statement(fields: Mapping[str, Any], media: int, prompt: str) -> Statem
     )
 
 
-def _conversation(key: str) -> Callable[[Mapping[str, Any], int, str], Statement]:
+def conversation(key: str) -> Callable[[Mapping[str, Any], int, str], Statement]:
     """Return the reader of a list of turns under ``key``: InternVL's and ShareGPT's ``from`` and
     ``value``, or OpenAI's ``role`` and ``content``.
     """
@@ -91,14 +91,14 @@ def _conversation(key: str) -> Callable[[Mapping[str, Any], int, str], Statement
             raise RejectError("conversation", f"{key} is {entries!r:.200}")
         statement = Statement(turns=[], keys=(key,))
         for index, entry in enumerate(entries):
-            statement.turns.append(_turn(entry, f"{key}[{index}]", statement))
+            statement.turns.append(read_turn(entry, f"{key}[{index}]", statement))
         statement.unread = {f"{key}[].{name}" for name in statement.unread}
         return statement
 
     return read
 
 
-def _turn(entry: Any, name: str, statement: Statement) -> Turn:
+def read_turn(entry: Any, name: str, statement: Statement) -> Turn:
     """Read one turn of a conversation."""
     if not isinstance(entry, dict):
         raise RejectError("conversation", f"{name} is {entry!r:.200}, not an object")
@@ -169,19 +169,17 @@ def _joined_parts(parts: list[Any], name: str, statement: Statement) -> str:
     return text
 
 
-def _questions(
-    question: str, answer: str, more: str = ""
-) -> Callable[[Mapping[str, Any], int, str], Statement]:
-    """Return the reader of one question and answer, after a ``history`` of such pairs."""
+def question(key: str, more: str = "") -> Callable[[Mapping[str, Any], int, str], Statement]:
+    """Return the reader of one question, after a ``history`` of pairs of question and answer."""
 
     def read(fields: Mapping[str, Any], media: int, prompt: str) -> Statement:
-        keys = [question, answer, "history"]
+        keys = [key, "history"]
         history = fields.get("history") or []
         if not isinstance(history, list) or not all(
             isinstance(pair, list) and len(pair) == 2 for pair in history
         ):
             raise RejectError("conversation", f"history is {history!r:.200}, not a list of pairs")
-        asked = unicode_text(fields[question], question)
+        asked = unicode_text(fields[key], key)
         if more:
             keys.append(more)
             if fields.get(more):
@@ -190,8 +188,23 @@ def _questions(
             (unicode_text(one, f"history[{index}]"), learned_text(other, f"history[{index}]"))
             for index, (one, other) in enumerate(history)
         ]
-        pairs.append((asked, learned_text(fields[answer], answer)))
-        return Statement(turns=list(_alternate(pairs)), keys=tuple(keys))
+        turns = [*_alternate(pairs), Turn(role="human", text=asked)]
+        return Statement(turns=turns, keys=tuple(keys))
+
+    return read
+
+
+def _answered(
+    key: str, answer: str, more: str = ""
+) -> Callable[[Mapping[str, Any], int, str], Statement]:
+    """Return the reader of one question and its answer, after a ``history``."""
+    ask = question(key, more)
+
+    def read(fields: Mapping[str, Any], media: int, prompt: str) -> Statement:
+        statement = ask(fields, media, prompt)
+        statement.turns.append(Turn(role="gpt", text=learned_text(fields[answer], answer)))
+        statement.keys = (*statement.keys, answer)
+        return statement
 
     return read
 
@@ -307,13 +320,13 @@ def _text(fields: Mapping[str, Any], media: int, prompt: str) -> Statement:
 
 
 FORMS = (
-    Form(keys=("conversations",), read=_conversation("conversations")),
-    Form(keys=("messages",), read=_conversation("messages")),
+    Form(keys=("conversations",), read=conversation("conversations")),
+    Form(keys=("messages",), read=conversation("messages")),
     Form(keys=("texts",), read=_texts),
     Form(keys=("text_list", "image_info"), read=_sentences),
-    Form(keys=("query", "response"), read=_questions("query", "response")),
-    Form(keys=("instruction", "output"), read=_questions("instruction", "output", "input")),
-    Form(keys=("question", "answer"), read=_questions("question", "answer")),
+    Form(keys=("query", "response"), read=_answered("query", "response")),
+    Form(keys=("instruction", "output"), read=_answered("instruction", "output", "input")),
+    Form(keys=("question", "answer"), read=_answered("question", "answer")),
     Form(keys=("caption",), read=_caption("caption")),
     # Hugging Face's imagefolder: `text` describes the image.
     Form(keys=("file_name", "text"), read=_caption("text")),

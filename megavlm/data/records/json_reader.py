@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 from megavlm.data.records.forms import FORMS, LIST_KEYS
+from megavlm.data.records.preferences import BOTH_KEYS
 from megavlm.data.records.raw_record import OffsetRange, RawRecord, in_ranges
 from megavlm.data.records.record import parse_json
 from megavlm.data.records.reject import RejectError, printable
@@ -84,7 +85,7 @@ def _refuse_spread_object(path: str, head: bytes) -> None:
         spread = end > len(line)
     # A record may hold lists of its own, such as the texts that its image shows.
     is_record = isinstance(first, dict) and any(
-        all(key in first for key in form.keys) for form in FORMS
+        all(key in first for key in keys) for keys in (*(form.keys for form in FORMS), BOTH_KEYS)
     )
     records = first.items() if isinstance(first, dict) and not is_record else ()
     lists = [key for key, value in records if _is_record_list(value)]
@@ -112,7 +113,7 @@ def _first_value(text: str) -> tuple[dict[str, Any], int]:
     except (ValueError, RecursionError):
         # The head of the file may have cut the object.
         wrapped = re.match(r'\{\s*"(\w+)"\s*:\s*\[\s*\{\s*"(\w+)"', text)
-        known = (*LIST_KEYS, "image_info")
+        known = (*LIST_KEYS, "image_info", "prompt", *BOTH_KEYS)
         if wrapped and len(text) > HEAD_BYTES // 8 and wrapped[1] not in known:
             return {wrapped[1]: [{"text": ""}]}, len(text)
         return {}, 0

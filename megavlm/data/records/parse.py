@@ -16,6 +16,7 @@ from megavlm.data.records.media_fields import (
     media_file,
     read_videos,
 )
+from megavlm.data.records.preferences import ANSWER_KEYS, read_preference
 from megavlm.data.records.record import (
     IMAGE_PLACEHOLDER,
     SHOWING_ROLES,
@@ -32,10 +33,8 @@ REFUSED_KEYS = (
     "functions",
     "audio",
     "audios",
-    "chosen",
-    "rejected",
-    "rejected_response",
     "rejected_images",
+    "rejected_messages",
 )
 ALTERNATION = ("human", "gpt")
 EMPTY = ("", "[]", "{}", "null")
@@ -47,6 +46,7 @@ def parse_record(
     root: str = "",
     files: Mapping[str, bytes] | None = None,
     prompt: str = "",
+    preferences: bool = False,
 ) -> Record:
     """Return the record that some fields make.
 
@@ -59,19 +59,20 @@ def parse_record(
             they are.
         files: media that are stored beside the record, by name.
         prompt: what the human turn of a caption says behind the image.
+        preferences: whether each record has two answers, of which one is preferred.
 
     Raises:
         RejectError: the fields are not a record, with the reason.
     """
-    for key in REFUSED_KEYS:
-        if key not in fields:
-            continue
-        value = fields[key]
-        if value and value not in EMPTY:
-            raise RejectError("unsupported", f"the record has {key}, which is not supported")
+    _refuse(fields, preferences)
     images, image_key = find_media(fields, IMAGE_KEYS, "image")
     videos, video_key = find_media(fields, VIDEO_KEYS, "video")
-    statement = read_statement(fields, len(images) + len(videos), prompt)
+    media = len(images) + len(videos)
+    rejected = None
+    if preferences:
+        statement, rejected = read_preference(fields, media, prompt)
+    else:
+        statement = read_statement(fields, media, prompt)
     images = _placed(images, statement, "image")
     videos = _placed(videos, statement, "video")
     turns = _with_system(statement.turns, fields)
@@ -79,14 +80,29 @@ def parse_record(
     turns = _with_placeholders(turns, len(images), len(videos), "caption" in statement.keys)
     others = fields.keys() - statement.keys
     if others:
-        others -= {*SYSTEM_KEYS, *REFUSED_KEYS, image_key, video_key, "clip"}
+        others -= {*SYSTEM_KEYS, *REFUSED_KEYS, *ANSWER_KEYS, image_key, video_key, "clip"}
     unread = {str(key) for key in others if fields[key] not in (None, "", [])}
     return Record(
         conversations=tuple(turns),
         images=tuple(media_file(entry, "image", root, files or {}) for entry in images),
         videos=read_videos(videos, fields, root, files or {}),
         unread=tuple(sorted(printable(key, 100) for key in unread | statement.unread)),
+        rejected=rejected,
     )
+
+
+def _refuse(fields: Mapping[str, Any], preferences: bool) -> None:
+    """Refuse a record with content that is not read."""
+    refused = REFUSED_KEYS if preferences else (*REFUSED_KEYS, *ANSWER_KEYS)
+    for key in refused:
+        if key not in fields:
+            continue
+        value = fields[key]
+        if value and value not in EMPTY:
+            why = "which is not supported"
+            if key in ANSWER_KEYS:
+                why = "which only tools/pack_dataset.py --preferences reads"
+            raise RejectError("unsupported", f"the record has {key}, {why}")
 
 
 def _placed(listed: list[Any], statement: Statement, name: str) -> list[Any]:

@@ -65,12 +65,15 @@ class Record:
         images: the images, in the order of their placeholders.
         videos: the videos, in the order of theirs.
         unread: keys of the record that were not read, sorted.
+        rejected: the answer that is not preferred to the last turn, which it would stand in the
+            place of; None: a record of one answer.
     """
 
     conversations: tuple[Turn, ...]
     images: tuple[MediaFile, ...] = ()
     videos: tuple[Video, ...] = ()
     unread: tuple[str, ...] = ()
+    rejected: Turn | None = None
 
 
 def _refuse_constant(name: str) -> float:

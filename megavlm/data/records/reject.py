@@ -33,6 +33,10 @@ REASONS = {
         " nor one pretrain"
     ),
     "empty_answer": "an answer, a caption or a text to be learned is empty, or none is learned",
+    "no_preference": (
+        "the record has not two answers, chosen and rejected, and --preferences is set"
+    ),
+    "same_answers": "the preferred answer and the rejected one are the same",
     "unsupported": (
         "the record has content that is not supported, such as tools or audio, or several questions"
         " for a template of one"

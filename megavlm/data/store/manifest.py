@@ -19,10 +19,11 @@ from megavlm.io.typed_json import build
 
 FILE_NAME = "manifest.json"
 FORMAT_NAME = "megavlm-packs"
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 # Version 2 had no levels, version 3 no limit of the size of images, version 4 no instructions for a
-# Q-Former, version 5 no grids, version 6 no videos whose frames are one image in the text.
-READ_VERSIONS = (2, 3, 4, 5, 6, FORMAT_VERSION)
+# Q-Former, version 5 no grids, version 6 no videos whose frames are one image in the text, version
+# 7 no preferences.
+READ_VERSIONS = (2, 3, 4, 5, 6, 7, FORMAT_VERSION)
 # More than a blend has; what is parsed is in memory anyway, as long as its dataset is open.
 KEPT_MANIFESTS = 4096
 
@@ -37,7 +38,7 @@ class Source:
             comes from.
         root: folder that image paths are relative to.
         records: records read.
-        samples: samples packed (repeats counted, rejected records not).
+        samples: samples packed (repeats counted, rejected records not); of a pair, both.
         repeat_time: how often the source was asked to be taken; below 1: a share of it.
         augment: whether its images may be changed at random while training.
     """
@@ -131,6 +132,8 @@ class Manifest:
         tile_cap: most tiles of a pack.
         alignment: each sample starts at a multiple of this many tokens in its pack.
         seed: seed of the packer.
+        preferences: whether samples 2 i and 2 i + 1 of each pack are two answers to one prompt, of
+            which the first is preferred, and which show the same images, stored once.
         sources: annotation files; a sample names its source by its index here.
         levels: the packs' levels of difficulty, the easiest first; none where the records'
             difficulty is not known.
@@ -165,6 +168,7 @@ class Manifest:
     tile_cap: int
     alignment: int = 1
     seed: int = 0
+    preferences: bool = False
     sources: tuple[Source, ...] = ()
     levels: tuple[Level, ...] = ()
     rejects: dict[str, int] = field(default_factory=dict)

@@ -9,6 +9,9 @@ at multiples of 8 bytes:
 
 All numbers are little-endian. ``index_format`` has the index. Shapes: T tokens of the pack, N
 samples, M tokens of their instructions for a Q-Former.
+
+In a pack of preferences samples 2 i and 2 i + 1 are a pair, the chosen and the rejected one. The
+images of a pair are stored once, for the chosen one; the placeholder tokens of both mean them.
 """
 
 from __future__ import annotations
@@ -106,6 +109,7 @@ class PackRules:
         capacity: tokens of a pack, each sample's length rounded up to ``alignment``.
         tile_cap: most tiles of a pack; None: any number.
         alignment: each sample will start at a multiple of this many tokens.
+        preferences: whether each sample has a rejected one beside it.
 
     Raises:
         ValueError: the capacity is not a multiple of the alignment.
@@ -114,6 +118,7 @@ class PackRules:
     capacity: int
     tile_cap: int | None = None
     alignment: int = 1
+    preferences: bool = False
 
     def __post_init__(self) -> None:
         if self.capacity < 1 or self.alignment < 1 or self.capacity % self.alignment:
@@ -123,13 +128,11 @@ class PackRules:
 
     def check(self, samples: Sequence[Sample]) -> None:
         """Raise ValueError where samples cannot make a pack."""
-        used = sum(round_up(len(sample.tokens), self.alignment) for sample in samples)
+        self._check_pairs(samples)
+        lengths = [answer.length for sample in samples for answer in sample.answers]
+        used = sum(round_up(length, self.alignment) for length in lengths)
         tiles = sum(sample.tiles for sample in samples)
-        if (
-            not samples
-            or used > self.capacity
-            or any(len(sample.tokens) == 0 for sample in samples)
-        ):
+        if not samples or used > self.capacity or not all(lengths):
             raise ValueError(
                 f"a pack of {len(samples)} samples takes {used} tokens (aligned to"
                 f" {self.alignment}); it must hold samples that are not empty and at most"
@@ -140,6 +143,22 @@ class PackRules:
                 f"a pack of {len(samples)} samples has {tiles} tiles, above --tile_cap"
                 f" {self.tile_cap}"
             )
+
+    def _check_pairs(self, samples: Sequence[Sample]) -> None:
+        """Raise ValueError for samples alone in a pack of preferences, and the other way round."""
+        alone = sum(sample.rejected is None for sample in samples)
+        if alone != (0 if self.preferences else len(samples)):
+            raise ValueError(
+                f"a pack of {len(samples)} samples, of which {alone} have no rejected answer beside"
+                f" them; in packs {'of' if self.preferences else 'without'} preferences"
+                f" {'none' if self.preferences else 'all'} may be so"
+            )
+        for sample in samples if self.preferences else ():
+            other = sample.rejected
+            if other.images or len(other.instruction) or other.rejected is not None:
+                raise ValueError("a rejected answer has images, or an instruction, of its own")
+            if (other.source, other.line) != (sample.source, sample.line):
+                raise ValueError("a rejected answer is of another record than the chosen one")
 
 
 class ShardWriter:
@@ -242,8 +261,9 @@ def _index_chunks(
 
 def pack_block(samples: Sequence[Sample]) -> tuple[list[bytes], np.ndarray]:
     """Return the block of a pack in pieces, so that images are not copied to join them, and its
-    index record without the offset.
+    index record without the offset. The rejected sample of a pair follows the chosen one.
     """
+    samples = [answer for sample in samples for answer in sample.answers]
     lengths = np.array([len(sample.tokens) for sample in samples], np.int32)
     images = [(index, image) for index, sample in enumerate(samples) for image in sample.images]
     asked = np.array([len(sample.instruction) for sample in samples], np.int32)
