@@ -5,7 +5,7 @@ becomes tokens.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -237,8 +237,7 @@ class Encoder:
             difficulty=difficulty,
             unread=record.unread,
         )
-        self.limits.check(size.length, size.images, answers=len(lengths))
-        keep.check_length(sum(lengths))
+        self._check_size(lengths, size, (), keep)
         return (size,)
 
     def encode(
@@ -298,11 +297,16 @@ class Encoder:
             samples = (with_rejected(whole, turns, record.rejected, self.template, tiles, shown),)
         videos = [video.file.path for video in record.videos]
         for sample in samples:
-            lengths = [answer.length for answer in sample.answers]
-            length = extent(lengths, self.alignment)
-            self.limits.check(length, sample.images, videos, len(lengths))
-            keep.check_length(sum(lengths))
+            self._check_size([answer.length for answer in sample.answers], sample, videos, keep)
         return samples
+
+    def _check_size(
+        self, lengths: Sequence[int], sized: Sample | Size, videos: Sequence[str], keep: Filter
+    ) -> None:
+        """Refuse a sample by its size; ``lengths`` are those of its answers."""
+        tokens = extent(lengths, self.alignment)
+        self.limits.check(tokens, sized.images, videos, answers=len(lengths))
+        keep.check_length(sum(lengths))
 
     def _image(
         self, file: MediaFile, images: int, max_tiles: int | None, how: Images, keep: Filter

@@ -206,7 +206,7 @@ def test_a_dataset_of_the_version_before_is_read(tmp_path):
     (tmp_path / "a.jsonl").write_text(_record() * 3)
     pack_dataset(_job(tmp_path / "packs", single_source(tmp_path / "a.jsonl")))
     facts = json.loads((tmp_path / "packs" / "manifest.json").read_text())
-    assert facts.pop("levels") == [] and facts["version"] == 7
+    assert facts.pop("levels") == [] and facts["version"] == 8
     (tmp_path / "packs" / "manifest.json").write_text(json.dumps(facts | {"version": 2}))
     reader = Reader(tmp_path / "packs")
     assert reader.manifest.levels == () and reader.check() == len(reader)
