@@ -209,7 +209,10 @@ def store_packs(
     """
     folder.mkdir(parents=True, exist_ok=True)
     rules = PackRules(
-        capacity=manifest.capacity, tile_cap=manifest.tile_cap, alignment=manifest.alignment
+        capacity=manifest.capacity,
+        tile_cap=manifest.tile_cap,
+        alignment=manifest.alignment,
+        preferences=manifest.preferences,
     )
     shards: list[tuple[Shard, Totals]] = []
     with ExitStack() as stack:

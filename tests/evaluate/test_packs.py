@@ -40,7 +40,9 @@ def test_a_prefix_ends_where_an_answer_begins(tmp_path: Path) -> None:
         # Two questions with room for an answer, and a choice of five tokens behind a question.
         for number, (length, learned, room) in enumerate([(7, 7, 6), (10, 10, 6), (12, 7, 0)])
     ]
-    reader = RequestReader(requests, [[0, 1, 2]], read_manifest(tmp_path))
+    trained = dataclasses.replace(read_manifest(tmp_path), preferences=True)
+    reader = RequestReader(requests, [[0, 1, 2]], trained)
+    assert not reader.manifest.preferences  # questions have no rejected answers beside them
     pack = reader.read(0)
     positions, ends = sample_positions(pack.lengths, 4, 64)
     found = find_prefixes(pack.supervised, positions, ends)

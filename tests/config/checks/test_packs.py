@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from megavlm.config.checks.data import data_problems
 from megavlm.config.checks.datasets import batch_warnings
 from megavlm.config.checks.rules import ConfigError, check, facts_problems
 from megavlm.config.cli import parse
+from megavlm.config.objectives import OBJECTIVES
 from tests.config.checks.configs import facts, tiny
 
 
@@ -68,6 +70,19 @@ def test_packs_that_do_not_fit_the_model_are_refused(
     config = tiny(packs, *options.split())
     found = facts_problems(config, [facts(config, **changes)], 1)
     assert len(found) == 1 and all(word in found[0] for word in words), found
+
+
+def test_packs_of_preferences_are_for_objectives_of_preferences(
+    packs: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = tiny(packs)
+    kinds = [facts(config, preferences=True), facts(config, flag="--data.valid")]
+    (told,) = facts_problems(config, kinds, 1)
+    assert told.startswith("--data.train packs: packed with --preferences, each answer beside a")
+    needs = dataclasses.replace(config.architecture.needs, is_of_preferences=True)
+    monkeypatch.setitem(OBJECTIVES, "next_token", needs)
+    (told,) = facts_problems(config, kinds, 1)
+    assert told.startswith("--data.valid packs: has no rejected answers, which --architecture.obj")
 
 
 def test_packs_without_images_need_not_fit_the_vision_encoder(packs: Path):

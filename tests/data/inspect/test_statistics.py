@@ -14,7 +14,9 @@ from PIL import Image as Picture
 
 from megavlm.data.inspect.statistics import overview_of, to_text
 from megavlm.data.store.reader import Reader
-from tests.data.samples import make_dataset
+from tests.data.samples import make_dataset, store_packs
+from tests.data.store.test_pairs import MANIFEST as PAIRS
+from tests.data.store.test_pairs import random_pairs
 from tools.inspect_dataset import main
 
 TOOL = Path(__file__).parents[3] / "tools" / "inspect_dataset.py"
@@ -151,6 +153,29 @@ def test_picture(tmp_path):
         (1, 2, 138),
         (2, 0, 140),
         (3, 0, 22),
+    ]
+
+
+def test_pairs_are_told_and_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    from megavlm.data.inspect.draw import draw, spans
+    from megavlm.data.loading.dataset import PackedDataset
+    from megavlm.data.text.tokenizer import load_tokenizer
+
+    store_packs(tmp_path, random_pairs(2), PAIRS)
+    tokenizer = load_tokenizer(TOKENIZER)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    text = to_text(overview_of(Reader(tmp_path), check=True))
+    assert "samples 16 in 8 pairs of chosen and rejected, images" in text
+    assert "preferences             True" in text
+    dataset = PackedDataset(tmp_path)
+    draw(dataset, [0, 1], tmp_path / "packs.png")
+    with Picture.open(tmp_path / "packs.png") as picture:
+        assert len(picture.convert("RGB").getcolors(10**6)) > 20
+    pack = dataset.reader.read(0)
+    told = [text for text, _ in spans(dataset, pack, lambda ids: "x") if text.startswith("\n[")]
+    assert [each.split(":")[0] for each in told] == [
+        f"\n[pair {pair}, {name}" for pair in range(4) for name in ("chosen", "rejected")
     ]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from megavlm.config.models import MODELS
+from megavlm.config.objectives import OBJECTIVES
 from megavlm.config.recipes import RECIPES
 from megavlm.config.schema import ANY
 from megavlm.config.vision import PIXELS
@@ -45,6 +47,23 @@ def test_the_model_and_its_sizes_say_how_many_tokens_a_tile_has(
 ) -> None:
     job = make_job(parse([*arguments, *given]), MODELS["internvl2_5-1b"])
     assert job.features_per_tile == tokens
+
+
+def test_a_stage_of_preferences_packs_pairs_of_answers(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = MODELS["internvl2_5-1b"]
+    assert not make_job(parse([*arguments, "--stage", "2"]), model).preferences
+    asked = parse([*arguments, "--preferences", "--stage", "2"])
+    assert make_job(asked, model).preferences and taken_settings(asked) == "--template internvl2_5"
+    (told,) = form_warnings(asked)
+    assert "--preferences: the stage is not trained on pairs of answers" in told
+    assert list(form_warnings(parse([*arguments, "--preferences"]))) == []
+    needs = dataclasses.replace(OBJECTIVES["next_token"], is_of_preferences=True)
+    monkeypatch.setitem(OBJECTIVES, "next_token", needs)
+    options = parse([*arguments, "--stage", "2"])
+    assert make_job(options, model).preferences and list(form_warnings(options)) == []
+    assert taken_settings(options) == "--template internvl2_5 --preferences"
 
 
 def test_options_reach_the_job(arguments: list[str]) -> None:

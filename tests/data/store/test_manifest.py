@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -37,6 +38,17 @@ def test_a_manifest_from_before_grids_is_read(tmp_path):
     del facts["grids"]
     (tmp_path / "manifest.json").write_text(json.dumps(facts))
     assert read_manifest(tmp_path).grids == ()
+
+
+def test_a_manifest_from_before_preferences_is_read(tmp_path):
+    """As one of a version that has them is refused by an older program, which reads none newer."""
+    facts = json.loads(MANIFEST.to_json())
+    assert (facts["preferences"], facts["version"]) == (False, 8)
+    del facts["preferences"]
+    (tmp_path / "manifest.json").write_text(json.dumps(facts | {"version": 7}))
+    assert read_manifest(tmp_path) == MANIFEST
+    dataclasses.replace(MANIFEST, preferences=True).write(tmp_path)
+    assert read_manifest(tmp_path).preferences
 
 
 def test_missing(tmp_path):
