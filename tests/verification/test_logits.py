@@ -78,3 +78,10 @@ def test_models_of_pairs_have_nothing_to_compare(tmp_path: Path) -> None:
     found = SimpleNamespace(config=config, folder=tmp_path)
     with pytest.raises(ValueError, match="a model of pairs has no logits"):
         _refuse_others(found, tmp_path, None)
+
+
+def test_packs_of_preferences_are_refused(tmp_path: Path) -> None:
+    config = SimpleNamespace(architecture=recipe("llava").architecture)
+    found = SimpleNamespace(config=config, folder=tmp_path)
+    with pytest.raises(ValueError, match="--data: packs of preferences, whose images belong to"):
+        _refuse_others(found, tmp_path, SimpleNamespace(preferences=True))

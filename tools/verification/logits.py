@@ -236,6 +236,11 @@ def _refuse_others(found: Checkpoint, hf_folder: Path, packs: Manifest) -> None:
             f"--load {found.folder}: a model of pairs has no logits of tokens to compare; compare"
             " its figures on a task of pairs, see tools/evaluate.py"
         )
+    if packs.preferences:
+        raise ValueError(
+            "--data: packs of preferences, whose images belong to two samples each; name packs of"
+            " records of one answer, made with the same tokenizer and tiles"
+        )
     convert.refuse_other(hf_folder, architecture)
     exported = fingerprint(load_tokenizer(hf_folder, "--hf"))
     if packs.tokenizer_fingerprint != exported:

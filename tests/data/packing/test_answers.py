@@ -40,9 +40,7 @@ def test_a_sample_has_both_answers_and_its_images_once(data):
         (sample,) = encoder.encode_raw(raw, source, source=0, images=Images.LOAD)
         record = parse_record(raw.fields(), root=source.root, preferences=True)
         other = sample.rejected
-        assert len(sample.images) == (
-            len(record.images) if not record.videos else len(sample.images) or -1
-        )
+        assert record.videos or len(sample.images) == len(record.images)
         assert (other.images, other.rejected, len(other.instruction)) == ((), None, 0)
         assert (other.source, other.line) == (sample.source, sample.line) == (0, raw.number)
         for each, last in ((sample, record.conversations[-1]), (other, record.rejected)):
@@ -103,6 +101,15 @@ def test_answers_that_become_the_same_tokens_are_refused():
         assert outcome.reason == "same_answers" and "both become the same" in outcome.detail
     same_length = {"question": "q", "chosen": "five", "rejected": "sign"}
     assert not any(isinstance(each, Reject) for each in _outcomes(same_length))
+
+
+def test_a_pair_is_told_how_much_of_it_its_images_are(data):
+    fields = {"image": str(data / "0.png"), "question": "<image>\nq", **BOTH}
+    (size,), _ = _outcomes(fields)
+    features = FEATURES * size.tiles
+    for each in _outcomes(fields, capacity=size.length - 1):
+        told = f"both answers, {2 * features} of them for {size.tiles} tiles"
+        assert each.reason == "too_long" and told in each.detail
 
 
 def test_a_rejected_answer_with_a_token_of_images_is_refused():
