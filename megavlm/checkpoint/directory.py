@@ -16,13 +16,23 @@ from pathlib import Path
 
 from megavlm.checkpoint import lock, train_state
 from megavlm.config.evaluation import VALID_LOSS
+from megavlm.config.schema import REFERENCE_FOLDER
 from megavlm.io import atomic
 
 LATEST = "latest"
 _STEP = "step_"
 _GROWING = ".growing_"
 _LEAVING = ".leaving_"
-_OWN = {LATEST, "metrics.jsonl", "tensorboard", "wandb", "mlruns", "exported.json", "answers"}
+_OWN = {
+    LATEST,
+    REFERENCE_FOLDER,
+    "metrics.jsonl",
+    "tensorboard",
+    "wandb",
+    "mlruns",
+    "exported.json",
+    "answers",
+}
 
 
 def step_name(step: int) -> str:

@@ -1,4 +1,5 @@
-"""The lock of a save folder: one run at a time, and a lock that dies with its holder.
+"""The lock of a folder that runs write to, such as a save folder: one run at a time, and a lock
+that dies with its holder.
 
 The lock is a file that says who holds it. A holder that was killed cannot remove it, so whoever
 finds one asks whether the holder lives. On the same machine (same boot, same process namespace)
@@ -26,13 +27,13 @@ from pathlib import Path
 from megavlm.io import atomic, processes
 
 FILE_NAME = ".lock"
-_FLAG = "--checkpoint.save"
+_SAVE = "--checkpoint.save"
 _BEAT_SECONDS = 10.0
 _DEAD_SECONDS = 90.0
 
 
 class LockedError(ValueError):
-    """A save folder that another run writes to."""
+    """A folder that another run writes to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,14 +114,16 @@ def held(
     beat_seconds: float = _BEAT_SECONDS,
     dead_seconds: float = _DEAD_SECONDS,
     tell: Callable[[str], None] | None = None,
+    flag: str = _SAVE,
 ) -> Iterator[Lock]:
     """Hold the lock of a folder, which is made if it is missing.
 
     Args:
-        folder: the save folder.
+        folder: the save folder, or another that one run at a time writes to.
         beat_seconds: time between two signs of life.
         dead_seconds: without one for so long, a holder that cannot be looked up counts as dead.
         tell: told before waiting for a sign of life; none: it is printed.
+        flag: names the folder in errors.
 
     Raises:
         LockedError: another run holds it.
@@ -129,6 +132,7 @@ def held(
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE_NAME
+    named = f"{flag} {folder}"
     holder = _this_process()
     unreadable_until = time.monotonic() + beat_seconds + dead_seconds
     while not _create(path, holder):
@@ -136,7 +140,7 @@ def held(
         if found is None:
             if path.is_dir():
                 raise LockedError(
-                    f"{_FLAG} {folder}: {path} is a folder, and has the name of the lock of a run;"
+                    f"{named}: {path} is a folder, and has the name of the lock of a run;"
                     " remove it, or name another folder"
                 )
             time.sleep(0.05)  # it is being written or was just released
@@ -144,11 +148,11 @@ def held(
                 path.unlink(missing_ok=True)  # never written to the end
             elif time.monotonic() > unreadable_until:
                 raise LockedError(
-                    f"{_FLAG} {folder}: {path} cannot be read, and another run keeps it alive; make"
+                    f"{named}: {path} cannot be read, and another run keeps it alive; make"
                     " it readable, or remove it if no run writes to the folder"
                 )
             continue
-        _wait_for_its_death(path, found, beat_seconds, dead_seconds, tell or _print)
+        _wait_for_its_death(path, found, beat_seconds, dead_seconds, tell or _print, named)
         if _take_over(path, found, holder):
             break
     lock = Lock(path, holder, beat_seconds)
@@ -237,6 +241,7 @@ def _wait_for_its_death(
     beat_seconds: float,
     dead_seconds: float,
     tell: Callable[[str], None],
+    named: str,
 ) -> None:
     """Return once the holder is known to be dead, or has given the lock up.
 
@@ -244,8 +249,7 @@ def _wait_for_its_death(
         LockedError: the holder lives.
     """
     refusal = (
-        f"{_FLAG} {path.parent}: another run writes to this folder ({found}); end it, or name"
-        " another folder"
+        f"{named}: another run writes to this folder ({found}); end it, or name another folder"
     )
     if found.is_here:
         if not found.has_ended:
@@ -255,7 +259,7 @@ def _wait_for_its_death(
     if first > dead_seconds:
         return
     tell(
-        f"{_FLAG} {path.parent}: locked by {found}, {first:.0f} s after its last sign of life;"
+        f"{named}: locked by {found}, {first:.0f} s after its last sign of life;"
         f" waiting up to {dead_seconds - first:.0f} s for another one"
     )
     before = _touched(path)

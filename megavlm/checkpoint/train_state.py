@@ -45,6 +45,8 @@ class State:
         skipped_steps: their numbers, counted from 1, if parameters are unfrozen on the way.
         recent_losses: of the last steps, if spikes of the loss are looked for.
         unreadable_packs: ids of those that could not be read and were left out, ascending.
+        reference: names the weights of the reference model that preferences are compared with;
+            empty if there is none, or it is not known.
         format: version of the checkpoint's layout.
     """
 
@@ -64,6 +66,7 @@ class State:
     skipped_steps: tuple[int, ...] = ()
     recent_losses: tuple[float, ...] = ()
     unreadable_packs: tuple[int, ...] = ()
+    reference: str = ""
     format: int = FORMAT_VERSION
 
     @property

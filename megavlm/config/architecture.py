@@ -10,6 +10,7 @@ from megavlm.config.cross_attention import CrossAttention
 from megavlm.config.image_text import ImageText
 from megavlm.config.lora import Lora
 from megavlm.config.objectives import ObjectiveNeeds, needs_of
+from megavlm.config.preference import Preference
 from megavlm.config.vision import Vision
 
 # Families of text encoders.
@@ -252,8 +253,9 @@ class Architecture:
         vision: the vision encoder.
         connector: maps vision features to embeddings of the language model.
         language: the language model.
-        objective: what the model is trained to do, and so what it ends in: next_token,
+        objective: what the model is trained to do, and so what it ends in: next_token, preference,
             contrastive, or qformer, which has no language model.
+        preference: losses of that objective.
         contrastive: what a model of that objective ends in.
         image_text: what a model of the objective qformer ends in.
         image_tokens: special tokens that stand for images in texts: InternVL's nine, LLaVA's
@@ -283,6 +285,7 @@ class Architecture:
     cross_attention: CrossAttention = field(default_factory=CrossAttention)
     added_tokens: int = 0
     lora: Lora = field(default_factory=Lora)
+    preference: Preference = field(default_factory=Preference)
     contrastive: Contrastive = field(default_factory=Contrastive)
     image_text: ImageText = field(default_factory=ImageText)
 

@@ -99,9 +99,12 @@ def problems(arch: Any) -> Iterator[str]:
     if settings.every <= 0:
         return
     if arch.objective != "next_token":
+        why = "has no tokens that read images"
+        if arch.needs.has_vocabulary_head:
+            why = "has not been tried with it"
         yield (
-            f"{flag} {settings.every}: --architecture.objective {arch.objective} has no tokens that"
-            " read images; use next_token, or 0"
+            f"{flag} {settings.every}: --architecture.objective {arch.objective} {why}; use"
+            " next_token, or 0"
         )
     if settings.every > max(arch.language.num_layers, 1):
         yield (

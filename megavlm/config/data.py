@@ -55,6 +55,10 @@ class Data:
             packs may be packed with; any: every one.
         tiling: how images must have become tiles (``--tiling`` of ``tools/pack_dataset.py``); any:
             either way.
+        reference: folder of the log-probabilities that the reference model gives the answers of
+            ``train`` and ``valid``, for the objective preference. What it lacks is computed before
+            the first step, by the weights that the run starts from. Empty: ``reference`` in
+            ``checkpoint.save``.
         augment: random image augmentations, for sources packed with data_augment: jpeg (quality 75
             to 100, as in InternVL), crop, half_crop (BLIP-2's), flip, colour. Crops and flip
             invalidate boxes and words such as "left".
@@ -85,6 +89,7 @@ class Data:
     loss_weights: tuple[float, ...] = ()
     template: tuple[str, ...] = (ANY,)
     tiling: Tiling = ANY
+    reference: str = ""
     augment: tuple[str, ...] = ()
     next_image: float = 0.0
     workers: int = 4

@@ -142,7 +142,7 @@ _PLAIN_TEXT = {
     "language.qk_norm": (False,),
     "language.scaled_embedding": (False,),
 }
-_ANSWERS = {"objective": ("next_token",)} | _PLAIN
+_ANSWERS = {"objective": ("next_token", "preference")} | _PLAIN
 _PAIRS = {"objective": ("contrastive",)} | _PLAIN
 _INTERNVL = _ANSWERS | {
     "vision.family": ("internvit",),

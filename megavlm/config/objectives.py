@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from megavlm.config import image_text
+from megavlm.config import image_text, preference
 from megavlm.config.pieces import Piece, linear, norm, table, vector
 
 EMBEDDING = "language.embedding.word_embeddings.weight"
@@ -25,6 +25,7 @@ class Parts(Protocol):
     language: Any
     contrastive: Any
     image_text: Any
+    preference: Any
     cross_attention: Any
     memory_size: int
     added_tokens: int
@@ -105,6 +106,12 @@ class ObjectiveNeeds:
         "--architecture.language.vocab_size",
         arch.language.vocab_size,
     )
+
+    def trains_model_of(self, other: ObjectiveNeeds) -> bool:
+        """Return whether the models of both objectives have the same parts, so that one can go on
+        with what the other has trained.
+        """
+        return self is other or (self.has_vocabulary_head and other.has_vocabulary_head)
 
 
 def vocabulary_head(arch: Parts) -> Iterator[Piece]:
@@ -190,6 +197,15 @@ OBJECTIVES: dict[str, ObjectiveNeeds] = {
         description="cross-entropy of the next token of answers, images among the tokens",
         head=vocabulary_head,
         connector_output=_next_token_input,
+    ),
+    "preference": ObjectiveNeeds(
+        description="a chosen answer against a rejected one, behind a frozen reference (DPO, MPO)",
+        is_of_preferences=True,
+        head=vocabulary_head,
+        connector_output=_next_token_input,
+        losses=lambda arch: arch.preference.weights,
+        readings=preference.READINGS,
+        problems=preference.problems,
     ),
     "contrastive": ObjectiveNeeds(
         description="similar embeddings of an image and its own text, others unlike",

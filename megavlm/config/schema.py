@@ -34,6 +34,8 @@ from megavlm.config.loss import Loss as Loss
 from megavlm.config.optimizer import Optimizer as Optimizer
 from megavlm.config.parts import Init as Init
 
+REFERENCE_FOLDER = "reference"
+"""Where the probabilities of a reference model lie in a save folder."""
 LAYER_PARTS = ("vision", "language")
 """The parts of the model that have layers."""
 
@@ -308,6 +310,16 @@ class Config:
     health: Health = field(default_factory=Health)
     profile: Profile = field(default_factory=Profile)
     eval: Eval = field(default_factory=Eval)
+
+    @property
+    def reference(self) -> str:
+        """Folder of the probabilities that a reference model gives answers; empty if the objective
+        compares none.
+        """
+        if not self.architecture.needs.is_of_preferences:
+            return ""
+        save = self.checkpoint.save
+        return self.data.reference or (f"{save}/{REFERENCE_FOLDER}" if save else "")
 
     @property
     def group(self) -> int:

@@ -185,7 +185,7 @@ def _problems(
     """
     for before, run in pairwise(runs):
         objective = run.architecture.objective
-        if objective != before.architecture.objective:
+        if not run.architecture.needs.trains_model_of(before.architecture.needs):
             yield (
                 f"stage {run.stage}: its model, of --architecture.objective {objective}, is another"
                 f" one than that of stage {before.stage}, of {before.architecture.objective}; train"

@@ -23,6 +23,7 @@ from megavlm.config import yaml_file
 from megavlm.config.cli import to_yaml
 from megavlm.config.evaluation import Eval
 from megavlm.config.hub_cache import file_name
+from megavlm.config.objectives import needs_of
 from megavlm.config.option_types import named
 from megavlm.config.recipes import recipe, recipe_of
 from megavlm.config.schema import (
@@ -307,7 +308,8 @@ def _of_folder(model: Path) -> list[str]:
     stage trains at another image size.
     """
     row = recipe_of(dialect_of(model))
-    last = list(row.stages)[-1]
+    # Preferences are trained on, and nothing else is measured on them.
+    last = [n for n, one in row.stages.items() if not needs_of(one.objective).is_of_preferences][-1]
     arguments = ["--recipe", row.name, "--stage", last, "--model", str(model)]
     if row.stages[last].image_size:
         size = architecture_from_hf(model).vision.image_size

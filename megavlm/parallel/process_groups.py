@@ -84,7 +84,8 @@ class Groups:
 
     def from_writer(self, value: float, device: torch.device) -> float:
         """Return the writing rank's ``value`` on every rank. Collective, and synchronises."""
-        answer = torch.tensor([value if self.is_writer else 0.0], device=device)
+        given = value if self.is_writer else 0.0
+        answer = torch.tensor([given], dtype=torch.float64, device=device)
         dist.all_reduce(answer)
         return float(answer.item())
 

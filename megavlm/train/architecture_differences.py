@@ -22,8 +22,11 @@ def architecture_differences(
         old: of the checkpoint.
         new: of the run.
         takes_weights: whether the run only takes weights: it may then have LoRA adapters that the
-            checkpoint lacks, another tile size, and other shares of dropped patches.
+            checkpoint lacks, another tile size, other shares of dropped patches, another objective
+            of the same parts, and other losses of preferences.
     """
+    if takes_weights and new.needs.trains_model_of(old.needs):
+        old = replace(old, objective=new.objective, preference=new.preference)
     if takes_weights and not old.lora.rank:
         old = replace(old, lora=new.lora)
     if takes_weights:

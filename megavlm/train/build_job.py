@@ -25,6 +25,7 @@ from megavlm.train import (
     base_weights,
     checkpoint,
     initial_weights,
+    reference,
     resume,
     stage_moments,
 )
@@ -68,7 +69,7 @@ def build_job(
     history = resume.history(config, start)
     fill, base = _prepare_fill(config, start)
     built = build_model(config, layout, groups, backend, fill, history)
-    state = _first_state(config, packs, base, history)
+    state = _first_state(config, packs, start, base, history)
     averaged = averages.build(config.ema, built.optimizer)
     if resume.resumes(config, start):
         checkpoint.load_optimizer(start, built.chunks, built.optimizer, config.fp8, averaged)
@@ -76,7 +77,6 @@ def build_job(
     elif history:
         stage_moments.keep(start, built.chunks, built.optimizer)
         averages.begin_again(averaged)
-    valid = config.data.valid
     with raised_on_all():
         job = Job(
             **vars(built),
@@ -85,7 +85,7 @@ def build_job(
             groups=groups,
             train=packs,
             plan=plan,
-            valid=PackedDataset(valid, with_shards=False) if valid else None,
+            valid=_open_valid(config),
             tasks=open_tasks(config),
             lock=lock,
             averages=averaged,
@@ -93,6 +93,14 @@ def build_job(
             usage=None if packs.has_images else initial_weights.find_usage(start),
         )
     return job, state
+
+
+def _open_valid(config: Config) -> PackedDataset | None:
+    """Open the validation packs, if there are any."""
+    folder = config.data.valid
+    if not folder:
+        return None
+    return PackedDataset(folder, reference=config.reference, with_shards=False)
 
 
 def _prepare_fill(
@@ -111,7 +119,7 @@ def _prepare_fill(
     return fill, base_weights.note(config, start, found)
 
 
-def _first_state(config: Config, packs: Packs, base: Base, history: History) -> State:
+def _first_state(config: Config, packs: Packs, start: Start, base: Base, history: History) -> State:
     """Return the state before the first step."""
     return State(
         stage=config.stage,
@@ -120,6 +128,7 @@ def _first_state(config: Config, packs: Packs, base: Base, history: History) -> 
         indexes=resume.index_sums(config),
         history=history,
         base=base,
+        reference=reference.weights_of(config, start) if config.reference else "",
     )
 
 

@@ -32,7 +32,7 @@ from megavlm.model import nf4_layers
 from megavlm.model.positions import POSITIONS_KEY, resize_positions
 from megavlm.model.precision import dtype_of
 from megavlm.model.vlm import VisionLanguageModel
-from megavlm.train import master_weights, router_state
+from megavlm.train import master_weights, objective_state, router_state
 from megavlm.train.averages import Averages
 from megavlm.train.master_weights import Master, MismatchError
 from megavlm.train.optimizer import load_state, oldest
@@ -81,7 +81,8 @@ def sharded(
     averaged: Averages | None = None,
 ) -> dict[str, Any]:
     """Return weights, master weights, moments, their averages if there are any, the scales of FP8
-    and the state of routers, of this rank, as megatron-core saves and loads them. Collective.
+    and the state of routers and of the objective, of this rank, as megatron-core saves and loads
+    them. Collective.
 
     Raises:
         MismatchError: what would be saved is wrong: its master weights are not the weights.
@@ -101,7 +102,8 @@ def sharded(
     means = {}
     if averaged is not None:
         means["ema"] = averaged.sharded(weights, is_loading=is_loading)
-    return {"model": weights, "optimizer": state} | scales | means | router_state.entries(chunks)
+    remembered = router_state.entries(chunks) | objective_state.entries(chunks)
+    return {"model": weights, "optimizer": state} | scales | means | remembered
 
 
 def _scales(chunks: Sequence[VisionLanguageModel]) -> ShardedStateDict:
@@ -218,7 +220,7 @@ def load_optimizer(
     averaged: Averages | None = None,
 ) -> None:
     """Fill moments, master weights and step count, averages if there are any, the scales of FP8 if
-    ``fp8`` is as it was, and the state of routers. Collective.
+    ``fp8`` is as it was, and the state of routers and of the objective. Collective.
 
     Raises:
         MismatchError: the checkpoint's master weights are not its weights.
@@ -234,10 +236,12 @@ def load_optimizer(
         for name, entry in held(checkpoint.state, checkpoint.config, asked["model"]).items()
         if id(entry.data) not in in_4_bits  # frozen, and loaded before they were
     }
-    if not router_state.is_kept(checkpoint.config):
-        asked.pop(router_state.STATE, None)  # asked for since then
+    for remembered in (router_state, objective_state):
+        if not remembered.is_kept(checkpoint.config):
+            asked.pop(remembered.STATE, None)  # asked for since then
     loaded = load_shards(checkpoint, asked, chunks[0].groups.collection)
     router_state.take(chunks, loaded)
+    objective_state.take(chunks, loaded)
     partly = checkpoint.state.trained_only or bool(in_4_bits)
     _take(chunks, loaded["model"] | loaded.get("scales", {}), partly=partly)
     parts = optimizer_parts(loaded["optimizer"], optimizer)

@@ -17,7 +17,7 @@ from megavlm.data.store.manifest import first_with_images, read_manifest
 from megavlm.data.store.reader import Reader, check_shards
 from megavlm.io.remote import is_remote
 from megavlm.model import precision
-from megavlm.train import base_weights, resume, start_point
+from megavlm.train import base_weights, reference, resume, start_point
 from megavlm.train.resume import Start
 from megavlm.train.tasks import open_tasks
 
@@ -68,10 +68,13 @@ def find_start(config: Config) -> Start:
 
     Raises:
         ConfigError: it does not fit the run.
-        ValueError: it is not there, or cannot be used.
+        ValueError: it is not there, or cannot be used; or a reference model's probabilities are not
+            those that the run needs.
     """
     start = resume.find_own(config) or start_point.find_named(config)
     base_weights.check(config, start)
+    if torchrun.rank() == 0 and resume.has_packs(config):
+        reference.check(config, start)
     return start
 
 

@@ -79,6 +79,7 @@ class Job(BuiltModel):
             reduction=self.config.data.loss_reduction,
             vision_layers=self.config.architecture.vision.num_layers,
             with_pair_ids=self.config.architecture.needs_pair_ids,
+            with_preferences=self.config.architecture.needs.is_of_preferences,
             with_tiles=self.chunks[0].pre_process,
             rank_slice=self.groups.rank_slice,
             tile_multiple=tile_multiple(self.config),

@@ -164,8 +164,7 @@ def _how_it_stopped(job: Job, stop: StopRequest, step: int, saved: int) -> str:
     kept = _NOTHING_KEPT
     if job.config.checkpoint.save:
         kept = f"the last checkpoint is of step {saved}"
-    cause = "--training.max_hours" if stop.is_late else "a signal"
-    return f"stopped by {cause} after step {step}; {kept}"
+    return f"stopped by {stop.cause} after step {step}; {kept}"
 
 
 def _load_batches(job: Job, state: State) -> Generator[Batch | Unreadable, None, None]:
@@ -186,7 +185,8 @@ def _load_batches(job: Job, state: State) -> Generator[Batch | Unreadable, None,
     )
     if config.data.max_unreadable_packs:
         return loaded
-    return readable(loaded, "" if config.architecture.needs.spans_step else ADVICE)
+    needs = config.architecture.needs
+    return readable(loaded, "" if needs.spans_step or needs.is_of_preferences else ADVICE)
 
 
 def _evaluate(job: Job, state: State, metrics: Metrics, watchdog: Watchdog) -> State:

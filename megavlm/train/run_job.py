@@ -20,7 +20,7 @@ from megavlm.parallel.backend import Backend
 from megavlm.parallel.process_groups import Groups
 from megavlm.planner.layout import Layout, make_layout
 from megavlm.planner.partition import PackSize
-from megavlm.train import resume
+from megavlm.train import reference_pass, resume
 from megavlm.train.build_job import build_job
 from megavlm.train.export import export_finished
 from megavlm.train.loop import train
@@ -66,6 +66,8 @@ def run_job(
         job, state = build_job(config, layout, groups, backend, packs, plan, start, lock)
         log_run_summary(config, groups, job.trained, start, state, metrics)
         _log_plans(config, layout, plan, metrics)
+        if not reference_pass.prepare(job, start, metrics, stop):
+            return state
         if config.eval.only:
             return evaluate(job, state, metrics)
         state = train(job, state, metrics, stop)

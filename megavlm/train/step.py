@@ -99,7 +99,7 @@ def train_step(
     if not is_skipped:
         update_weights(built.optimizer, gradient, clip_grad)
         built.part_norms.keep(gradient.by_part)
-        for chunk in built.chunks:
-            chunk.objective.after_step()
+    for chunk in built.chunks:
+        chunk.objective.after_step(is_skipped)
     end_step([router for chunk in built.chunks for router in chunk.routers], is_skipped)
     return StepResult(loss=loss, grad_norm=gradient.norm, is_skipped=is_skipped)

@@ -68,6 +68,11 @@ class StopRequest:
         """Whether the run is to end."""
         return self._signalled or self.is_late
 
+    @property
+    def cause(self) -> str:
+        """What asked the run to end, in words."""
+        return "--training.max_hours" if self.is_late else "a signal"
+
     def __exit__(self, *exception) -> None:
         self._restore()
         signal.signal(SAVE_SIGNAL, self._save_before)

@@ -202,7 +202,7 @@ def test_a_lock_that_is_given_up_while_it_is_looked_at_is_free(
         return found
 
     monkeypatch.setattr(Path, "stat", give_up)
-    lock._wait_for_its_death(path, elsewhere, 0.1, 1.0, lambda text: None)
+    lock._wait_for_its_death(path, elsewhere, 0.1, 1.0, lambda text: None, "--checkpoint.save")
 
 
 def test_a_lock_that_can_never_be_read_and_is_kept_alive_is_told(tmp_path: Path) -> None:

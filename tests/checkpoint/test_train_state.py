@@ -28,6 +28,7 @@ STATE = State(
     skipped_steps=(3, 8),
     recent_losses=(2.5, 2.25),
     unreadable_packs=(2, 6),
+    reference="stage 2, step 4",
 )
 
 

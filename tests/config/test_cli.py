@@ -37,7 +37,7 @@ def test_names_pick_rows_of_the_tables(stage: str, model: str):
     assert config == Config(
         stage=stage,
         model=model,
-        architecture=MODELS[model],
+        architecture=dataclasses.replace(MODELS[model], objective=row.objective),
         data=RECIPE.data(stage),
         optimizer=row.optimizer,
         training=row.training,
@@ -187,8 +187,8 @@ def test_a_value_may_be_options_of_the_packer():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["--stage (one of 0, 1, 1.5, 2)", "--model (one of a Hugging Face folder, tiny"]),
-        (["--stage", "3", "--model", "tiny"], ["--stage 3: no such stage", "0, 1, 1.5, 2"]),
+        ([], ["--stage (one of 0, 1, 1.5, 2, mpo)", "--model (one of a Hugging Face folder, tiny"]),
+        (["--stage", "3", "--model", "tiny"], ["--stage 3: no such stage", "0, 1, 1.5, 2, mpo"]),
         (["--stage", "1", "--model", "big"], ["--model big: no such model", "internvl2_5-4b"]),
         ([*NAMES, "--trainig.steps", "3"], ["--trainig.steps; did you mean --training.steps?"]),
         ([*NAMES, "--steps", "3"], ["--steps; did you mean --training.steps?"]),

@@ -169,8 +169,9 @@ def write_packs(
     sources: tuple[str, ...] = ("random",),
     end_token_id: int = -1,
     instruction_length: int = 0,
+    **facts: Any,
 ) -> Manifest:
-    """Write the given samples as the packs of a dataset."""
+    """Write the given samples as the packs of a dataset; ``facts`` are others of its manifest."""
     lines = max(sample.line for pack in packs for sample in pack)
     manifest = Manifest(
         tokenizer_fingerprint=f"random-{vocab_size}",
@@ -193,6 +194,8 @@ def write_packs(
         levels=tuple(
             Level(packs=count, easiest=place, hardest=place) for place, count in enumerate(levels)
         ),
+        preferences=packs[0][0].rejected is not None,
+        **facts,
     )
     return store_packs(folder, packs, manifest, shard_bytes=shard_bytes)
 

@@ -167,7 +167,7 @@ def build(config: Config):
     device_backend = backend.start(
         config.parallel.timeout_minutes, deterministic=config.training.deterministic
     )
-    packs = PackedDataset(config.data.train)
+    packs = PackedDataset(config.data.train, reference=config.reference)
     layout = make_layout(config, PackSize.mean(packs.some_records()))
     groups = process_groups.create(config.parallel, config.training.seed, layout.embedding_chunk)
     built = build_model(

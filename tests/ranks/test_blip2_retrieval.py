@@ -140,7 +140,9 @@ def test_import_then_export_is_bit_identical_and_keeps_what_has_no_place(
     held = convert.hf_tensors_as_megatron(folder, default)
     assert float(held["objective.temperature"]) == pytest.approx(0.07)
     assert torch.equal(held["objective.transform.weight"], torch.eye(42))
-    with pytest.raises(ValueError, match="objective next_token; this model has qformer"):
+    with pytest.raises(
+        ValueError, match="objective next_token or preference; this model has qformer"
+    ):
         convert.export(checkpoint, tmp_path / "other", dialect="blip2")
 
 

@@ -4,7 +4,6 @@ command with two ranks.
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import json
 import os
@@ -20,7 +19,6 @@ from PIL import Image
 
 from megavlm import pack_first
 from megavlm.config.cli import parse
-from megavlm.config.objectives import OBJECTIVES
 from megavlm.config.stages import parse_stages
 from megavlm.data.packing import job, scan
 from megavlm.data.store.reader import Reader
@@ -172,15 +170,15 @@ def test_a_meta_file_is_packed(folder: Path):
     assert Reader(pack_first.pack_annotations(config).data.train).manifest.totals.samples == 180
 
 
-def test_a_stage_of_preferences_packs_pairs_of_answers(folder: Path, monkeypatch, capfd):
+def test_a_stage_of_preferences_packs_pairs_of_answers(folder: Path, capfd):
     pairs = [{"image": "0.png", "question": "what", "chosen": "a fox", "rejected": "a dog"}] * 8
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     with pytest.raises(SystemExit):  # the stage would learn both answers
         packed(folder, "--preferences --max_tiles 1")
     assert "packed with --preferences, each answer beside" in capfd.readouterr().err
-    needs = dataclasses.replace(OBJECTIVES["next_token"], is_of_preferences=True)
-    monkeypatch.setitem(OBJECTIVES, "next_token", needs)
-    manifest = Reader(packed(folder, "--max_tiles 1")).manifest
+    stage = ["--stage", "mpo", f"--data.reference={folder / 'reference'}"]
+    config = parse([*flags(folder, "--max_tiles 1"), *stage])
+    manifest = Reader(pack_first.pack_annotations(config).data.train).manifest
     assert manifest.preferences and manifest.totals.samples == 16
 
 

@@ -137,5 +137,7 @@ def test_an_import_is_exported_bit_for_bit(
         old = make_pair_tokenizer(tmp_path / "old", ())
         with pytest.raises(ValueError, match="its eos_token has the id 2"):
             convert.export(checkpoint, tmp_path / "none", tokenizer=old)
-    with pytest.raises(ValueError, match="objective next_token; this model has contrastive"):
+    with pytest.raises(
+        ValueError, match="objective next_token or preference; this model has contrastive"
+    ):
         convert.export(checkpoint, tmp_path / "native", dialect="native")

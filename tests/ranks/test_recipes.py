@@ -21,6 +21,7 @@ from tests.convert.llava_next_models import ONEVISION, make_anyres_packs, make_o
 from tests.convert.llava_next_models import SMALL as LLAVA_NEXT
 from tests.convert.paligemma_models import PALIGEMMA2
 from tests.convert.paligemma_models import SMALL as PALIGEMMA
+from tests.data.preference_packs import make_preferences, make_reference
 from tests.data.samples import make_dataset, write_packs
 from tests.ranks import test_contrastive as contrastive
 from tests.ranks import test_gpt_oss as gpt_oss
@@ -84,9 +85,22 @@ def _of_experts(folder: Path, **settings: Any) -> Config:
     return gpt_oss.configure(folder, **settings)
 
 
+def _of_preferences(folder: Path, **settings: Any) -> Config:
+    """Configure a run of InternVL on preferences."""
+    make_preferences(folder, packs=4, alignment=4)
+    make_reference(folder / "reference", folder)
+    model = dataclasses.replace(TINY, objective="preference")
+    config = recipe_config("internvl", model, folder, trainable=PARTS, **settings)
+    data = dataclasses.replace(
+        config.data, loss_reduction="sample", reference=str(folder / "reference")
+    )
+    return dataclasses.replace(config, stage="mpo", data=data)
+
+
 CASES: dict[str, Callable[..., Config]] = {
     "internvl": partial(_of_samples, "internvl", TINY),
     "internvl, GPT-OSS": _of_experts,
+    "internvl, preferences": _of_preferences,
     "llava": partial(_of_samples, "llava", LLAVA),
     "llava_next": partial(_of_grids, "llava_next", LLAVA_NEXT, make_anyres_packs),
     "llava_onevision": partial(_of_grids, "llava_onevision", ONEVISION, make_onevision_packs),

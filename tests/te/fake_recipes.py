@@ -57,6 +57,7 @@ class Case:
 
 
 CASES: dict[str, Case] = {
+    "InternVL, preferences": Case(recipe="internvl", stage="mpo", model="internvl2_5-2b"),
     "LLaVA, stage 1": Case(recipe="llava", stage="1"),
     "LLaVA, stage 2": Case(recipe="llava", stage="2"),
     "LLaVA-NeXT": Case(recipe="llava_next", stage="2"),
@@ -89,6 +90,9 @@ CASES: dict[str, Case] = {
     "GPT-OSS, local": Case(
         recipe="internvl", stage="2", model="internvl3_5-gpt-oss-20b", options=LOCAL
     ),
+    "InternVL, preferences, CP2": Case(
+        recipe="internvl", stage="mpo", model="internvl2_5-2b", options=CP2, ranks=2
+    ),
     "LLaVA-NeXT, TP2 with SP": Case(recipe="llava_next", stage="2", options=SP, ranks=2),
     "LLaVA-OneVision, CP2": Case(recipe="llava_onevision", stage="2", options=CP2, ranks=2),
     "PaliGemma, TP2 with SP": Case(recipe="paligemma", stage="1", options=SP, ranks=2),
@@ -118,6 +122,7 @@ def configure(case: Case, folder: Path) -> Any:
     from megavlm.config.cli import parse
 
     words = ["--recipe", case.recipe, "--stage", case.stage, "--data.train", str(folder)]
+    words += ["--checkpoint.save", f"{folder}.run"]
     words += ["--model", case.model] if case.model else []
     words += ["--training.kernels", "transformer_engine", *case.options]
     config = parse(words)
@@ -138,7 +143,8 @@ def make_packs(config: Any, folder: Path) -> None:
     """Write packs of random samples that the model of a run can read."""
     from megavlm.data.images.anyres import USUAL_GRIDS
     from tests.convert.llava_next_models import make_anyres_sample, write_anyres
-    from tests.data.samples import make_dataset
+    from tests.data.preference_packs import make_pairs, make_reference
+    from tests.data.samples import make_dataset, write_packs
 
     model = config.architecture
     reader = model.connector.qformer
@@ -159,6 +165,11 @@ def make_packs(config: Any, folder: Path) -> None:
             for line in range(1, PACKS + 1)
         ]
         write_anyres(folder, packs, mode, capacity=12288, alignment=8, **facts)
+        return
+    if model.needs.is_of_preferences:
+        pairs = make_pairs(PACKS, 2, **facts)
+        write_packs(folder, pairs, capacity=4096, alignment=8, **facts)
+        make_reference(Path(config.reference), folder)
         return
     is_pair = model.objective != "next_token"
     make_dataset(

@@ -72,3 +72,13 @@ def test_the_limit_of_a_stage_counts_from_the_start_of_the_command() -> None:
     assert stop.is_late and stop.asked
     stop.limit(1.0)
     assert not stop.asked
+
+
+def test_what_ends_a_run_is_told_apart() -> None:
+    with StopRequest() as stop:
+        stop.limit(1e-9)
+        assert stop.asked and stop.cause == "--training.max_hours"
+        stop.limit(0)
+        assert not stop.asked
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked and stop.cause == "a signal"

@@ -125,7 +125,8 @@ def _dataset(config: Config, facts: DatasetFacts) -> Iterator[str]:
         yield f"{where}: its tokenizer has {facts.vocab_size} tokens, but {option} is {rows}"
     yield from _form(config, facts, where)
     yield from _instructions(arch, facts, where)
-    yield from _preferences(arch, facts, where)
+    if not config.eval.only or facts.flag == "--data.valid":
+        yield from _preferences(arch, facts, where)
     yield from sharing_problems(config.parallel, where, facts.capacity, facts.alignment)
     rows = rows_of_a_rank(config.parallel, facts.capacity)
     recipe = config.fp8.language

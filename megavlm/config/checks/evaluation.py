@@ -36,7 +36,8 @@ def evaluation_problems(config: Config) -> Iterator[str]:
             "--eval.shots puts examples in front of questions, and a model of the objective"
             " contrastive answers none; leave it out"
         )
-    if asked.tasks and objective not in ("next_token", "contrastive"):
+    answers = config.architecture.needs.has_vocabulary_head
+    if asked.tasks and not answers and objective != "contrastive":
         yield (
             f"--eval.tasks asks for answers, and a model of the objective {objective} gives none;"
             " leave it out"

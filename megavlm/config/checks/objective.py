@@ -26,6 +26,8 @@ def objective_problems(config: Config) -> Iterator[str]:
             f"--data.max_unreadable_packs {most}: {wanted} compares the pairs of all packs of a"
             " batch, and one of fewer pairs has another loss; use 0"
         )
+    if arch.needs.is_of_preferences:
+        yield from _preferences(config, wanted)
     if arch.needs.is_of_pairs:
         yield from _pairs(config, wanted)
     elif _reads_nothing(arch):
@@ -76,6 +78,44 @@ def _pairs(config: Config, wanted: str) -> Iterator[str]:
         )
     if arch.lora.rank:
         yield f"--architecture.lora.rank {arch.lora.rank}: {wanted} has no adapters; use 0"
+
+
+def _preferences(config: Config, wanted: str) -> Iterator[str]:
+    """Yield what does not go with preferences: an answer has the probability that the model gives
+    it, whatever its length, and each pair of answers weighs the same.
+    """
+    if config.data.loss_reduction != "sample":
+        yield (
+            f"--data.loss_reduction {config.data.loss_reduction}: {wanted} weighs each pair of"
+            " answers alike; use sample"
+        )
+    for name in ("label_smoothing", "z_loss"):
+        if value := vars(config.loss)[name]:
+            yield f"--loss.{name} {value}: {wanted} compares probabilities of answers; use 0"
+    if config.data.loss_weights:
+        yield f"--data.loss_weights: {wanted} weighs each pair of answers alike; leave it out"
+    if most := config.data.max_unreadable_packs:
+        yield (
+            f"--data.max_unreadable_packs {most}: {wanted} needs the reference's probabilities of"
+            " every pack; use 0"
+        )
+    if augment := config.data.augment:
+        yield (
+            f"--data.augment {','.join(augment)}: {wanted} compares with what the reference makes"
+            " of images as they were packed; leave it out"
+        )
+    if "://" in config.data.reference:
+        yield (
+            f"--data.reference {config.data.reference}: must be a local folder, or one of a shared"
+            " file system"
+        )
+    # Without data, a plan is made.
+    has_loss = bool(config.data.valid if config.eval.only else config.data.train)
+    if has_loss and not (config.data.reference or config.checkpoint.save):
+        yield (
+            f"--data.reference: {wanted} needs a folder for the reference's probabilities; name"
+            " one, or --checkpoint.save"
+        )
 
 
 def objective_layout_problems(parallel: Parallel, arch: Architecture) -> Iterator[str]:

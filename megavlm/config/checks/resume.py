@@ -28,7 +28,8 @@ _BY_SECTION: dict[str, dict[Kind, str]] = {
     "init.": {"origin": "vision connector text language tokenizer"},
     "data.": {
         # packs and tokenizer are compared
-        "taken": "train valid loss_reduction loss_weights template tiling augment next_image",
+        "taken": "train valid reference loss_reduction loss_weights template tiling augment"
+        " next_image",
         "refused": "weights sampling batch_shares curriculum shuffle group strata",
         "free": "packing cache workers prefetch timeout max_unreadable_packs",
     },

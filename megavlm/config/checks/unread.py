@@ -89,6 +89,16 @@ OF_MODEL = (
         why=": --architecture.cross_attention.every is 0",
     ),
     Row(
+        keys=("architecture.preference.",),
+        is_read=lambda run: run.architecture.needs.is_of_preferences,
+        why=_OBJECTIVE,
+    ),
+    Row(
+        keys=("data.reference",),
+        is_read=lambda run: run.architecture.needs.is_of_preferences,
+        why=_OBJECTIVE,
+    ),
+    Row(
         keys=("architecture.contrastive.",),
         is_read=lambda run: run.architecture.objective == "contrastive",
         why=_OBJECTIVE,

@@ -74,6 +74,10 @@ def differences(found: Architecture, wanted: Architecture) -> list[str]:
     list to the command line gets the model of the folder, not one of its shape that trains an
     untied head.
     """
+    found = dataclasses.replace(found, preference=wanted.preference)
+    if wanted.needs.trains_model_of(found.needs):
+        # A folder does not say which of several objectives of the same parts trained it.
+        found = dataclasses.replace(found, objective=wanted.objective)
     all_facts = list(differing(_explicit(found), _explicit(wanted), "architecture"))
     if not wanted.needs.has_vocabulary_head:
         all_facts = [fact for fact in all_facts if fact[0] != "architecture.image_tokens"]

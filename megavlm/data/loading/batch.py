@@ -133,6 +133,21 @@ class Instructions(_Tensors):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Preferences(_Tensors):
+    """Pairs of a chosen and a rejected answer: the samples 2 i and 2 i + 1 of a pack.
+
+    Args:
+        answers: int64 [T], the sample that each token of this rank belongs to; N for padding, which
+            belongs to none of N samples.
+        reference: float32 [N / 2, 2], logarithms of the probabilities that the reference model
+            gives the chosen and the rejected answer of each pair; none while they are computed.
+    """
+
+    answers: torch.Tensor
+    reference: torch.Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Mixed(_Tensors):
     """Weighted sums of features, for tokens of a rank; see ``data/images/feature_layout``.
 
@@ -157,6 +172,7 @@ class BatchOptions:
         patches: how many a tile has, and how many of them are kept, see ``Batch.kept_patches``;
             none: all are kept.
         with_pair_ids: whether to say which pairs share an image or a text.
+        with_preferences: whether to say which tokens are whose answer, of packs of preferences.
         seed: of the run; with a pack's position in its order it fixes all draws.
         with_tiles: whether to decode the images.
         tile_multiple: of the number of a rank's tiles, filled up with black ones.
@@ -167,6 +183,7 @@ class BatchOptions:
     vision_layers: int = 0
     patches: tuple[int, int] | None = None
     with_pair_ids: bool = False
+    with_preferences: bool = False
     seed: int = 0
     with_tiles: bool = True
     tile_multiple: int = 1
@@ -201,6 +218,7 @@ class Batch(_Tensors):
         media: which tokens read which image, for cross-attention; none if images have more than one
             placeholder token.
         instructions: what a Q-Former reads beside the tiles; none if the packs have none.
+        preferences: which tokens are whose answer; none unless it was asked for.
         tiles: uint8 [I, 3, S, S], those of the pack's images first. Black ones, which no feature is
             taken from, follow where a multiple is asked for; each rank has at least one, so that
             every rank runs the same. [0, 3, S, S] where the pixels were not asked for.
@@ -253,6 +271,7 @@ class Batch(_Tensors):
     samples: int = 0
     media: Media | None = None
     instructions: Instructions | None = None
+    preferences: Preferences | None = None
     weight_sum: float
     pack_id: int
     positions: torch.Tensor | None = None

@@ -329,6 +329,7 @@ def open_blend(config: Config) -> tuple[Packs, Order]:
             folder,
             augment=data.augment,
             next_image=data.next_image,
+            reference=config.reference,
             opened=opened,
             with_shards=False,
         )

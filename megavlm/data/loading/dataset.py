@@ -11,29 +11,25 @@ from pathlib import Path
 
 import numpy as np
 
-from megavlm.data.images.feature_layout import (
-    MIXED,
-    NEWLINE,
-    FeatureLayout,
-    feature_layout,
-    mixed_in_pack,
-    numbers_in_pack,
-)
-from megavlm.data.loading.batch import AS_PACKED, Batch, BatchOptions, Media, Mixed
+from megavlm.data.images.feature_layout import FeatureLayout, feature_layout
+from megavlm.data.loading.batch import AS_PACKED, Batch, BatchOptions, Media
 from megavlm.data.loading.draws import (
     drop_path_draws,
     next_image_draws,
     pack_draw,
     patch_draws,
 )
+from megavlm.data.loading.feature_places import feature_places
 from megavlm.data.loading.instructions import find_instructions
 from megavlm.data.loading.media import find_media
 from megavlm.data.loading.pair_ids import pair_ids
+from megavlm.data.loading.preferences import find_preferences
 from megavlm.data.loading.prefixes import find_prefixes
 from megavlm.data.loading.tiles import TileDecoder
 from megavlm.data.loading.weights import weight_field, weight_of
 from megavlm.data.store.manifest import Manifest
 from megavlm.data.store.reader import Index, Pack, Reader, empty_pack
+from megavlm.data.store.reference import Reference, reference_folder
 from megavlm.io.open_files import OpenFiles
 from megavlm.io.storage import ReadError
 
@@ -50,6 +46,8 @@ class PackedDataset:
             colour.
         next_image: share of the samples whose tokens read the next image by cross-attention, if
             their text has one, not the last one.
+        reference: folder of the probabilities that a reference model gives the answers of this
+            and other datasets; empty: batches have none.
         opened: open files that it shares with other datasets; none: it has its own.
         with_shards: as for ``Reader``.
 
@@ -64,6 +62,7 @@ class PackedDataset:
         *,
         augment: Sequence[str] = (),
         next_image: float = 0.0,
+        reference: Path | str = "",
         opened: OpenFiles | None = None,
         with_shards: bool = True,
     ) -> None:
@@ -73,9 +72,19 @@ class PackedDataset:
         self.augment = tuple(augment)
         self._decoder = TileDecoder(self.manifest, self.augment, self.folder, self.reader.origin)
         self.next_image = next_image
+        self._reference_root = reference
+        self._reference = None
+        if reference:
+            place = reference_folder(reference, self.folder, self.manifest)
+            self._reference = Reference(place, opened)
 
     def __reduce__(self) -> tuple:
-        options = {"augment": self.augment, "next_image": self.next_image, "with_shards": False}
+        options = {
+            "augment": self.augment,
+            "next_image": self.next_image,
+            "reference": self._reference_root,
+            "with_shards": False,
+        }
         return partial(type(self), self.folder, **options, opened=self._opened), ()
 
     def __len__(self) -> int:
@@ -184,7 +193,10 @@ class PackedDataset:
             media=self._media(pack, local[positions], options.seed, position),
             instructions=find_instructions(pack, manifest, chosen),
             tiles=self._decoder.decode(pack, decoded, options.seed, position),
-            **self._features(pack, positions, local),
+            **feature_places(self.folder, pack, manifest, self.layout, positions, local),
+            preferences=find_preferences(pack, on_rank, self._reference)
+            if options.with_preferences
+            else None,
             **_draws(pack.tiles, chosen, position, options),
             weight_sum=weight_sum,
             pack_id=pack.pack_id,
@@ -218,63 +230,10 @@ class PackedDataset:
             )
         return numbers[named]
 
-    def _features(
-        self, pack: Pack, positions: np.ndarray, local: np.ndarray
-    ) -> dict[str, np.ndarray | Mixed | int | None]:
-        """Return where image features and newlines go among the rank's tokens, and which of the
-        pack's features these are or are mixed of, int64; and how many the pack has.
-
-        Args:
-            pack: the pack.
-            positions: of its stored tokens.
-            local: where each token of the pack is among the rank's tokens; -1: nowhere.
-        """
-        features = self.manifest.features_per_tile
-        numbers = numbers_in_pack(pack.images, self.layout, features)
-        found = local[self._placeholders(pack, positions, len(numbers))]
-        is_feature = (found >= 0) & (numbers >= 0)
-        of_mixed = found[numbers == MIXED]
-        is_mixed = of_mixed >= 0
-        mixed = mixed_in_pack(pack.images, self.layout, features)
-        return dict(
-            feature_positions=found[is_feature],
-            feature_numbers=numbers[is_feature],
-            newline_positions=found[(found >= 0) & (numbers == NEWLINE)],
-            num_features=pack.tiles * features,
-            mixed=None
-            if mixed is None
-            else Mixed.of(
-                positions=of_mixed[is_mixed],
-                numbers=mixed.numbers[is_mixed],
-                weights=mixed.weights[is_mixed],
-            ),
-        )
-
     @cached_property
     def layout(self) -> FeatureLayout:
         """Which features of an image stand in its text."""
         return feature_layout(self.manifest.tiling, self.manifest.features_per_tile)
-
-    def _placeholders(self, pack: Pack, positions: np.ndarray, expected: int) -> np.ndarray:
-        """Return the positions of the placeholder tokens, int64 [expected]."""
-        placeholders = positions[pack.tokens == self.manifest.context_token_id]
-        is_of_pairs = self.manifest.features_per_tile == 0 and pack.tiles > 0
-        if is_of_pairs and not np.array_equal(
-            np.repeat(pack.images["sample"], pack.images["tiles"]), np.arange(len(pack.lengths))
-        ):
-            raise ReadError(
-                f"{self.folder}: pack {pack.pack_id} was packed for pairs, but its"
-                f" {len(pack.lengths)} samples have {pack.tiles} tiles, not one each; pack the"
-                " dataset again"
-            )
-        if len(placeholders) != expected:
-            raise ReadError(
-                f"{self.folder}: pack {pack.pack_id} has {len(placeholders)} context tokens (id"
-                f" {self.manifest.context_token_id}), but its {pack.tiles} tiles of"
-                f" {self.manifest.features_per_tile} features need {expected}; pack the dataset"
-                " again"
-            )
-        return placeholders
 
 
 def sample_positions(

@@ -83,7 +83,10 @@ def form_warnings(args: argparse.Namespace) -> Iterator[str]:
     is_named = bool(args.recipe or args.stage)
     settings = stage_settings(args.recipe, args.stage)
     if is_named and args.preferences and "preferences" not in settings:
-        yield "--preferences: the stage is not trained on pairs of answers; leave it out"
+        yield (
+            "--preferences: the stage is trained on single answers; leave it out, or train it with"
+            " --architecture.objective preference"
+        )
     rows = [recipe(args.recipe or Config.recipe)] if is_named else RECIPES.values()
     stages = [
         row.data(name) for row in rows for name in ([args.stage] if args.stage else row.stages)

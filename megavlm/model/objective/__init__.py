@@ -12,6 +12,7 @@ from megavlm.model.kernels import Kernels
 from megavlm.model.objective.contrastive import Contrastive
 from megavlm.model.objective.next_token import NextToken
 from megavlm.model.objective.objective import Objective
+from megavlm.model.objective.preference import Preference
 from megavlm.model.objective.qformer import QFormerObjective
 from megavlm.parallel.process_groups import Groups
 from megavlm.planner.layout import Chunk
@@ -24,6 +25,9 @@ run, the chunk, the kernels of the layers, the process groups.
 MODULES: dict[str, ObjectiveModule] = {
     "next_token": lambda settings, config, chunk, kernels, groups: NextToken(
         settings, places_features=not config.architecture.cross_attention.every
+    ),
+    "preference": lambda settings, config, chunk, kernels, groups: Preference(
+        settings, config.architecture, chunk, groups
     ),
     "contrastive": lambda settings, config, chunk, kernels, groups: Contrastive(
         settings, config.architecture, chunk, groups

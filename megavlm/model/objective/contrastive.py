@@ -168,7 +168,7 @@ class Contrastive(Objective):
         kind = self.settings.positives
         return same.any(dim=-1) if kind == "either" else same[..., ("image", "text").index(kind)]
 
-    def after_step(self) -> None:
+    def after_step(self, is_skipped: bool) -> None:
         """Keep the scale below its bound."""
         if most := self.settings.max_scale:
             keep_inside(self.logit_scale, most=math.log(most))

@@ -38,7 +38,7 @@ class Objective(MegatronModule):
        depends on other packs (``spans_step``), ``step_losses`` takes its place, which
        ``train/whole_step`` calls for ``packs_at_once`` packs together.
 
-    After the optimizer's update: ``after_step``, in every chunk.
+    After the optimizer's update, or if it is skipped: ``after_step``, in every chunk.
 
     Attributes:
         spans_step: whether a loss depends on all samples of a step, see ``ObjectiveNeeds``. The
@@ -161,8 +161,20 @@ class Objective(MegatronModule):
         """
         raise NotImplementedError(f"{type(self).__name__} has a loss for each pack alone")
 
-    def after_step(self) -> None:
-        """Change parameters after an update, such as keep one inside its bounds."""
+    def after_step(self, is_skipped: bool) -> None:
+        """Change what an update has changed, such as keep a parameter inside its bounds, or take
+        what the step has told. Collective over the ranks with this chunk; nobody waits for the
+        device.
+
+        Args:
+            is_skipped: whether there was no update.
+        """
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Return what this chunk remembers of earlier steps, by name: tensors that are the same on
+        all ranks with the chunk, for ``train/objective_state``.
+        """
+        return {}
 
 
 @torch.no_grad()

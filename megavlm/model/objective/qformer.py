@@ -305,7 +305,7 @@ class QFormerObjective(Objective):
         rows = self.call(self.connector, hidden.transpose(0, 1), text=ids, seen=seen)
         return self.call(self.matching, rows[:, : self.queries]).float().mean(dim=1)
 
-    def after_step(self) -> None:
+    def after_step(self, is_skipped: bool) -> None:
         """Keep the temperature above zero."""
         keep_inside(self.temperature, least=_LEAST_TEMPERATURE)
 

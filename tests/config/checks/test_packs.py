@@ -12,6 +12,7 @@ from megavlm.config.checks.data import data_problems
 from megavlm.config.checks.datasets import batch_warnings
 from megavlm.config.checks.rules import ConfigError, check, facts_problems
 from megavlm.config.cli import parse
+from megavlm.config.evaluation import Eval
 from megavlm.config.objectives import OBJECTIVES
 from tests.config.checks.configs import facts, tiny
 
@@ -79,6 +80,9 @@ def test_packs_of_preferences_are_for_objectives_of_preferences(
     kinds = [facts(config, preferences=True), facts(config, flag="--data.valid")]
     (told,) = facts_problems(config, kinds, 1)
     assert told.startswith("--data.train packs: packed with --preferences, each answer beside a")
+    # What is only evaluated takes template and tokenizer of them.
+    only = dataclasses.replace(config, eval=Eval(only=True))
+    assert facts_problems(only, kinds[:1], 1) == []
     needs = dataclasses.replace(config.architecture.needs, is_of_preferences=True)
     monkeypatch.setitem(OBJECTIVES, "next_token", needs)
     (told,) = facts_problems(config, kinds, 1)

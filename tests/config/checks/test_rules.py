@@ -40,11 +40,10 @@ def test_what_is_meant_to_run_has_no_problems(
 ):
     config = tiny(packs, *layout, stage=stage, model=model)
     assert problems(config, world_size) == []
-    assert (
-        facts_problems(config, [facts(config), facts(config, flag="--data.valid", num_packs=1)], 1)
-        == []
-    )
-    check(config, world_size, [facts(config)])
+    pairs = dict(preferences=stage == "mpo")
+    given = [facts(config, **pairs), facts(config, flag="--data.valid", num_packs=1, **pairs)]
+    assert facts_problems(config, given, 1) == []
+    check(config, world_size, given[:1])
 
 
 # Options, ranks, and words that the one message must have.

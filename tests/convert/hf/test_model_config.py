@@ -11,6 +11,7 @@ import torch
 from transformers import InternVLConfig
 
 from megavlm.config.models import MODELS
+from megavlm.config.preference import Preference
 from megavlm.config.schema import Architecture, Connector
 from megavlm.convert.hf import language_config, native_config
 from megavlm.convert.hf.hub_formats import dialect_of
@@ -202,6 +203,14 @@ def test_names_of_weights_and_tied_heads_are_no_difference() -> None:
     assert differences(SMALL, language(tied_head=True)) == [
         "--architecture.language.tied_head: False there, True asked for"
     ]
+
+
+def test_a_folder_may_be_trained_on_preferences() -> None:
+    asked = replace(SMALL, objective="preference", preference=Preference(beta=0.5))
+    assert differences(SMALL, asked) == []
+    assert differences(SMALL, replace(SMALL, objective="contrastive"))[0] == (
+        "--architecture.objective: next_token there, contrastive asked for"
+    )
 
 
 def test_with_other_differences_family_and_tied_head_are_listed_too() -> None:

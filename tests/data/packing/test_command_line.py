@@ -57,7 +57,7 @@ def test_a_stage_of_preferences_packs_pairs_of_answers(
     asked = parse([*arguments, "--preferences", "--stage", "2"])
     assert make_job(asked, model).preferences and taken_settings(asked) == "--template internvl2_5"
     (told,) = form_warnings(asked)
-    assert "--preferences: the stage is not trained on pairs of answers" in told
+    assert "--preferences: the stage is trained on single answers" in told
     assert list(form_warnings(parse([*arguments, "--preferences"]))) == []
     needs = dataclasses.replace(OBJECTIVES["next_token"], is_of_preferences=True)
     monkeypatch.setitem(OBJECTIVES, "next_token", needs)
