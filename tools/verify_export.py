@@ -31,7 +31,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--hf", required=True, metavar="DIR", type=existing, help=hf)
     data = "packed dataset of the same tokenizer and tiles"
     parser.add_argument("--data", required=True, metavar="DIR", type=existing, help=data)
-    packs = "packs to compare (default: %(default)s)"
+    packs = "packs to compare, spread over all (default: %(default)s)"
     parser.add_argument("--packs", default=4, type=count_from(1), metavar="N", help=packs)
     dtype = "dtype of both models (default: float32)"
     parser.add_argument("--dtype", choices=LIMITS, default="float32", help=dtype)

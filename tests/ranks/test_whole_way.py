@@ -15,6 +15,7 @@ from PIL import Image
 
 from megavlm.config.averages import Ema
 from megavlm.config.lora import Lora
+from megavlm.config.preference import Preference
 from megavlm.config.schema import Checkpoint, Config, Logging
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.packing.job import Job, pack_dataset
@@ -78,6 +79,22 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def _pack_preferences(folder: Path, out: Path) -> Path:
+    """Pack the records as preferences: another colour is rejected."""
+    lines = []
+    for line in (folder / "records.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        asked, answer = (turn["value"] for turn in record.pop("conversations"))
+        record |= {"question": asked, "chosen": answer, "rejected": "It is a green chair."}
+        lines.append(json.dumps(record))
+    (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    settings = dict(tokenizer=str(TOKENIZER), out=str(out), capacity=512, features_per_tile=4)
+    sources = read_sources(None, str(folder / "pairs.jsonl"), str(folder))
+    tiling = Tiling(tile_size=16, min_tiles=1, max_tiles=4, thumbnail=True)
+    pack_dataset(Job(sources=sources, tiling=tiling, preferences=True, **settings))
+    return out
+
+
 def whole_config(packs: Path, save: Path, **checkpoint) -> Config:
     architecture = dataclasses.replace(
         TINY,
@@ -106,11 +123,13 @@ def _with_adapters(packs: Path, save: Path, hf: Path) -> Config:
     return dataclasses.replace(config, training=training, architecture=architecture, ema=ema)
 
 
-def agreement(load: Path, hf: Path, packs: Path, dtype: str = "float32", ema: bool = False):
+def agreement(
+    load: Path, hf: Path, packs: Path, dtype: str = "float32", ema: bool = False, count: int = 2
+):
     """Return how near the trained and the exported model are."""
     from tools.verification.logits import compare
 
-    return compare(str(load), hf, packs, 2, dtype, averages=ema)
+    return compare(str(load), hf, packs, count, dtype, averages=ema)
 
 
 def _valid_losses(save: Path) -> list[float]:
@@ -133,6 +152,24 @@ def test_the_exported_model_is_the_trained_one_and_can_be_trained_on(
         _valid_losses(tmp_path / "run")[-1], rel=1e-5
     )
     assert _valid_losses(tmp_path / "again")[1] < _valid_losses(tmp_path / "again")[0]
+
+
+def test_a_model_is_trained_on_preferences_from_an_export_and_compared_on_them(
+    ranks: Pool, packs: Path, tmp_path: Path
+) -> None:
+    pairs = _pack_preferences(packs.parent, tmp_path / "pairs")
+    ranks.run(run_job, 1, whole_config(packs, tmp_path / "run", export_hf=str(tmp_path / "hf")))
+    folders = dict(load=str(tmp_path / "hf"), export_hf=str(tmp_path / "mpo"))
+    config = whole_config(pairs, tmp_path / "preferred", **folders)
+    model = dataclasses.replace(
+        config.architecture, objective="preference", preference=Preference(beta=0.5)
+    )
+    data = dataclasses.replace(config.data, loss_reduction="sample")
+    ranks.run(run_job, 2, dataclasses.replace(config, architecture=model, data=data))
+    # Both answers of a pair show its images, of which the packs say that they are the first one's.
+    compared = (tmp_path / "preferred", tmp_path / "mpo", pairs, "float32", False, 99)
+    [found] = ranks.run(agreement, 1, *compared)
+    assert found.samples == 2 * 36 and found.max_abs_difference <= 1e-4 and not found.failures()
 
 
 def test_an_export_that_differs_is_noticed(ranks: Pool, packs: Path, tmp_path: Path) -> None:

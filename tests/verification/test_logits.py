@@ -13,7 +13,7 @@ import torch
 
 from megavlm.config.recipes import recipe
 from tools.verification.agreement import Agreement
-from tools.verification.logits import _refuse_others, _Tally
+from tools.verification.logits import _refuse_others, _Tally, spread
 
 TOOL = Path(__file__).parents[2] / "tools" / "verify_export.py"
 SAME = Agreement(
@@ -61,6 +61,12 @@ def test_positions_that_are_not_finite_are_counted_and_not_compared() -> None:
     assert (tally.samples, tally.not_finite, tally.largest) == (2, 5, 0.5)
 
 
+def test_packs_are_spread_over_all_of_them() -> None:
+    assert spread(10, 4) == [1, 3, 6, 8]
+    assert spread(3, 4) == [0, 1, 2]
+    assert spread(5, 1) == [2] and spread(0, 4) == []
+
+
 def test_no_packs_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,10 +84,3 @@ def test_models_of_pairs_have_nothing_to_compare(tmp_path: Path) -> None:
     found = SimpleNamespace(config=config, folder=tmp_path)
     with pytest.raises(ValueError, match="a model of pairs has no logits"):
         _refuse_others(found, tmp_path, None)
-
-
-def test_packs_of_preferences_are_refused(tmp_path: Path) -> None:
-    config = SimpleNamespace(architecture=recipe("llava").architecture)
-    found = SimpleNamespace(config=config, folder=tmp_path)
-    with pytest.raises(ValueError, match="--data: packs of preferences, whose images belong to"):
-        _refuse_others(found, tmp_path, SimpleNamespace(preferences=True))

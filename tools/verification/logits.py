@@ -100,7 +100,7 @@ def compare(
         checkpoint_path: folder of a step, or of a run.
         hf_folder: the exported model.
         dataset_folder: packs to compare on.
-        packs: how many of them, from the first; at least 1.
+        packs: how many of them, spread over all; at least 1.
         dtype: both models compute in, a key of ``DTYPES``.
         averages: the export has the moving averages of the parameters.
 
@@ -118,7 +118,7 @@ def compare(
         theirs = load_reference(hf_folder, DTYPES[dtype]).to(device)
         ours = _load(found, hf_folder, dtype, device, averages=averages)
         tally = _Tally()
-        for pack_id in range(min(packs, len(dataset))):
+        for pack_id in spread(len(dataset), packs):
             _compare_pack(dataset, pack_id, ours, theirs, tally)
     finally:
         process_groups.destroy()
@@ -137,6 +137,14 @@ def compare(
     )
 
 
+def spread(count: int, wanted: int) -> list[int]:
+    """Return the numbers of so many of ``count`` packs, evenly spread. Packs are stored by cost, so
+    the first ones of a mixture have no images.
+    """
+    taken = min(count, wanted)
+    return [(2 * number + 1) * count // (2 * taken) for number in range(taken)]
+
+
 def _compare_pack(
     dataset: PackedDataset,
     pack_id: int,
@@ -151,11 +159,12 @@ def _compare_pack(
     )
     batch = batch.to(next(theirs.parameters()).device)
     images = dataset.reader.read(pack_id, with_images=False).images
-    samples = _samples(batch, images)
+    owners = _owners(dataset.manifest, batch.samples)
+    samples = _samples(batch, images, owners)
     pixels = ours.vision.normalise(batch.tiles)
 
     def answer(sample: int) -> Tensor:
-        own = as_tiled(images[images["sample"] == sample])
+        own = as_tiled(images[images["sample"] == owners[sample]])
         inputs = _inputs(architecture, theirs, batch, pixels, own, samples[sample])
         return theirs(**with_videos(theirs, inputs, own, dataset.layout)).logits[0].float()
 
@@ -236,11 +245,6 @@ def _refuse_others(found: Checkpoint, hf_folder: Path, packs: Manifest) -> None:
             f"--load {found.folder}: a model of pairs has no logits of tokens to compare; compare"
             " its figures on a task of pairs, see tools/evaluate.py"
         )
-    if packs.preferences:
-        raise ValueError(
-            "--data: packs of preferences, whose images belong to two samples each; name packs of"
-            " records of one answer, made with the same tokenizer and tiles"
-        )
     convert.refuse_other(hf_folder, architecture)
     exported = fingerprint(load_tokenizer(hf_folder, "--hf"))
     if packs.tokenizer_fingerprint != exported:
@@ -320,15 +324,26 @@ def _adapters(module: nn.Module) -> Iterator[tuple[LowRankAdapter, Tensor]]:
             yield adapter, module.get_parameter(f"weight{number}")
 
 
-def _samples(batch: Batch, images: np.ndarray) -> list[tuple[int, int, int, int]]:
+def _owners(manifest: Manifest, samples: int) -> np.ndarray:
+    """Return whose images each sample of a pack shows: its own, or of a pair of preferences those
+    of the chosen answer, int64 [samples].
+    """
+    each = np.arange(samples)
+    return each - each % 2 if manifest.preferences else each
+
+
+def _samples(
+    batch: Batch, images: np.ndarray, owners: np.ndarray
+) -> list[tuple[int, int, int, int]]:
     """Return first token and end, first tile and end of each sample, without the padding behind
     it, whose logits are nobody's: routers send it to no expert. ``images`` is the pack's table of
-    images.
+    images, and ``owners`` says whose each sample shows.
     """
     starts = batch.sample_ends.tolist()
     real = np.concatenate([[0], (~batch.is_padding).cpu().numpy().cumsum()])
     ends = [start + int(real[end] - real[start]) for start, end in pairwise(starts)]
     tiles = np.bincount(images["sample"], weights=images["tiles"], minlength=batch.samples)
-    last = np.cumsum(tiles, dtype=np.int64).tolist()
-    first = [0, *last[:-1]]
-    return list(zip(starts[: batch.samples], ends, first, last, strict=False))
+    last = np.cumsum(tiles, dtype=np.int64)
+    first = last - tiles.astype(np.int64)
+    places = first[owners].tolist(), last[owners].tolist()
+    return list(zip(starts[: batch.samples], ends, *places, strict=False))
