@@ -306,8 +306,29 @@ def test_fuyus_script_names_options_that_exist(shell: dict[str, str], tmp_path: 
     assert (args.template, args.tiling, args.model) == ("fuyu", "patches", str(tmp_path))
 
 
+@pytest.mark.parametrize(("given", "load"), [({}, "model"), ({"LOAD": "stage2"}, "stage2")])
+def test_the_script_for_preferences_names_options_that_exist(
+    shell: dict[str, str], tmp_path: Path, given: dict[str, str], load: str
+):
+    settings = given | {"MODEL": "model", "META": "meta.json", "REFERENCE": "seen", "STEPS": "7"}
+    environment = shell | settings | {"PACKS": str(tmp_path / "packs")}
+    command = ["bash", str(ROOT / "examples" / "preference" / "mpo.sh")]
+    plain = ["--architecture.preference.bco", "0", "--architecture.preference.sft", "0"]
+    subprocess.run([*command, "train", *plain], env=environment, check=True)
+    config = parse(get_args_parser().parse_args(asked(shell)).training_script_args)
+    assert (config.stage, config.checkpoint.load, config.training.steps) == ("mpo", load, 7)
+    assert config.reference == "seen" and config.architecture.preference.bco == 0
+    assert fits(config, ranks=32) and not fits(config, ranks=30)
+    subprocess.run([*command, "pack", "--workers", "3"], env=environment, check=True)
+    args = asked_packing(shell)
+    assert (args.model, args.template, args.workers) == ("internvl2_5-8b", "internvl2_5", 3)
+    assert args.preferences and args.out == str(tmp_path / "packs" / "mpo")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "bash mpo.sh pack | train" in done.stderr
+
+
 @pytest.mark.parametrize(
-    "recipe", ["llava", "paligemma", "fuyu", "contrastive", "blip2", "instructblip"]
+    "recipe", ["llava", "paligemma", "fuyu", "contrastive", "blip2", "instructblip", "preference"]
 )
 def test_slurm_starts_a_recipes_stage(shell: dict[str, str], tmp_path: Path, recipe: str):
     job = {
@@ -317,9 +338,10 @@ def test_slurm_starts_a_recipes_stage(shell: dict[str, str], tmp_path: Path, rec
         "SLURM_GPUS_ON_NODE": "4",
     }
     parts = {"VISION": "eyes", "LANGUAGE": "words", "BERT": "bert", "QFORMER": "qformer"}
+    asks = {"preference": "train"}
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     subprocess.run(
-        ["bash", str(ROOT / "examples" / recipe / "slurm.sh"), "1"],
+        ["bash", str(ROOT / "examples" / recipe / "slurm.sh"), asks.get(recipe, "1")],
         env=shell | job | parts | {"MODEL": str(tmp_path)},
         cwd=tmp_path,
         check=True,
@@ -328,4 +350,5 @@ def test_slurm_starts_a_recipes_stage(shell: dict[str, str], tmp_path: Path, rec
     found = options.nnodes, options.nproc_per_node, options.rdzv_endpoint
     assert found == ("2", "4", "node7:20123")
     config = parse(options.training_script_args, lambda folder, init, default: default)
-    assert (config.recipe, config.stage) == ({"contrastive": "clip"}.get(recipe, recipe), "1")
+    others = {"contrastive": ("clip", "1"), "preference": ("internvl", "mpo")}
+    assert (config.recipe, config.stage) == others.get(recipe, (recipe, "1"))
