@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,15 @@ def with_rejected(sample: Sample, rng: np.random.Generator, words: int, vocab_si
         instruction=np.zeros(0, np.int32),
     )
     return dataclasses.replace(sample, rejected=rejected)
+
+
+def answers_apart(pairs: Sequence[Sample]) -> list[Sample]:
+    """Return the answers of pairs as samples of their own, each with images and instruction."""
+    return [
+        dataclasses.replace(answer, images=pair.images, instruction=pair.instruction, rejected=None)
+        for pair in pairs
+        for answer in pair.answers
+    ]
 
 
 def make_pairs(packs: int, pairs: int, *, seed: int = 0, **sizes: Any) -> list[list[Sample]]:

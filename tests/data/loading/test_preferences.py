@@ -22,6 +22,7 @@ from megavlm.io.storage import ReadError
 from megavlm.model.fusion import place_features, place_newlines
 from tests.convert.llava_next_models import LARGE_SIZES, make_anyres_sample, write_anyres
 from tests.data.preference_packs import (
+    answers_apart,
     make_pairs,
     make_preferences,
     make_reference,
@@ -48,15 +49,6 @@ def _pairs(mode: Mode) -> list[Sample]:
     return [with_rejected(one, rng, 5 + one.line, SIZES["vocab_size"]) for one in samples]
 
 
-def _apart(pairs: list[Sample]) -> list[Sample]:
-    """Return the answers of pairs as samples of their own, each with the images."""
-    return [
-        dataclasses.replace(answer, images=pair.images, rejected=None)
-        for pair in pairs
-        for answer in pair.answers
-    ]
-
-
 def _write(folder: Path, samples: list[Sample], mode: Mode) -> PackedDataset:
     settings = dict(capacity=1536, alignment=4, **SIZES)
     if mode == "dynamic":
@@ -76,7 +68,7 @@ def _fused(batch: Batch, features: torch.Tensor) -> torch.Tensor:
 def test_both_answers_see_the_images_that_are_stored_once(tmp_path: Path, mode: Mode) -> None:
     pairs = _pairs(mode)
     once = _write(tmp_path / "once", pairs, mode).batch(0, 0, OPTIONS)
-    apart = _write(tmp_path / "apart", _apart(pairs), mode).batch(0, 0, OPTIONS)
+    apart = _write(tmp_path / "apart", answers_apart(pairs), mode).batch(0, 0, OPTIONS)
     tiles = sum(pair.tiles for pair in pairs)
     assert len(once.tiles) == tiles and len(apart.tiles) == 2 * tiles
     for name in ("tokens", "labels", "loss_weights", "sample_ends", "is_padding"):
