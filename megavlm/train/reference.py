@@ -64,11 +64,15 @@ def find(
     reference = Reference(place)
     if not reference.is_complete:
         if not is_fresh:
+            why = (
+                "an evaluation computes none"
+                if config.eval.only
+                else "this run does not start from the reference's weights and cannot compute them"
+            )
             raise ReferenceError(
-                f"{flag}: lacks the probabilities of {facts.dataset} ({place}), and this run does"
-                " not start from the reference's weights, so it cannot compute them; name the"
-                " folder that has them, or fill this one by a run of one step that starts where"
-                " this one did (--data.reference, another --checkpoint.save)"
+                f"{flag}: lacks the probabilities of {facts.dataset} ({place}), and {why}; name the"
+                " folder that has them, or fill this one by a run of one step that starts from the"
+                " reference's weights (--data.reference, another --checkpoint.save)"
             )
         return None
     if reads_all:

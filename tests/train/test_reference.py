@@ -10,10 +10,9 @@ import pytest
 from megavlm.checkpoint.step_folder import Checkpoint
 from megavlm.checkpoint.train_state import State
 from megavlm.config.lora import Lora
-from megavlm.config.schema import Config, Init, Training
+from megavlm.config.schema import Config, Eval, Init, Training
 from megavlm.data.store.reference import ReferenceFacts
-from megavlm.train.reference import of_another as of_another
-from megavlm.train.reference import weights_of
+from megavlm.train.reference import ReferenceError, find, of_another, weights_of
 from tests.ranks.runs import TINY
 
 CONFIG = Config(stage="mpo", model="tiny", architecture=TINY)
@@ -53,6 +52,20 @@ def test_a_checkpoint_may_lack_checksums(folder: Path) -> None:
     assert weights_of(CONFIG, start) == weights_of(CONFIG, folder)
     (folder / "checksums.json").write_text("{}")
     assert weights_of(CONFIG, start).startswith("stage -, step 3, checksum ")
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (CONFIG, "this run does not start from the reference's weights"),
+        (dataclasses.replace(CONFIG, eval=Eval(only=True)), "an evaluation computes none"),
+    ],
+)
+def test_who_cannot_compute_probabilities_says_why(folder: Path, config: Config, why: str) -> None:
+    start = Checkpoint(folder=folder, config=CONFIG, state=State(stage="mpo", step=3))
+    facts = ReferenceFacts(weights="", dataset="packs", idx_crc32=0, packs=1, pairs=1)
+    with pytest.raises(ReferenceError, match=f"lacks the probabilities of packs .* and {why}"):
+        find(config, start, folder / "packs-0", facts)
 
 
 def test_a_run_that_resumes_is_warned_of_another_reference(folder: Path) -> None:
