@@ -38,9 +38,11 @@ def check(config: Config, start: Start) -> None:
         ReferenceError: they are of other weights, or missing and cannot be computed.
         ReadError: they are damaged, as far as small files tell.
     """
-    for folder in folders_of(config):
+    folders = folders_of(config)
+    weights = weights_of(config, start) if folders else ""
+    for folder in folders:
         place = reference_folder(config.reference, folder, read_manifest(folder))
-        find(config, start, place, facts_of(config, start, folder), reads_all=False)
+        find(config, start, place, facts_of(weights, folder), reads_all=False)
 
 
 def find(
@@ -100,11 +102,16 @@ def of_another(config: Config, start: Start, found: ReferenceFacts) -> str:
     )
 
 
-def facts_of(config: Config, start: Start, folder: str) -> ReferenceFacts:
-    """Return what the probabilities of a dataset are to be of."""
+def facts_of(weights: str, folder: str) -> ReferenceFacts:
+    """Return what the probabilities of a dataset are to be of.
+
+    Args:
+        weights: names them, see ``weights_of``.
+        folder: of the dataset.
+    """
     manifest = read_manifest(folder)
     return ReferenceFacts(
-        weights=weights_of(config, start),
+        weights=weights,
         dataset=folder,
         idx_crc32=manifest.idx_crc32,
         packs=manifest.totals.packs,

@@ -39,7 +39,14 @@ from megavlm.train.evaluate import evaluating
 from megavlm.train.job import Job
 from megavlm.train.metrics import Metrics
 from megavlm.train.pipeline import run_pipeline
-from megavlm.train.reference import ReferenceError, facts_of, find, folders_of, of_another
+from megavlm.train.reference import (
+    ReferenceError,
+    facts_of,
+    find,
+    folders_of,
+    of_another,
+    weights_of,
+)
 from megavlm.train.resume import Start
 from megavlm.train.stop_signal import StopRequest
 
@@ -73,8 +80,9 @@ def prepare(job: Job, start: Start, metrics: Metrics, stop: StopRequest) -> bool
             "WARNING: the reference model, with which answers are compared, has random weights;"
             " name the model to start from with --checkpoint.load"
         )
+    weights = weights_of(config, start)
     for folder in folders_of(config):
-        facts = facts_of(config, start, folder)
+        facts = facts_of(weights, folder)
         place = reference_folder(config.reference, folder, read_manifest(folder))
         if not _prepare_dataset(job, start, place, facts, metrics, stop):
             metrics.log(
