@@ -49,6 +49,9 @@ class Language:
             padding.
         rotary_base: base period of the rotary position embedding.
         rotary_percent: share of a head's width that is rotated, the front of it (Persimmon: 0.5).
+        rotary_sections: of how many rotations of a head, the fast ones first, the position is that
+            of the frame, of the row and of the column, as in Qwen2-VL (M-RoPE, arXiv 2409.12191);
+            together half of a head's width. Empty: all rotate by the place in the text.
         rotary_dynamic_factor: factor of dynamic NTK scaling for samples longer than
             max_position_embeddings (1: off). It leaves shorter samples unchanged and is written to
             exported checkpoints.
@@ -112,6 +115,7 @@ class Language:
     vocab_size: int = 151674
     rotary_base: float = 1e6
     rotary_percent: float = 1.0
+    rotary_sections: tuple[int, ...] = ()
     rotary_dynamic_factor: float = 1.0
     rotary_yarn_factor: float = 1.0
     rotary_yarn_positions: int = 4096
@@ -261,8 +265,8 @@ class Architecture:
         image_tokens: special tokens that stand for images in texts: InternVL's nine, LLaVA's
             ``<image>``, PaliGemma's, which also has tokens of places and shapes, Fuyu's, with one
             that ends a row of patches, IDEFICS's, ``<image>`` between two
-            ``<fake_token_around_image>``, or openflamingo's: these and ``<|endofchunk|>``; none for
-            pairs, whose texts have no image.
+            ``<fake_token_around_image>``, openflamingo's: these and ``<|endofchunk|>``, or those
+            of Qwen2-VL; none for pairs, whose texts have no image.
         prefix_lm: whether all tokens of a sample before its first supervised one see each other
             (prefix-LM; arXiv 1910.10683, section 3.2.1), as in PaliGemma; those from there on see
             what comes before them.
@@ -279,7 +283,7 @@ class Architecture:
     connector: Connector = field(default_factory=Connector)
     language: Language = field(default_factory=Language)
     image_tokens: Literal[
-        "internvl", "llava", "paligemma", "fuyu", "idefics", "openflamingo", "none"
+        "internvl", "llava", "paligemma", "fuyu", "idefics", "openflamingo", "qwen2_vl", "none"
     ] = "internvl"
     prefix_lm: bool = False
     cross_attention: CrossAttention = field(default_factory=CrossAttention)
@@ -314,6 +318,7 @@ class Architecture:
             output_size=self.needs.connector_output(self),
             inner_size=self.vision.ffn_hidden_size,
             tokens=self.vision.layer_tokens,
+            has_layer_norm=self.vision.normalization == "LayerNorm",
             is_memory=self.cross_attention.every > 0,
         )
         return connector_sizes(self.connector, ends)

@@ -18,6 +18,7 @@ class Ends:
             hidden states.
         inner_size: width inside the MLP of the vision encoder.
         tokens: of a tile in the layers of the vision encoder, a class token included.
+        has_layer_norm: whether norms of the vision encoder are LayerNorm; else RMSNorm.
         is_memory: whether cross-attention layers of the language model read the features, which
             then stand in no token's place.
     """
@@ -27,4 +28,5 @@ class Ends:
     output_size: int
     inner_size: int = 0
     tokens: int = 0
+    has_layer_norm: bool = True
     is_memory: bool = False

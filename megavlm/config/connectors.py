@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from megavlm.config.connector_ends import PART, Ends
+from megavlm.config.merger import MergerSizes
 from megavlm.config.pieces import Piece, linear, norm, products, vector
 from megavlm.config.qformer import QFormer, QFormerSizes
 from megavlm.config.resampler import Resampler, ResamplerSizes
@@ -24,11 +25,11 @@ class Connector:
 
     Args:
         kind: connector type; mlp is InternVL's and LLaVA 1.5's, linear the one matrix of LLaVA
-            1.0, PaliGemma and Fuyu, qformer the Q-Former of BLIP-2, resampler the Perceiver
-            resampler of Flamingo. class_token, mean, attention and mean_query make one embedding of
-            a tile, for the objective contrastive: of its class token (CLIP), of the mean of its
-            patches, of what a learned query sees (SigLIP), or of what the mean of all tokens sees
-            (InternVL-C).
+            1.0, PaliGemma and Fuyu, merger that of Qwen2-VL, qformer the Q-Former of BLIP-2,
+            resampler the Perceiver resampler of Flamingo. class_token, mean, attention and
+            mean_query make one embedding of a tile, for the objective contrastive: of its class
+            token (CLIP), of the mean of its patches, of what a learned query sees (SigLIP), or of
+            what the mean of all tokens sees (InternVL-C).
         pixel_shuffle: for mlp: merge squares of this many patches a side into one feature (2: a
             quarter of the tokens; 1, as in LLaVA: none).
         heads: for mean_query: attention heads.
@@ -302,6 +303,7 @@ class MeanQueryPool(Pool):
 CONNECTORS: dict[str, Callable[[Connector, Ends], ConnectorSizes]] = {
     "mlp": Mlp,
     "linear": Linear,
+    "merger": lambda settings, ends: MergerSizes(ends),
     "class_token": Pool,
     "mean": Pool,
     "attention": AttentionPool,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-Mode = Literal["dynamic", "pad", "crop", "stretch", "patches", "anyres", "anyres_max_9"]
+Mode = Literal["dynamic", "pad", "crop", "stretch", "patches", "native", "anyres", "anyres_max_9"]
 Tiling = Literal["any", Mode]
 """What a run asks of its packs."""
 # LLaVA-OneVision's rule; its authors and transformers name it so.

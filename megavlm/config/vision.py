@@ -15,12 +15,15 @@ PIXELS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]]
 # How images are resized to tiles, and Pillow's numbers of that, by which image processors name it.
 Resample = Literal["bicubic", "bilinear"]
 RESAMPLES: dict[Resample, int] = {"bilinear": 2, "bicubic": 3}
+# Families that read images of any size as they are, cut into tiles of a few patches.
+SPANNING_FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Vision:
     """The vision encoder: an InternViT, the vision part of a CLIP (arXiv 2103.00020) or SigLIP
-    (arXiv 2303.15343), or EVA's ViT-g (arXiv 2211.07636), BLIP-2's.
+    (arXiv 2303.15343), EVA's ViT-g (arXiv 2211.07636), BLIP-2's, or that of Qwen2-VL (arXiv
+    2409.12191) or Qwen2.5-VL (arXiv 2502.13923), which see all tiles of an image at once.
 
     Args:
         family: weight naming and architecture variant (class token, patch bias, norm before the
@@ -44,19 +47,26 @@ class Vision:
         qkv_bias: whether the query, key and value projections have a bias.
         qk_norm: whether queries and keys are normalised, each over all heads at once
             (InternViT-6B).
-        activation: of the MLP: GELU, its approximation with tanh, or x * sigmoid(1.702 x).
+        activation: of the MLP: GELU, its approximation with tanh, x * sigmoid(1.702 x), or a gate
+            (swiglu).
         layer_scale: initial value of the layer scales on both residual branches; InternViT only.
         pixel_mean: mean of red, green and blue (of pixels from 0 to 1) that is subtracted: three
             numbers, or imagenet, clip or siglip.
         pixel_std: standard deviation of red, green and blue that is divided by; likewise.
         resample: how images are resized to tiles, as the encoder was pretrained: bicubic, or
             bilinear as for SigLIP 2. The patches of Fuyu's images are always bilinear.
+        temporal_patch_size: frames of a video that a patch embedding reads at once; an image is
+            shown to it so many times.
+        window_size: side in pixels of the squares of an image inside which patches see each other,
+            in the layers that ``full_attention_layers`` does not name; 0: they see the whole image.
+        full_attention_layers: layers, counted from 0, in which patches see the whole image; with
+            window_size.
         patch_drop: share of a tile's patches that the layers do not see in training, other ones
             each time (FLIP, arXiv 2212.00794); none are left out in evaluation. The class token
             stays. For models that make one embedding of a tile.
     """
 
-    family: Literal["internvit", "clip", "siglip", "eva"] = "internvit"
+    family: Literal["internvit", "clip", "siglip", "eva", "qwen2_vl", "qwen2_5_vl"] = "internvit"
     image_size: int = 448
     patch_size: int = 14
     num_layers: int = 24
@@ -70,11 +80,14 @@ class Vision:
     layernorm_epsilon: float = 1e-6
     qkv_bias: bool = True
     qk_norm: bool = False
-    activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"] = "gelu"
     layer_scale: float = 0.1
     pixel_mean: tuple[float, float, float] = PIXELS["imagenet"][0]
     pixel_std: tuple[float, float, float] = PIXELS["imagenet"][1]
     resample: Resample = "bicubic"
+    temporal_patch_size: int = 1
+    window_size: int = 0
+    full_attention_layers: tuple[int, ...] = ()
     patch_drop: float = 0.0
 
     @property
@@ -105,14 +118,40 @@ class Vision:
         return self.family == "siglip" or not self.image_size % self.patch_size
 
     @property
+    def spans_tiles(self) -> bool:
+        """Whether the patches of all tiles of an image see each other, and know their rows and
+        columns by rotation (RoPE of two dimensions); else a tile is an image of its own.
+        """
+        return self.family in SPANNING_FAMILIES
+
+    @property
+    def window_tiles(self) -> int:
+        """Tiles along a side of a window; 0: there are none."""
+        return self.window_size // max(self.image_size, 1)
+
+    def has_window(self, layer: int) -> bool:
+        """Whether patches see their window alone in a layer, counted from 0."""
+        return self.window_size > 0 and layer not in self.full_attention_layers
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the MLP has a gate."""
+        return self.activation == "swiglu"
+
+    @property
     def has_class_token(self) -> bool:
         """Whether a class token comes before the patches."""
-        return self.exists and self.family != "siglip"
+        return self.exists and self.family != "siglip" and not self.spans_tiles
+
+    @property
+    def has_learned_positions(self) -> bool:
+        """Whether positions are a table that is added to the patches."""
+        return not self.spans_tiles
 
     @property
     def has_patch_bias(self) -> bool:
         """Whether the patch embedding has a bias."""
-        return self.family != "clip"
+        return self.family != "clip" and not self.spans_tiles
 
     @property
     def has_embedding_norm(self) -> bool:

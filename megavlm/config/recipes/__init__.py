@@ -14,6 +14,8 @@ from megavlm.config.recipes import (
     llava_next,
     llava_onevision,
     paligemma,
+    qwen2_5_vl,
+    qwen2_vl,
     siglip,
 )
 from megavlm.config.recipes.recipe import Recipe
@@ -26,6 +28,8 @@ RECIPES: dict[str, Recipe] = {
         llava_next,
         llava_onevision,
         paligemma,
+        qwen2_vl,
+        qwen2_5_vl,
         fuyu,
         blip2,
         instructblip,

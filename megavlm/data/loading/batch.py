@@ -162,6 +162,27 @@ class Mixed(_Tensors):
     weights: torch.Tensor
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Images(_Tensors):
+    """Where the tiles of a rank stand in their images, for a vision encoder whose patches see all
+    tiles of an image. A rank has whole images, and the tiles of an image stand window by window;
+    a padding tile is an image by itself. N patches of a tile, row by row.
+
+    Args:
+        places: int64 [2, I * N], row and column of each patch in its image, tile by tile.
+        ends: int32 [images + 1], where the patches of each image start and end.
+        lengths: patches of each image, known without asking the device.
+        window_ends: int32 [windows + 1], the same of windows; none: the encoder has none.
+        window_lengths: patches of each window.
+    """
+
+    places: torch.Tensor
+    ends: torch.Tensor
+    lengths: tuple[int, ...]
+    window_ends: torch.Tensor | None = None
+    window_lengths: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchOptions:
     """How a run reads its packs.
@@ -175,6 +196,11 @@ class BatchOptions:
         with_preferences: whether to say which tokens are whose answer, of packs of preferences.
         seed: of the run; with a pack's position in its order it fixes all draws.
         with_tiles: whether to decode the images.
+        spans_tiles: whether patches see all tiles of an image, see ``Batch.images``.
+        window_tiles: for spans_tiles: tiles along a side of a window; 0: there are none.
+        tile_grid: for spans_tiles: patches along a side of a tile.
+        rotary_axes: whether to say where tokens stand among frames, rows and columns, see
+            ``Batch.rotary_positions``.
         tile_multiple: of the number of a rank's tiles, filled up with black ones.
         rank_slice: which tiles and tokens are this rank's.
     """
@@ -186,6 +212,10 @@ class BatchOptions:
     with_preferences: bool = False
     seed: int = 0
     with_tiles: bool = True
+    spans_tiles: bool = False
+    window_tiles: int = 0
+    tile_grid: int = 1
+    rotary_axes: bool = False
     tile_multiple: int = 1
     rank_slice: RankSlice = WHOLE_PACK
 
@@ -222,6 +252,7 @@ class Batch(_Tensors):
         tiles: uint8 [I, 3, S, S], those of the pack's images first. Black ones, which no feature is
             taken from, follow where a multiple is asked for; each rank has at least one, so that
             every rank runs the same. [0, 3, S, S] where the pixels were not asked for.
+        images: where the tiles stand in their images; none unless it was asked for.
         feature_positions: int64 [placeholders], where in ``tokens`` image features go, ascending.
         feature_numbers: int64 [placeholders], which of the features of the whole pack (those of all
             its tiles, in their order) goes there.
@@ -240,6 +271,10 @@ class Batch(_Tensors):
         samples: of the pack, the padding at the end not counted.
         weight_sum: sum of the loss weights of the whole pack, in float64 from the index.
         pack_id: the pack; -1 for new tokens.
+        rotary_positions: int64 [3, T], frame, row and column of each token in its sample, by which
+            queries and keys are rotated: a text advances all three by 1 a token, and goes on behind
+            the largest of an image before it (arXiv 2409.12191, section 2.1); none unless it was
+            asked for.
         positions: int64 [T], the place of each token in its sample, if they are not the tokens of a
             pack but one new token of each of T samples, whose tiles and earlier tokens have been
             seen; none: the places follow from ``sample_ends``.
@@ -258,6 +293,7 @@ class Batch(_Tensors):
     longest_sample: int
     prefixes: Prefixes | None
     tiles: torch.Tensor
+    images: Images | None = None
     feature_positions: torch.Tensor
     feature_numbers: torch.Tensor
     newline_positions: torch.Tensor
@@ -274,6 +310,7 @@ class Batch(_Tensors):
     preferences: Preferences | None = None
     weight_sum: float
     pack_id: int
+    rotary_positions: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     cached: Any = None
 

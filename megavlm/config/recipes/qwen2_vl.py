@@ -1,0 +1,38 @@
+"""The recipe of Qwen2-VL (arXiv 2409.12191): a vision encoder that reads images of any size, a
+connector that merges squares of four patches, a Qwen2 whose tokens know frames, rows and columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megavlm.config.recipes import qwen2_5_vl
+from megavlm.config.schema import Vision
+from megavlm.config.vision import PIXELS
+
+# Qwen2-VL-7B: Qwen2.5-VL-7B with another vision encoder.
+ARCHITECTURE = replace(
+    qwen2_5_vl.ARCHITECTURE,
+    vision=Vision(
+        family="qwen2_vl",
+        image_size=28,
+        patch_size=14,
+        temporal_patch_size=2,
+        num_layers=32,
+        hidden_size=1280,
+        ffn_hidden_size=5120,
+        num_attention_heads=16,
+        activation="quick_gelu",
+        pixel_mean=PIXELS["clip"][0],
+        pixel_std=PIXELS["clip"][1],
+    ),
+    language=replace(qwen2_5_vl.ARCHITECTURE.language, max_position_embeddings=32768),
+)
+
+RECIPE = replace(
+    qwen2_5_vl.RECIPE,
+    name="qwen2_vl",
+    description="Qwen2-VL: vision encoder, merger, Qwen2; images of any size",
+    architecture=ARCHITECTURE,
+    hub_format="qwen2_vl",
+)
