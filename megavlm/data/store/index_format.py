@@ -36,6 +36,7 @@ RECORD = np.dtype(
         ("crc_images", "<u4"),  # of the encoded images
         ("instructions", "<i4"),  # tokens of all instructions for a Q-Former
         ("longest_instruction", "<i4"),
+        ("squared_tiles", "<f8"),  # sum of the images' squared tiles: what attention in them costs
     ]
 )
 # magic, version, header bytes, record bytes, description bytes, packs
@@ -76,11 +77,12 @@ class IndexForm:
         return (header + self.description).ljust(self.header_bytes, b"\0")
 
 
-FORM = IndexForm(version=3, record=RECORD)
+FORM = IndexForm(version=4, record=RECORD)
 """What is written."""
-# Version 2 had no instructions.
+# Version 2 had no instructions, version 3 no squares of tiles.
 FORMS = {
-    2: IndexForm(version=2, record=np.dtype(RECORD.descr[:-2])),
+    2: IndexForm(version=2, record=np.dtype(RECORD.descr[:-3])),
+    3: IndexForm(version=3, record=np.dtype(RECORD.descr[:-1])),
     FORM.version: FORM,
 }
 """What is read, by the version."""

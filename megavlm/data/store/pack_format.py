@@ -309,6 +309,7 @@ def pack_block(samples: Sequence[Sample]) -> tuple[list[bytes], np.ndarray]:
         supervised
     )
     record["squared_lengths"] = np.square(lengths.astype(np.float64)).sum()
+    record["squared_tiles"] = np.square(table["tiles"].astype(np.float64)).sum()
     record["instructions"] = asked.sum()
     record["longest_instruction"] = asked.max()
     record["crc_tokens"] = zlib.crc32(head)

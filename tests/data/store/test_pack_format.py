@@ -125,6 +125,8 @@ def test_index(stored):
         assert row["weight_sample"] == sum(count > 0 for count in counts)
         assert row["weight_square"] == pytest.approx(sum(count**0.5 for count in counts), rel=1e-15)
         assert row["squared_lengths"] == sum(length**2 for length in lengths)
+        shown = [image.tiles for sample in samples for image in sample.images]
+        assert row["squared_tiles"] == sum(tiles**2 for tiles in shown)
         asked = [len(sample.instruction) for sample in samples]
         assert (row["instructions"], row["longest_instruction"]) == (sum(asked), max(asked))
         assert row["offset"] % 64 == 0
@@ -262,7 +264,7 @@ def test_cut_off(damaged, name):
     ("place", "value", "message"),
     [
         (0, b"?", "not an index of packs"),
-        (8, bytes([FORM.version + 1]), "format version 4, but this megavlm reads 2, 3"),
+        (8, bytes([FORM.version + 1]), "format version 5, but this megavlm reads 2, 3, 4"),
         (16, bytes([72]), "records of 72 bytes"),
         (HEADER.size + 4, b"?", "with other fields"),
         (24, bytes([99]), "header says 99 packs"),
@@ -284,7 +286,8 @@ def test_no_packs(tmp_path):
         Reader(tmp_path)
 
 
-def test_packs_of_version_2_are_read(stored, damaged):
+@pytest.mark.parametrize(("version", "size"), [(2, 80), (3, 88)])
+def test_packs_of_older_versions_are_read(stored, damaged, version: int, size: int):
     packs = [
         [dataclasses.replace(sample, instruction=np.zeros(0, np.int32)) for sample in samples]
         for samples in stored[1]
@@ -292,7 +295,7 @@ def test_packs_of_version_2_are_read(stored, damaged):
     folder = damaged.parent / "old"
     manifest = store_packs(folder, packs, MANIFEST, shard_bytes=4000)
     new = Reader(folder)
-    old = FORMS[2]
+    old = FORMS[version]
     rows = new.index[np.arange(len(packs))]
     tokens = new.read(3).tokens
     older = np.zeros(len(packs), old.record)
@@ -302,8 +305,11 @@ def test_packs_of_version_2_are_read(stored, damaged):
     (folder / "packs.idx").write_bytes(content)
     dataclasses.replace(manifest, idx_crc32=zlib.crc32(content)).write(folder)
     reader = Reader(folder)
-    assert old.record.itemsize == 80 and reader.check() == len(packs)
-    assert np.array_equal(reader.index[np.arange(len(packs))], rows)
+    assert old.record.itemsize == size and reader.check() == len(packs)
+    read = reader.index[np.arange(len(packs))]
+    assert not read["squared_tiles"].any() and rows["squared_tiles"].any()
+    rows["squared_tiles"] = 0
+    assert np.array_equal(read, rows)
     assert not reader.index["instructions"].any() and reader.index["tokens"].sum() > 0
     assert np.array_equal(reader.read(3).tokens, tokens)
     assert len(reader.read(3).instructions) == 0
