@@ -24,6 +24,7 @@ from megavlm.model.added_tokens import AddedEmbedding, AddedHead
 from megavlm.model.block_attention import capped
 from megavlm.model.experts import prepare_dispatchers
 from megavlm.model.kernels import Kernels
+from megavlm.model.rotary import section_angles
 from megavlm.model.specs import language_spec
 from megavlm.model.vocabulary_loss import LossTerms, vocabulary_loss
 from megavlm.model.yarn import frequencies
@@ -51,6 +52,7 @@ class LanguageModel(GPTModel):
         loss_positions: int64 [P], where head and loss are computed in the next forward pass;
             none: everywhere.
         token_positions: int64 [T], see ``Batch.positions``, for the next forward pass.
+        rotary_positions: int64 [3, T], see ``Batch.rotary_positions``, for the next forward pass.
     """
 
     def __init__(
@@ -124,7 +126,11 @@ class LanguageModel(GPTModel):
             self.embedding.position_embeddings.to(self.config.params_dtype)
         if language.rotary_yarn_factor > 1:
             self.rotary_pos_emb.inv_freq = frequencies(language)
-        if not language.has_learned_positions:
+        self.rotary_positions: Tensor | None = None
+        if language.rotary_sections:
+            # GPTModel calls it for the angles of its tokens.
+            self.rotary_pos_emb.forward = partial(self._section_angles, language.rotary_sections)
+        elif not language.has_learned_positions:
             # megatron-core keeps angles in a cache of the class, whose keys hold the module and, by
             # its hook, this model: it would stay in memory after its run.
             rotary = self.rotary_pos_emb
@@ -132,6 +138,13 @@ class LanguageModel(GPTModel):
             rotary.forward = lru_cache(_ANGLES_KEPT)(angles)
             # GPTModel calls it for the angles of its tokens.
             rotary.register_forward_hook(self._at_positions)
+
+    def _section_angles(self, sections: tuple[int, ...], *args, **kwargs) -> Tensor:
+        """Return the angles of this rank's tokens [T, 1, 1, head size], whatever megatron-core asks
+        for.
+        """
+        frequencies = self.rotary_pos_emb.inv_freq.to(self.rotary_positions.device)
+        return section_angles(self.rotary_positions, frequencies, sections)
 
     def _take_loss_terms(self, loss: Loss, rows: int) -> None:
         """Let the loss project hidden states itself, block by block; this rank has ``rows`` rows of

@@ -23,6 +23,8 @@ from megavlm.model.cross_attention import CrossModules, GatedCrossAttention, Gat
 from megavlm.model.experts import mixture_spec
 from megavlm.model.kernels import Kernels
 from megavlm.model.named_after import named_after
+from megavlm.model.native_attention import NativeVisionAttention
+from megavlm.model.rotary import turning
 from megavlm.model.router import PackRouter
 from megavlm.model.sandwich_layer import SandwichLayer
 from megavlm.model.sink_attention import SinkAttention
@@ -125,25 +127,38 @@ def _with_experts(layer: ModuleSpec, kernels: Kernels, router: Callable) -> Modu
     return replace(layer, submodules=submodules)
 
 
-def vision_spec(count: int, vision: Vision, kernels: Kernels) -> TransformerBlockSubmodules:
-    """Describe ``count`` consecutive layers of the vision encoder, without a norm after the
+def vision_spec(
+    layers: Sequence[int], vision: Vision, kernels: Kernels
+) -> TransformerBlockSubmodules:
+    """Describe consecutive layers of the vision encoder, counted from 0, without a norm after the
     last.
     """
-    params = {"attn_mask_type": AttnMaskType.no_mask, "qk_norm": vision.qk_norm}
-    inside = _attention(kernels.tile_attention, vision.qkv_bias, kernels)
-    attention = ModuleSpec(module=VisionAttention, params=params, submodules=inside)
     # ``VisionLayer`` hands the bias of the second linear layer to what adds the branch.
     mlp = replace(mlp_submodules(kernels.norm_linear, kernels), linear_fc2=kernels.row_linear)
-    layer = _layer(
-        VisionLayer,
-        attention,
-        mlp,
-        kernels,
-        layer_scale=vision.has_layer_scale,
-        add_branch=kernels.add_branch,
-        checkpoint=kernels.checkpoint,
-    )
-    return TransformerBlockSubmodules(layer_specs=[layer] * count, layer_norm=None)
+    specs = [
+        _layer(
+            VisionLayer,
+            _vision_attention(layer, vision, kernels),
+            mlp,
+            kernels,
+            layer_scale=vision.has_layer_scale,
+            add_branch=kernels.add_branch,
+            checkpoint=kernels.checkpoint,
+        )
+        for layer in layers
+    ]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=None)
+
+
+def _vision_attention(layer: int, vision: Vision, kernels: Kernels) -> ModuleSpec:
+    """Describe the attention of a layer: inside tiles, or inside images or windows of any size."""
+    params = {"attn_mask_type": AttnMaskType.no_mask, "qk_norm": vision.qk_norm}
+    if not vision.spans_tiles:
+        inside = _attention(kernels.tile_attention, vision.qkv_bias, kernels)
+        return ModuleSpec(module=VisionAttention, params=params, submodules=inside)
+    params["has_window"] = vision.has_window(layer)
+    inside = _attention(kernels.packed_attention, vision.qkv_bias, kernels)
+    return ModuleSpec(module=NativeVisionAttention, params=params, submodules=inside)
 
 
 def language_spec(
@@ -157,7 +172,8 @@ def language_spec(
     head_norm = kernels.norm if language.qk_norm else None
     inside = _attention(_core(language, kernels), language.qkv_bias, kernels, head_norm)
     mask = AttnMaskType.causal if language.is_causal else AttnMaskType.no_mask
-    attention = ModuleSpec(module=SelfAttention, params={"attn_mask_type": mask}, submodules=inside)
+    kind = turning(SelfAttention) if language.rotary_sections else SelfAttention
+    attention = ModuleSpec(module=kind, params={"attn_mask_type": mask}, submodules=inside)
     mlp = mlp_submodules(kernels.norm_linear, kernels)
     if language.sandwich_norm:
         plain = _layer(SandwichLayer, attention, mlp, kernels, norm=kernels.norm)

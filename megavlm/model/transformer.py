@@ -128,7 +128,9 @@ def vision_config(config: Config, layout: Layout, kernels: Kernels) -> Transform
         layernorm_epsilon=vision.layernorm_epsilon,
         add_bias_linear=True,
         add_qkv_bias=vision.qkv_bias,
+        gated_linear_unit=vision.is_gated,
         activation_func=ACTIVATIONS[vision.activation],
+        use_te_activation_func=vision.is_gated and kernels.gate is not None,
         **fp8_settings(config, "vision"),
         **_common(config, layout.vision_counts(), kernels, parallel.vision_tensor_size, recompute),
     )

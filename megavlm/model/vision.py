@@ -101,7 +101,7 @@ class VisionEncoder(MegatronModule):
             )
         self.encoder = TransformerBlock(
             config=config,
-            spec=vision_spec(len(chunk.vision_layers), vision, kernels),
+            spec=vision_spec(chunk.vision_layers, vision, kernels),
             post_layer_norm=False,
             pre_process=True,
             post_process=False,

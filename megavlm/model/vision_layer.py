@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
@@ -52,18 +53,29 @@ class VisionLayer(TransformerLayer):
         self.add_branch = add_branch
 
     def forward(
-        self, hidden_states: Tensor, context: Tensor | None = None, **kwargs
+        self,
+        hidden_states: Tensor,
+        context: Tensor | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """One layer.
 
         Args:
-            hidden_states: [tokens of a tile, I, D].
+            hidden_states: [tokens of a tile, I, D], or [I * tokens of a tile, 1, D].
             context: whether each tile keeps each branch, divided by the share that does [2 *
                 layers, I]; none: all are kept. It takes the place of cross-attention's context, the
                 one tensor that megatron-core's block hands to every layer, recomputed or not.
+            rotary_pos_emb: angles of hidden states of the second shape; none: of the first.
+            packed_seq_params: where their images end; likewise.
         """
+        normed = self.input_layernorm(hidden_states)
         attended, bias = self.self_attention(
-            self.input_layernorm(hidden_states), attention_mask=None
+            normed,
+            attention_mask=None,
+            rotary_pos_emb=rotary_pos_emb,
+            packed_seq_params=packed_seq_params,
         )
         hidden_states = self._add(hidden_states, attended, bias, self.attention_scale, context, 0)
         normed = self.pre_mlp_layernorm(hidden_states)

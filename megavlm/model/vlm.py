@@ -28,6 +28,7 @@ from megavlm.model.kernels import Kernels, choose_kernels
 from megavlm.model.language import LanguageModel
 from megavlm.model.lora import LowRankAdapter, attach
 from megavlm.model.lora_dropout import begin_pack
+from megavlm.model.native_vision import NativeVisionEncoder
 from megavlm.model.objective import build_objective
 from megavlm.model.patches import Patches
 from megavlm.model.recompute import ask_for_gradient
@@ -116,7 +117,7 @@ class VisionLanguageModel(MegatronModule):
 
     def _vision(
         self, config: Config, layout: Layout, chunk: Chunk, kernels: Kernels
-    ) -> VisionEncoder | Patches | None:
+    ) -> VisionEncoder | NativeVisionEncoder | Patches | None:
         """Build this chunk's part of the vision encoder, or what cuts patches if there is none."""
         arch = config.architecture
         if not arch.vision.exists:
@@ -126,10 +127,15 @@ class VisionLanguageModel(MegatronModule):
             return None
         groups = self.groups.vision
         encoder = vision_config(config, layout, kernels)
-        drop_path = config.training.highest_drop_path
-        vision = VisionEncoder(
-            encoder, arch.vision, chunk, drop_path, kernels, groups, self.vp_stage
-        )
+        if arch.vision.spans_tiles:
+            vision = NativeVisionEncoder(
+                encoder, arch.vision, chunk, kernels, groups, self.vp_stage
+            )
+        else:
+            drop_path = config.training.highest_drop_path
+            vision = VisionEncoder(
+                encoder, arch.vision, chunk, drop_path, kernels, groups, self.vp_stage
+            )
         tile_rank = self.groups.rank_slice.tile_rank
         attach(vision, "vision.encoder.layers", arch, encoder, groups.tp, tile_rank)
         return vision
@@ -152,6 +158,8 @@ class VisionLanguageModel(MegatronModule):
             if batch.positions is not None:
                 return _NOTHING
             vision = self.architecture.vision
+            if vision.spans_tiles:
+                return vision.tokens * batch.num_tiles, 1, vision.hidden_size
             tokens = vision.tokens if batch.kept_patches is None else vision.layer_tokens
             return tokens, batch.num_tiles, vision.hidden_size
         ranks = self.groups.tensor_size if self.config.sequence_parallel else 1
@@ -278,10 +286,11 @@ class VisionLanguageModel(MegatronModule):
         """
         if batch.positions is not None:
             return batch.tokens.new_zeros(_NOTHING, dtype=self.config.pipeline_dtype)
-        if self.trains_vision:
-            return self.vision(received, batch.tiles, batch.drop_path_draws, batch.kept_patches)
-        with torch.no_grad():
-            return self.vision(received, batch.tiles, None, batch.kept_patches)
+        draws = batch.drop_path_draws if self.trains_vision else None
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_vision):
+            if self.architecture.vision.spans_tiles:
+                return self.vision(received, batch.tiles, batch.images)
+            return self.vision(received, batch.tiles, draws, batch.kept_patches)
 
     def _fuse(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Turn the tiles [N, I, D] into features, and put these among the embedded tokens -> [T, 1,
@@ -343,6 +352,7 @@ class VisionLanguageModel(MegatronModule):
         chooses = self.chooses_loss_positions if with_loss else only_loss_positions
         self.language.loss_positions = batch.loss_positions if chooses else None
         self.language.token_positions = batch.positions
+        self.language.rotary_positions = batch.rotary_positions
         output = self.language(
             input_ids=None,
             position_ids=None,

@@ -1,8 +1,9 @@
 """The modules of connectors, by name.
 
-A module takes the hidden states of the vision encoder [tokens of a tile, I, D of vision], a class
-token first if the encoder has one, and gives the features of all tiles [I * F, 1, D of language],
-tile by tile. Shape letters: I tiles, F features of a tile, D hidden size.
+A module takes the hidden states of the vision encoder, [tokens of a tile, I, D of vision], a class
+token first if the encoder has one, or [I * tokens of a tile, 1, D of vision] if it reads images of
+any size, and gives the features of all tiles [I * F, 1, D of language], tile by tile.
+Shape letters: I tiles, F features of a tile, D hidden size.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from megatron.core.transformer import MegatronModule
 from megavlm.config.connectors import CONNECTORS, Connector, ConnectorSizes, Ends
 from megavlm.config.schema import Config
 from megavlm.model.connector.linear import LinearConnector
+from megavlm.model.connector.merger import MergerConnector
 from megavlm.model.connector.mlp import MlpConnector
 from megavlm.model.connector.pool import (
     AttentionPoolConnector,
@@ -33,6 +35,7 @@ vision encoder.
 MODULES: dict[str, ConnectorModule] = {
     "mlp": MlpConnector,
     "linear": LinearConnector,
+    "merger": MergerConnector,
     "class_token": PoolConnector,
     "mean": PoolConnector,
     "attention": AttentionPoolConnector,

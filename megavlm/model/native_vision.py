@@ -1,0 +1,111 @@
+"""A vision encoder that reads images of any size, one piece of it for each pipeline chunk: that of
+Qwen2-VL (arXiv 2409.12191) and Qwen2.5-VL (arXiv 2502.13923).
+
+Shape letters: I tiles, S pixels along a tile, N patches of a tile, D hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from megavlm.config.schema import Vision
+from megavlm.data.loading.batch import Images
+from megavlm.model.kernels import Kernels
+from megavlm.model.native_attention import PackedImages
+from megavlm.model.recompute import ask_for_gradient
+from megavlm.model.rotary import patch_angles
+from megavlm.model.specs import vision_spec
+from megavlm.model.standardise import standardise
+from megavlm.planner.layout import Chunk
+
+
+class FramePatchEmbedding(nn.Conv3d):
+    """A convolution over frames, rows and columns whose patches do not overlap, as one matrix
+    product. A module of its own for the reason that ``PatchEmbedding`` tells.
+    """
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[I, 3, S, S] -> [I * N, D]: every frame that it reads is the same image."""
+        size = self.kernel_size[-1]
+        squares = pixels.unflatten(3, (-1, size)).unflatten(2, (-1, size))
+        flat = squares.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
+        return linear(flat, self.weight.sum(2).flatten(1))
+
+
+class NativeVisionEncoder(MegatronModule):
+    """The layers of the encoder that stand in one chunk, with the patch embedding in the first.
+
+    Args:
+        config: megatron-core's configuration of the whole encoder.
+        vision: ours.
+        chunk: which layers are built.
+        kernels: of the layers.
+        groups: process groups.
+        vp_stage: index of the model chunk on its rank; none if the rank has one.
+    """
+
+    drop_path_share = 1.0  # there is nothing to drop
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        vision: Vision,
+        chunk: Chunk,
+        kernels: Kernels,
+        groups: ProcessGroupCollection,
+        vp_stage: int | None,
+    ):
+        super().__init__(config)
+        self.vision = vision
+        self.has_patch_embedding = chunk.has_patch_embedding
+        if self.has_patch_embedding:
+            size = (vision.temporal_patch_size, vision.patch_size, vision.patch_size)
+            self.patch_embedding = FramePatchEmbedding(
+                3, vision.hidden_size, size, size, bias=False, dtype=config.params_dtype
+            )
+            for name, values in (("mean", vision.pixel_mean), ("std", vision.pixel_std)):
+                self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+            self.standardise = kernels.pointwise(standardise)
+        self.encoder = TransformerBlock(
+            config=config,
+            spec=vision_spec(chunk.vision_layers, vision, kernels),
+            post_layer_norm=False,
+            pre_process=True,
+            post_process=False,
+            pg_collection=groups,
+            vp_stage=vp_stage,
+        )
+
+    def normalise(self, tiles: Tensor) -> Tensor:
+        """uint8 [I, 3, S, S] -> [I, 3, S, S] in the model's dtype, as the encoder was
+        pretrained with.
+        """
+        return self.standardise(tiles, self.mean, self.std, self.patch_embedding.weight.dtype)
+
+    def forward(self, hidden: Tensor | None, tiles: Tensor, images: Images) -> Tensor:
+        """Run this chunk's layers.
+
+        Args:
+            hidden: output of the chunk before [I * N, 1, D]; none in the first chunk.
+            tiles: uint8 [I, 3, S, S], looked at in the first chunk only.
+            images: where they stand.
+
+        Returns:
+            [I * N, 1, D], tile by tile.
+        """
+        if self.has_patch_embedding:
+            hidden = self.patch_embedding(self.normalise(tiles))[:, None]
+        if not len(self.encoder.layers):
+            return hidden
+        hidden = ask_for_gradient(hidden, self.config)
+        return self.encoder(
+            hidden,
+            attention_mask=None,
+            rotary_pos_emb=patch_angles(images.places, self.vision.head_size),
+            packed_seq_params=PackedImages.of(images),
+        )
