@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -222,6 +223,8 @@ def _attend(
     scale: float | None = None,
 ) -> Tensor:
     """See ``Attend``; ``scale`` as ``softmax_scale`` of ``PackedAttention``."""
+    if not is_causal:
+        return _attend_without_mask(query, key, value, samples, scale)
     lengths = (samples.query_lengths, samples.key_lengths, samples.key_lengths)
     split = (
         _heads_first(x).split(sizes, dim=2)
@@ -233,19 +236,46 @@ def _attend(
         missing = k.shape[2] - q.shape[2]
         # torch aligns its causal mask with the first key.
         mask = None
-        if is_causal and missing:
+        if missing:
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
             mask = mask.tril(missing)
-        is_square = is_causal and not missing
         attended.append(
             scaled_dot_product_attention(
                 q,
                 k,
                 v,
                 attn_mask=mask,
-                is_causal=is_square,
+                is_causal=not missing,
                 scale=scale,
                 enable_gqa=grouped,
             )
         )
     return _tokens_first(attended)
+
+
+def _attend_without_mask(
+    query: Tensor, key: Tensor, value: Tensor, samples: PackedSamples, scale: float | None
+) -> Tensor:
+    """Attend in one call to neighbours of equal length, such as the windows of an image; arguments
+    as for ``_attend``.
+    """
+    grouped = query.shape[1] != key.shape[1]
+    attended = []
+    first_query = first_key = 0
+    pairs = zip(samples.query_lengths, samples.key_lengths, strict=True)
+    for (queries, keys), run in groupby(pairs):
+        count = len(tuple(run))
+        last_query = first_query + count * queries
+        last_key = first_key + count * keys
+        q = query[first_query:last_query].reshape(count, queries, *query.shape[1:])
+        k, v = (
+            states[first_key:last_key].reshape(count, keys, *states.shape[1:])
+            for states in (key, value)
+        )
+        found = scaled_dot_product_attention(
+            *(states.transpose(1, 2) for states in (q, k, v)), scale=scale, enable_gqa=grouped
+        )
+        attended.append(found.transpose(1, 2).flatten(2).flatten(0, 1))
+        first_query = last_query
+        first_key = last_key
+    return torch.cat(attended)

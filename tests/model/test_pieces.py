@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.transformer.enums import AttnMaskType
 
 from megavlm.config.freeze_mask import matches
 from megavlm.config.padding import padded_vocabulary
@@ -90,7 +91,6 @@ def test_small_shares_of_the_tiles_need_little_filling(
 
 
 def test_attention_of_a_pack_is_that_of_its_samples_with_grouped_queries() -> None:
-
     query = torch.randn(9, 4, 8)
     key = torch.randn(9, 2, 8)
     value = torch.randn(9, 2, 8)
@@ -102,6 +102,25 @@ def test_attention_of_a_pack_is_that_of_its_samples_with_grouped_queries() -> No
     sample = torch.tensor([0, 0, 0, 0, 1, 2, 2, 2, 2])
     seen = (sample[:, None] == sample[None]) & (torch.arange(9)[:, None] >= torch.arange(9)[None])
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    torch.testing.assert_close(
+        answer, torch.einsum("hqk,khd->qhd", weights, value.repeat_interleave(2, 1)).flatten(1)
+    )
+
+
+def test_attention_without_a_mask_is_that_of_each_sample() -> None:
+    # Neighbours of equal length, one by itself, and the same number of other keys.
+    lengths = ((4, 4), (4, 4), (1, 4), (3, 3), (3, 2), (3, 2))
+    queries, keys = zip(*lengths, strict=True)
+    query = torch.randn(sum(queries), 4, 8)
+    key, value = (torch.randn(sum(keys), 2, 8) for _ in range(2))
+    packed = PackedSamples(qkv_format="thd", query_lengths=queries, key_lengths=keys)
+    attention = PackedAttention(attn_mask_type=AttnMaskType.no_mask)
+    answer = attention(query, key, value, None, packed_seq_params=packed)
+    sample, seen = (
+        torch.arange(len(lengths)).repeat_interleave(torch.tensor(one)) for one in (queries, keys)
+    )
+    scores = torch.einsum("qhd,khd->hqk", query, key.repeat_interleave(2, 1)) / 8**0.5
+    weights = scores.masked_fill(sample[:, None] != seen, float("-inf")).softmax(-1)
     torch.testing.assert_close(
         answer, torch.einsum("hqk,khd->qhd", weights, value.repeat_interleave(2, 1)).flatten(1)
     )
