@@ -38,7 +38,7 @@ _ADAPTABLE = re.compile(
 
 
 # Families whose files have one weight for queries, keys and values, or for gate and up.
-_ONE_QKV = ("eva", "persimmon", "phi3")
+_ONE_QKV = ("eva", "persimmon", "phi3", "qwen2_vl", "qwen2_5_vl")
 _ONE_GATE_AND_UP = ("phi3",)
 
 
@@ -109,12 +109,11 @@ def stacked(architecture: Any, key: str) -> int:
         architecture: ``schema.Architecture``.
         key: of the weight.
     """
-    is_vision = key.startswith("vision.")
-    family = (architecture.vision if is_vision else architecture.language).family
+    part = architecture.vision if key.startswith("vision.") else architecture.language
+    family = part.family
     if key.endswith("linear_qkv.weight"):
         return 1 if family in _ONE_QKV else 3
-    is_gated = not is_vision and architecture.language.is_gated
-    holds_both = is_gated and key.endswith("linear_fc1.weight")
+    holds_both = part.is_gated and key.endswith("linear_fc1.weight")
     return 2 if holds_both and family not in _ONE_GATE_AND_UP else 1
 
 

@@ -1,8 +1,8 @@
 """What a model's cost is made of: its weights, and the products of attention, which have none.
 
 FLOPs of the forward pass are in proportion to a count of the data: tiles, tokens, supervised
-tokens, or the sum of the samples' squared lengths. ``megavlm/planner`` counts pieces;
-connectors (``megavlm/config/connectors.py``) name their own.
+tokens, or the sum of the samples' squared lengths or of the images' squared tiles.
+``megavlm/planner`` counts pieces; connectors (``megavlm/config/connectors.py``) name their own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Unit = Literal["tile", "token", "supervised", "squared_length"]
+Unit = Literal["tile", "token", "supervised", "squared_length", "squared_tile"]
 
 
 @dataclass(frozen=True, kw_only=True)

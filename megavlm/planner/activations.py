@@ -25,7 +25,7 @@ from megavlm.planner.partition import PackSize, layer_costs, layer_of
 
 _TILES = 4
 NUMBER_BYTES = {"bfloat16": 2, "float32": 4}
-_ANY_PACK = PackSize(tokens=1.0, squared_lengths=1.0, tiles=1.0)
+_ANY_PACK = PackSize(tokens=1.0, squared_lengths=1.0, tiles=1.0, squared_tiles=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,12 +339,13 @@ def _vision_layer(vision: Vision, parallel: Parallel, is_trained: bool) -> tuple
 
     Replicated: inputs and results of both norms, and both branches before their scale (6
     D). Sharded: queries, keys, values and the output of attention (4 D), the MLP before and after
-    GELU (2 M). A frozen layer needs the inputs of the norms, inputs and output of attention, and
-    the input of GELU.
+    GELU (2 M), or its gate, its other half and their product (3 M). A frozen layer needs the inputs
+    of the norms, inputs and output of attention, and the input of GELU, or gate and other half.
     """
     tensor = parallel.vision_tensor_size
     width = vision.hidden_size
-    inner = (2 if is_trained else 1) * vision.ffn_hidden_size / tensor
+    inputs = 2 if vision.is_gated else 1
+    inner = (inputs + 1 if is_trained else inputs) * vision.ffn_hidden_size / tensor
     return (6 if is_trained else 2) * width + 4 * width / tensor + inner, inner
 
 

@@ -99,7 +99,7 @@ def _outputs(arch: Architecture, place: _LayerPlace) -> tuple[float, float]:
     if place.is_vision:
         return (
             3 * arch.vision.hidden_size / place.tensor,
-            arch.vision.ffn_hidden_size / place.tensor,
+            arch.vision.ffn_hidden_size * (2 if arch.vision.is_gated else 1) / place.tensor,
         )
     language = arch.language
     heads = language.num_attention_heads + 2 * language.num_query_groups

@@ -331,17 +331,21 @@ def _vision_padding(config: Config, size: PackSize) -> float:
         padded_heads(vision.num_attention_heads, parallel.vision_tensor_size)
         / vision.num_attention_heads
     )
-    return tiles * (1 + _attention_share(config.architecture) * (heads - 1))
+    return tiles * (1 + _attention_share(config.architecture, size) * (heads - 1))
 
 
 @lru_cache(maxsize=8)
-def _attention_share(arch: Architecture) -> float:
-    """Share of a vision layer's FLOPs that grows with its heads."""
-    of_layer = [piece for piece in pieces(arch) if piece.part == "vision" and piece.layer == 0]
-    attention = sum(
-        piece.forward for piece in of_layer if not piece.key or ".self_attention." in piece.key
-    )
-    return attention / sum(piece.forward for piece in of_layer)
+def _attention_share(arch: Architecture, size: PackSize) -> float:
+    """Share of the vision layers' FLOPs that grows with their heads."""
+    units = size.units()
+    attention = whole = 0.0
+    for piece in pieces(arch):
+        if piece.part == "vision" and piece.layer is not None:
+            cost = piece.forward * units[piece.unit]
+            whole += cost
+            if not piece.key or ".self_attention." in piece.key:
+                attention += cost
+    return attention / whole
 
 
 def _busiest(ranks: list[CommunicationVolume]) -> CommunicationVolume:

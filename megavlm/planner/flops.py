@@ -11,7 +11,9 @@ since only half of the pairs see each other; both papers count all of them. Of a
 are counted: what its n answer tokens of a sample of m do not see, n (m - n) + n^2 / 2 pairs, is
 little beside its prefix with the image, which sees itself whole with sliding windows, too. With a
 sliding window each token of another model is counted with a whole window; the first ones of a
-sample see less.
+sample see less. So is each patch in windows of an image, of which those at its edges are smaller.
+A patch embedding that reads several frames is counted for one: an image shows it the same pixels in
+all of them.
 
 **The backward pass** of a product with a weight has two products, each as large as the forward one:
 the gradient of its input and that of its weight. A frozen weight has no gradient, and the gradient
@@ -26,9 +28,10 @@ router.
 The head is counted for the tokens that have a loss: no other logit is asked for, whether or not an
 implementation computes it.
 
-Everything grows in proportion to four counts of the data, which the packs' index holds: tiles,
-tokens, supervised tokens, and the sum of the samples' squared lengths. Shape letters as in
-``model/``: P patches of a tile, F features of a tile, D hidden size, V vocabulary.
+Everything grows in proportion to five counts of the data, which the packs' index holds: tiles,
+tokens, supervised tokens, the sum of the samples' squared lengths and, if patches see all tiles of
+their image, that of the images' squared tiles. Shape letters as in ``model/``: P patches of a tile,
+F features of a tile, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -40,16 +43,16 @@ from megavlm.config import cross_attention
 from megavlm.config.freeze_mask import matches_any
 from megavlm.config.lora import MAGNITUDE, stacked
 from megavlm.config.objectives import EMBEDDING
-from megavlm.config.pieces import Piece, Unit, linear, norm, table, vector
-from megavlm.config.schema import Architecture, Language
+from megavlm.config.pieces import Piece, Unit, linear, norm, products, table, vector
+from megavlm.config.schema import Architecture, Language, Vision
 
 PARTS = ("vision", "connector", "language", "head")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """FLOPs of training on a tile, on a token, and for each pair of tokens of a sample: by part and
-    unit.
+    """FLOPs of training on a tile, on a token, and for each pair of tokens of a sample or of tiles
+    of an image: by part and unit.
     """
 
     by_unit: dict[str, dict[Unit, float]]
@@ -60,6 +63,7 @@ class Cost:
         tokens: float,
         squared_lengths: float,
         tiles: float,
+        squared_tiles: float = 0.0,
         supervised: float | None = None,
     ) -> dict[str, float]:
         """Count the FLOPs of each part for data of this size.
@@ -68,6 +72,7 @@ class Cost:
             tokens: of all samples, context tokens of images included, padding not.
             squared_lengths: sum over the samples of the square of their tokens.
             tiles: real tiles.
+            squared_tiles: sum over the images of the square of their tiles.
             supervised: tokens that have a loss; none: all.
         """
         counts = {
@@ -75,6 +80,7 @@ class Cost:
             "token": tokens,
             "supervised": tokens if supervised is None else supervised,
             "squared_length": squared_lengths,
+            "squared_tile": squared_tiles,
         }
         return {
             part: sum(flops * counts[unit] for unit, flops in units.items())
@@ -178,19 +184,13 @@ def _vision(architecture: Architecture) -> Iterator[Piece]:
         return
     part = "vision"
     width = vision.hidden_size
-    patch = 3 * vision.patch_size**2
-    yield from linear(
-        "vision.patch_embedding",
-        part,
-        patch,
-        width,
-        rows=vision.grid**2,
-        unit="tile",
-        has_bias=vision.has_patch_bias,
-    )
+    yield _patch_embedding(vision)
+    if vision.has_patch_bias:
+        yield vector("vision.patch_embedding.bias", part, width)
     if vision.has_class_token:
         yield vector("vision.class_token", part, width)
-    yield table("vision.position_embedding", part, vision.tokens, width)
+    if vision.has_learned_positions:
+        yield table("vision.position_embedding", part, vision.tokens, width)
     if vision.has_embedding_norm:
         yield from norm("vision.embedding_norm", part, width, has_bias=True)
     for number in range(vision.num_layers):
@@ -198,6 +198,19 @@ def _vision(architecture: Architecture) -> Iterator[Piece]:
     if vision.final_norm:
         last = norm("vision.final_norm", part, width, has_bias=True)
         yield from (replace(piece, layer=vision.num_layers - 1) for piece in last)
+
+
+def _patch_embedding(vision: Vision) -> Piece:
+    """Return the weight of the patch embedding."""
+    elements = 3 * vision.patch_size**2 * vision.hidden_size
+    return Piece(
+        key="vision.patch_embedding.weight",
+        part="vision",
+        elements=elements * vision.temporal_patch_size,
+        forward=2 * elements * vision.grid**2,
+        unit="tile",
+        is_matrix=True,
+    )
 
 
 def _vision_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
@@ -213,15 +226,27 @@ def _vision_layer(architecture: Architecture, number: int) -> Iterator[Piece]:
     yield from linear(qkv, part, width, 3 * width, rows=rows, unit="tile", has_bias=vision.qkv_bias)
     for name in ("query", "key") if vision.qk_norm else ():
         yield vector(f"{layer}.self_attention.qk_norm.{name}", part, width)
-    yield Piece(key="", part=part, elements=0, forward=4 * rows**2 * width, unit="tile")
+    yield _vision_attention(vision, number)
     yield from linear(proj, part, width, width, rows=rows, unit="tile", has_bias=True)
     if vision.has_layer_scale:
         yield vector(f"{layer}.attention_scale", part, width)
     yield from norm(fc1, part, width, has_bias=has_bias, joint=".layer_norm_")
-    yield from linear(fc1, part, width, inner, rows=rows, unit="tile", has_bias=True)
+    first = 2 * inner if vision.is_gated else inner
+    yield from linear(fc1, part, width, first, rows=rows, unit="tile", has_bias=True)
     yield from linear(fc2, part, inner, width, rows=rows, unit="tile", has_bias=True)
     if vision.has_layer_scale:
         yield vector(f"{layer}.mlp_scale", part, width)
+
+
+def _vision_attention(vision: Vision, number: int) -> Piece:
+    """Return the products of a vision layer's attention: inside a tile, a window or an image."""
+    pairs = vision.layer_tokens**2
+    unit: Unit = "tile"
+    if vision.has_window(number):
+        pairs *= vision.window_tiles**2
+    elif vision.spans_tiles:
+        unit = "squared_tile"
+    return products("vision", 4 * pairs * vision.hidden_size, unit)
 
 
 def _language(architecture: Architecture) -> Iterator[Piece]:

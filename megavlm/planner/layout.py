@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megavlm.config.layout_text import parse_layout, write_layout
-from megavlm.config.schema import Config
-from megavlm.planner.partition import PackSize, balance, run_costs
+from megavlm.config.schema import Architecture, Config
+from megavlm.planner.partition import TYPICAL_IMAGE, PackSize, balance, run_costs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,9 +102,19 @@ def make_layout(config: Config, size: PackSize | None = None) -> Layout:
     if parallel.layout == "even":
         return from_counts(split_evenly(vision + language, chunks), vision)
     if parallel.layout == "auto":
-        typical = PackSize(tokens=2.0 * arch.placeholders_per_tile, squared_lengths=0.0, tiles=1.0)
-        return from_counts(balance(run_costs(config, size or typical), chunks), vision)
+        return from_counts(balance(run_costs(config, size or _typical(arch)), chunks), vision)
     return from_counts(parse_layout(parallel.layout, vision, language), vision)
+
+
+def _typical(arch: Architecture) -> PackSize:
+    """Return the size of a pack of one image, and as much text."""
+    tiles = TYPICAL_IMAGE if arch.vision.spans_tiles else 1
+    return PackSize(
+        tokens=2.0 * arch.placeholders_per_tile * tiles,
+        squared_lengths=0.0,
+        tiles=float(tiles),
+        squared_tiles=float(tiles**2),
+    )
 
 
 def from_counts(counts: Sequence[int], vision_layers: int) -> Layout:

@@ -18,6 +18,11 @@ import numpy as np
 from megavlm.config.schema import LAYER_PARTS, Architecture, Config
 from megavlm.planner.flops import Piece, pieces, with_gradients
 
+TYPICAL_IMAGE = 400
+"""Tiles of an image whose patches all see each other, where nothing is known of the data: a
+photograph of 640 x 480 pixels has 23 x 17 tiles of 28 pixels.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PackSize:
@@ -27,12 +32,14 @@ class PackSize:
         tokens: of all samples.
         squared_lengths: sum over the samples of the square of their tokens.
         tiles: real tiles.
+        squared_tiles: sum over the images of the square of their tiles.
         supervised: tokens that have a loss; none: all.
     """
 
     tokens: float
     squared_lengths: float
     tiles: float
+    squared_tiles: float = 0.0
     supervised: float | None = None
 
     def __str__(self) -> str:
@@ -58,6 +65,7 @@ class PackSize:
             "supervised": self.tokens if self.supervised is None else self.supervised,
             "squared_length": self.squared_lengths,
             "tile": self.tiles,
+            "squared_tile": self.squared_tiles,
         }
 
 

@@ -15,7 +15,7 @@ TFLOPS = "tflops"
 MFU = "mfu"
 # Dense BF16 TFLOP/s by what the names of GPUs hold, from NVIDIA's data sheets.
 _PEAKS = {"H200": 989.0, "H100 80GB HBM3": 989.0, "A100": 312.0}
-_COUNTS = ("tokens", "squared_lengths", "tiles", "supervised")
+_COUNTS = ("tokens", "squared_lengths", "tiles", "squared_tiles", "supervised")
 
 
 def peak_of(device: torch.device) -> float:

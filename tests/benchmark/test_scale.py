@@ -22,7 +22,7 @@ def test_packs_are_looked_up_at_small_sizes(tmp_path: Path) -> None:
     blend = scale_data.blend(3, 8, tmp_path)
     assert blend["packs_a_step"] == 8 and blend["step_s"] > 0
     index = scale_data.large_index(10_000, 8, tmp_path)
-    assert index["index_gb"] == 10_000 * 88 / 1e9 and index["step_in_epoch_4_s_any"] > 0
+    assert index["index_gb"] == 10_000 * 96 / 1e9 and index["step_in_epoch_4_s_any"] > 0
     assert scale_data.manifests(20)["bytes"] > 1000
     assert scale_data.sources(10, tmp_path)["drawing_s"] > 0
     assert not list(tmp_path.glob("tmp*/packs"))

@@ -177,7 +177,7 @@ def test_a_run_tells_its_flops_for_each_rank(ranks: Pool, dataset: Path, tmp_pat
     for step, record in enumerate(told):
         size = {
             name: float(packs.index[plan.pack_ids(2 * step, 2)][name].sum())
-            for name in ("tokens", "squared_lengths", "tiles", "supervised")
+            for name in ("tokens", "squared_lengths", "tiles", "squared_tiles", "supervised")
         }
         seconds = size["tokens"] / record["tokens_per_s"]
         assert 2 * record["tflops"] * 1e12 * seconds == pytest.approx(cost.total(**size)), (

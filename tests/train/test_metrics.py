@@ -172,7 +172,7 @@ def test_seconds_a_step_do_not_count_pauses(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("megavlm.train.meters.time.perf_counter", lambda: next(now))
     clock = Clock()
     throughput = Throughput(training_cost(MODELS["tiny"], ("connector",)), clock)
-    names = ("tokens", "squared_lengths", "tiles", "supervised")
+    names = ("tokens", "squared_lengths", "tiles", "squared_tiles", "supervised")
     packs = np.zeros(2, [(name, "f8") for name in names])
     throughput.add_step(packs)
     throughput.add_step(packs)

@@ -22,7 +22,7 @@ from tools.benchmark.feed import Feed
 LEAST_STEPS = 3
 # Batches of Transformer Engine's layers have tiles in multiples of it (FP8: of more).
 TILE_MULTIPLE = 4
-COUNTS = ("tokens", "squared_lengths", "tiles", "supervised")
+COUNTS = ("tokens", "squared_lengths", "tiles", "squared_tiles", "supervised")
 
 
 class Session(Protocol):

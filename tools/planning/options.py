@@ -18,11 +18,15 @@ from megavlm.data.store.reader import Reader
 from megavlm.job_checks import with_parameter_problems
 from megavlm.model_source import read_model
 from megavlm.planner.estimate import Hardware, Packs
-from megavlm.planner.partition import PackSize
+from megavlm.planner.partition import TYPICAL_IMAGE, PackSize
 
 _SIZES = {
     "capacity": (16384, "tokens of a pack"),
     "tiles": (50.0, "tiles of a pack, on average"),
+    "image_tiles": (
+        float(TYPICAL_IMAGE),
+        "tiles of an image, on average, which a vision encoder that sees all of them asks for",
+    ),
     "supervised": (4096.0, "tokens of a pack that have a loss, on average"),
     "sample_tokens": (2000.0, "tokens of a sample, on average"),
 }
@@ -39,7 +43,15 @@ _HARDWARE = {
 _RANGES = {
     "at least 1": (
         lambda number: 1 <= number < math.inf,
-        ("gpus", "global_batch_size", "top", "gpus_per_node", "capacity", "sample_tokens"),
+        (
+            "gpus",
+            "global_batch_size",
+            "top",
+            "gpus_per_node",
+            "capacity",
+            "sample_tokens",
+            "image_tiles",
+        ),
     ),
     "0 or more": (lambda number: 0 <= number < math.inf, ("tiles", "supervised")),
     "above 0": (
@@ -181,6 +193,7 @@ def read_packs(options: argparse.Namespace) -> Packs:
             tokens=options.capacity,
             squared_lengths=squared,
             tiles=options.tiles,
+            squared_tiles=options.tiles * min(options.image_tiles, options.tiles),
             supervised=min(options.supervised, options.capacity),
         )
         return Packs(size=size, capacity=options.capacity)
