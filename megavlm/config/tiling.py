@@ -11,5 +11,8 @@ Tiling = Literal["any", Mode]
 BOUNDED: Mode = "anyres_max_9"
 WITH_GRIDS: tuple[Mode, ...] = ("anyres", BOUNDED)
 """Modes in which an image is also a grid of tiles, and an embedding ends each row of features."""
+ANY_SIZE: tuple[Mode, ...] = ("patches", "native")
+"""Modes in which an image has as many tiles as its own size asks for."""
 MOST_TILES = 1024
-"""Of an image: far more than a model can read, and few enough to be held in memory."""
+"""Of an image in other modes: far more than a model can read, and few enough to be held in
+memory."""

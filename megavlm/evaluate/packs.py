@@ -325,5 +325,7 @@ def tiling_of(manifest: Manifest) -> Tiling:
         pixel_mean=manifest.pixel_mean,
         resample=manifest.resample,
         limit=manifest.image_limit,
+        min_pixels=manifest.min_pixels,
+        max_pixels=manifest.max_pixels,
         grids=manifest.grids,
     )

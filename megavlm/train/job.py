@@ -75,12 +75,18 @@ class Job(BuiltModel):
     @property
     def batch_options(self) -> BatchOptions:
         """How this rank reads packs, without what is random in training."""
+        architecture = self.config.architecture
+        vision = architecture.vision
         return BatchOptions(
             reduction=self.config.data.loss_reduction,
-            vision_layers=self.config.architecture.vision.num_layers,
-            with_pair_ids=self.config.architecture.needs_pair_ids,
-            with_preferences=self.config.architecture.needs.is_of_preferences,
+            vision_layers=vision.num_layers,
+            with_pair_ids=architecture.needs_pair_ids,
+            with_preferences=architecture.needs.is_of_preferences,
             with_tiles=self.chunks[0].pre_process,
+            spans_tiles=vision.spans_tiles,
+            window_tiles=vision.window_tiles,
+            tile_grid=vision.grid,
+            rotary_axes=bool(architecture.language.rotary_sections),
             rank_slice=self.groups.rank_slice,
             tile_multiple=tile_multiple(self.config),
         )

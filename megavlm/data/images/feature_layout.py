@@ -300,6 +300,13 @@ def mixed_in_pack(
     return Mixed(*map(np.concatenate, zip(*found, strict=True))) if found else None
 
 
+def in_text_order(images: np.ndarray, *, preferences: bool = False) -> list[Tiled]:
+    """Return a pack's images in the order of their placeholders, each as often as it has them.
+    Arguments are those of ``numbers_in_pack``.
+    """
+    return [image for image, _ in _of_pack(images, 1, preferences)]
+
+
 def as_tiled(images: np.ndarray) -> list[Tiled]:
     """Return the rows of a pack's table of images as layouts see them."""
     return [_Row(*row) for row in images[list(_Row._fields)].tolist()]

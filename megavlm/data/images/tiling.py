@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import get_args
 
-from megavlm.config.tiling import BOUNDED, MOST_TILES, WITH_GRIDS, Mode
+from megavlm.config.tiling import ANY_SIZE, BOUNDED, MOST_TILES, WITH_GRIDS, Mode
 from megavlm.data.images.anyres import LLAVA_GRIDS, Grid, best_grid
+from megavlm.data.images.native import QWEN2_VL_PIXELS, native_grid
 from megavlm.data.images.patches import fitted_size, patch_grid
 
 # Along a side of a tile, of which even one then fills a gigabyte.
 MOST_PIXELS = 2**14
 # Fuyu's, in pixels.
 FUYU_LIMIT = (1920, 1080)
+# Of a resized image, as many as are decoded of a file.
+MOST_IMAGE_PIXELS = 2**29
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,8 @@ class Tiling:
         mode: ``dynamic``; or each image is one tile: filled up to a square (``pad``) or the square
             in its middle (``crop``), as LLaVA has them, or all of it with another shape
             (``stretch``), as PaliGemma. ``patches``: a tile is a patch, and an image has as many as
-            cover it, as in Fuyu. ``anyres``: the whole image, then a grid of tiles that it is
+            cover it, as in Fuyu. ``native``: an image has as many tiles as are nearest to its size,
+            as in Qwen2-VL. ``anyres``: the whole image, then a grid of tiles that it is
             fitted into, as in LLaVA-NeXT. ``anyres_max_9``: the same for a record of one image;
             those of several are one tile each, filled up to a square, and a frame of a video is one
             tile of another shape, as in LLaVA-OneVision.
@@ -42,6 +46,8 @@ class Tiling:
         resample: how images are resized to tiles: ``bicubic`` or ``bilinear``; those of
             ``patches`` are always bilinear.
         limit: for ``patches``: width and height in pixels that larger images are made smaller to.
+        min_pixels: for ``native``: fewest pixels of all tiles of an image.
+        max_pixels: for ``native``: most pixels of all tiles of an image.
         grids: for ``anyres`` and ``anyres_max_9``: the grids that images may have.
     """
 
@@ -53,6 +59,8 @@ class Tiling:
     pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     resample: str = "bicubic"
     limit: tuple[int, int] = FUYU_LIMIT
+    min_pixels: int = QWEN2_VL_PIXELS[0]
+    max_pixels: int = QWEN2_VL_PIXELS[1]
     grids: tuple[Grid, ...] = LLAVA_GRIDS
 
     def __post_init__(self) -> None:
@@ -75,6 +83,22 @@ class Tiling:
                 f"--image_limit {width}x{height}: both must be multiples of the patch, --image_size"
                 f" {self.tile_size}"
             )
+        if self.mode == "native":
+            self._check_pixels()
+
+    def _check_pixels(self) -> None:
+        """Raise ValueError for bounds of the pixels of an image that no size has."""
+        tile = self.tile_size**2
+        if not 1 <= self.min_pixels <= self.max_pixels:
+            raise ValueError(
+                f"--min_pixels {self.min_pixels} and --max_pixels {self.max_pixels}: must be 1 <="
+                " min <= max"
+            )
+        if not tile <= self.max_pixels <= MOST_IMAGE_PIXELS:
+            raise ValueError(
+                f"--max_pixels {self.max_pixels}: must be from {tile}, the pixels of one tile, to"
+                f" {MOST_IMAGE_PIXELS}"
+            )
 
     @property
     def has_grids(self) -> bool:
@@ -86,12 +110,20 @@ class Tiling:
         """The option that makes images smaller."""
         if self.has_grids:
             return "--grids"
-        return "--image_limit" if self.mode == "patches" else "--max_tiles"
+        flags = {"patches": "--image_limit", "native": "--max_pixels"}
+        return flags.get(self.mode, "--max_tiles")
+
+    @property
+    def least_tiles(self) -> int:
+        """The tiles of an image that is made as small as can be."""
+        if self.mode == "native":
+            return -(-self.min_pixels // self.tile_size**2)
+        return 2 if self.has_grids else 1
 
     @property
     def takes_frames(self) -> bool:
         """Whether a frame of a video can be one tile."""
-        return self.mode not in ("patches", "anyres")
+        return self.mode not in (*ANY_SIZE, "anyres")
 
     @property
     def joins_frames(self) -> bool:
@@ -110,9 +142,15 @@ class Tiling:
         record.
 
         ``max_tiles`` stands in for the setting of the same name, for a source that has its own.
+
+        Raises:
+            RejectError: the image has a shape that the mode does not take.
+            ValueError: it has no pixels.
         """
         if self.mode == "patches":
             return patch_grid(fitted_size(width, height, self.limit), self.tile_size)
+        if self.mode == "native":
+            return native_grid(width, height, self.tile_size, self.min_pixels, self.max_pixels)
         if self.mode == BOUNDED and images > 1:
             return 1, 1
         if self.has_grids:
@@ -130,7 +168,7 @@ class Tiling:
             return 1
         if self.has_grids:
             return columns * rows + 1
-        return tile_count(columns, rows, self.thumbnail and self.mode != "patches")
+        return tile_count(columns, rows, self.thumbnail and self.mode not in ANY_SIZE)
 
 
 @lru_cache(maxsize=256)

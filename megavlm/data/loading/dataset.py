@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megavlm.data.images.feature_layout import FeatureLayout, feature_layout
+from megavlm.data.images.feature_layout import FeatureLayout, feature_layout, in_text_order
 from megavlm.data.loading.batch import AS_PACKED, Batch, BatchOptions, Media
 from megavlm.data.loading.draws import (
     drop_path_draws,
@@ -22,9 +22,11 @@ from megavlm.data.loading.draws import (
 from megavlm.data.loading.feature_places import feature_places
 from megavlm.data.loading.instructions import find_instructions
 from megavlm.data.loading.media import find_media
+from megavlm.data.loading.native_images import refuse_other_tiles, share_images
 from megavlm.data.loading.pair_ids import pair_ids
 from megavlm.data.loading.preferences import find_preferences
 from megavlm.data.loading.prefixes import find_prefixes
+from megavlm.data.loading.rotary_positions import rotary_positions
 from megavlm.data.loading.tiles import TileDecoder
 from megavlm.data.loading.weights import weight_field, weight_of
 from megavlm.data.store.manifest import Manifest
@@ -180,7 +182,11 @@ class PackedDataset:
             on_rank, label(pack.tokens, pack.supervised, pack.lengths, options.reduction)
         )
         chosen = options.rank_slice.tiles(pack.tiles, options.tile_multiple)
-        decoded = chosen if options.with_tiles else range(0)
+        share = None
+        if options.spans_tiles:
+            share = share_images(self.folder, pack, manifest, options)
+            chosen = share.tiles
+        decoded = chosen if options.with_tiles else chosen[:0]
         return Batch.of(
             tokens=on_rank(pack.tokens.astype(np.int64), manifest.pad_token_id),
             labels=labels.astype(np.int64),
@@ -193,7 +199,11 @@ class PackedDataset:
             media=self._media(pack, local[positions], options.seed, position),
             instructions=find_instructions(pack, manifest, chosen),
             tiles=self._decoder.decode(pack, decoded, options.seed, position),
-            **feature_places(self.folder, pack, manifest, self.layout, positions, local),
+            images=None if share is None else share.images,
+            **feature_places(self.folder, pack, manifest, self.layout, positions, local, share),
+            rotary_positions=np.stack([on_rank(axis) for axis in self._rotary(pack)])
+            if options.rotary_axes
+            else None,
             preferences=find_preferences(pack, on_rank, self._reference)
             if options.with_preferences
             else None,
@@ -217,6 +227,13 @@ class PackedDataset:
         if self.next_image:
             reads_next = next_image_draws(seed, position, len(pack.lengths)) < self.next_image
         return find_media(pack, self.manifest, rows, reads_next)
+
+    def _rotary(self, pack: Pack) -> np.ndarray:
+        """Return frame, row and column of each stored token, int64 [3, t]."""
+        refuse_other_tiles(self.folder, pack, self.manifest)
+        shown = in_text_order(pack.images, preferences=self.manifest.preferences)
+        context = self.manifest.context_token_id
+        return rotary_positions(pack.tokens, pack.lengths, shown, context).of_tokens
 
     def _source_numbers(self, pack: Pack) -> np.ndarray:
         """Return the index in ``source_names`` of each sample's source; int32 [N]."""
@@ -298,7 +315,7 @@ def _of_samples(
 
 
 def _draws(
-    tiles: int, chosen: range, position: int, options: BatchOptions
+    tiles: int, chosen: np.ndarray, position: int, options: BatchOptions
 ) -> dict[str, np.ndarray | int]:
     """Return what is random in the batch of a pack.
 
@@ -322,10 +339,12 @@ def _draws(
     return drawn
 
 
-def _columns(values: np.ndarray, chosen: range) -> np.ndarray:
+def _columns(values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """Return the chosen columns of a table, zero beyond its last."""
-    missing = max(0, chosen.stop - values.shape[1])
-    return np.pad(values, ((0, 0), (0, missing)))[:, chosen.start : chosen.stop]
+    is_inside = chosen < values.shape[1]
+    found = np.zeros((len(values), len(chosen)), values.dtype)
+    found[:, is_inside] = values[:, chosen[is_inside]]
+    return found
 
 
 def _spread(values: np.ndarray, positions: np.ndarray, capacity: int, fill: int = 0) -> np.ndarray:

@@ -17,6 +17,7 @@ from megavlm.data.images.feature_layout import (
     numbers_in_pack,
 )
 from megavlm.data.loading.batch import Mixed
+from megavlm.data.loading.native_images import Share
 from megavlm.data.store.manifest import Manifest
 from megavlm.data.store.reader import Pack
 from megavlm.io.storage import ReadError
@@ -29,6 +30,7 @@ def feature_places(
     layout: FeatureLayout,
     positions: np.ndarray,
     local: np.ndarray,
+    share: Share | None = None,
 ) -> dict[str, np.ndarray | Mixed | int | None]:
     """Return where image features and newlines go among a rank's tokens, and which of the pack's
     features these are or are mixed of, int64; and how many the pack has.
@@ -40,6 +42,7 @@ def feature_places(
         layout: which features of an image stand in its text.
         positions: of the stored tokens in the pack [t].
         local: where each token of the pack is among the rank's tokens; -1: nowhere.
+        share: says in which order ranks have the tiles; none: in that of the pack.
 
     Raises:
         ReadError: the pack has other placeholder tokens than its images have.
@@ -47,6 +50,8 @@ def feature_places(
     features = manifest.features_per_tile
     twice = manifest.preferences
     numbers = numbers_in_pack(pack.images, layout, features, preferences=twice)
+    if share is not None:
+        numbers = share.features[numbers]
     mixed = mixed_in_pack(pack.images, layout, features, preferences=twice)
     _refuse_other_pairs(folder, pack, manifest)
     found = local[_placeholders(folder, pack, manifest, positions, len(numbers))]

@@ -9,7 +9,7 @@ from megavlm.data.store.manifest import Manifest
 from megavlm.data.store.reader import Pack
 
 
-def find_instructions(pack: Pack, manifest: Manifest, chosen: range) -> Instructions | None:
+def find_instructions(pack: Pack, manifest: Manifest, chosen: np.ndarray) -> Instructions | None:
     """Return the instructions of a rank's tiles, each that of the tile's sample; none if the packs
     have none.
 
@@ -24,7 +24,8 @@ def find_instructions(pack: Pack, manifest: Manifest, chosen: range) -> Instruct
     lengths = pack.provenance["instruction"].astype(np.int64)
     of_samples = np.zeros((len(lengths), most), np.int64)
     of_samples[np.arange(most) < lengths[:, None]] = pack.instructions
-    samples = np.repeat(pack.images["sample"], pack.images["tiles"])[chosen.start : chosen.stop]
+    samples = np.repeat(pack.images["sample"], pack.images["tiles"])
+    samples = samples[chosen[chosen < len(samples)]]
     padding = len(chosen) - len(samples)
     return Instructions.of(
         tokens=np.pad(of_samples[samples], ((0, padding), (0, 0))),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from megavlm.config.tiling import ANY_SIZE
 from megavlm.data.loading.batch import Media
 from megavlm.data.store.manifest import Manifest
 from megavlm.data.store.reader import Pack
@@ -62,10 +63,10 @@ def find_media(
     reads_next: np.ndarray | None = None,
 ) -> Media | None:
     """Find which of a rank's tokens read which image of a pack; none unless an image has one
-    placeholder token, as a patch of an image also has. ``reads_next`` as for ``images_read``,
-    ``rows`` as for ``group_by_image``.
+    placeholder token, as a tile of an image of any size also has. ``reads_next`` as for
+    ``images_read``, ``rows`` as for ``group_by_image``.
     """
-    if manifest.features_per_tile != 1 or manifest.tiling == "patches":
+    if manifest.features_per_tile != 1 or manifest.tiling in ANY_SIZE:
         return None
     words = (manifest.context_token_id, manifest.end_token_id)
     read = images_read(pack.tokens, pack.lengths, *words, reads_next)

@@ -23,16 +23,16 @@ class RankSlice:
     context_rank: int = 0
     context_ranks: int = 1
 
-    def tiles(self, tiles: int, multiple: int) -> range:
-        """Return the indices of this rank's tiles. All ranks get the same number, at least one;
-        indices from ``tiles`` on are padding tiles.
+    def tiles(self, tiles: int, multiple: int) -> np.ndarray:
+        """Return the indices of this rank's I tiles, int64 [I]. All ranks get the same number, at
+        least one; indices from ``tiles`` on are padding tiles.
 
         Args:
             tiles: real tiles of the pack.
             multiple: what the number of a rank's tiles must be a multiple of.
         """
         count = -(-max(1, tiles) // (self.tile_ranks * multiple)) * multiple
-        return range(self.tile_rank * count, (self.tile_rank + 1) * count)
+        return np.arange(self.tile_rank * count, (self.tile_rank + 1) * count)
 
     def tokens(self, ends: np.ndarray) -> np.ndarray:
         """Return the positions in the pack of this rank's tokens, in the rank's order.

@@ -50,15 +50,15 @@ class TileDecoder:
         self.has_grids = mode in WITH_GRIDS
         self.cut = {"patches": self._patches}.get(mode, self._fitted if self.has_grids else None)
         # Whether an image is only resized to its grid.
-        self.is_plain = mode in ("dynamic", "stretch")
+        self.is_plain = mode in ("dynamic", "stretch", "native")
 
-    def decode(self, pack: Pack, chosen: range, seed: int, position: int) -> np.ndarray:
+    def decode(self, pack: Pack, chosen: ArrayLike, seed: int, position: int) -> np.ndarray:
         """Decode the chosen tiles of a pack, uint8 [I, 3, S, S], black for indices beyond its own.
         Other images are not decoded.
 
         Args:
             pack: with its images.
-            chosen: indices of tiles.
+            chosen: indices of tiles, each once; those of an image side by side.
             seed: the run's; with the position it fixes the random changes of images.
             position: of the pack in the run's order.
 
@@ -66,19 +66,21 @@ class TileDecoder:
             ReadError: an image that cannot be decoded.
         """
         size = self.manifest.image_size
+        chosen = np.asarray(chosen, np.int64)
         tiles = np.zeros((len(chosen), 3, size, size), np.uint8)
-        end = 0
-        for index, row in enumerate(pack.images):
-            count = int(row["tiles"])
-            start = end
-            end = end + count
-            first = max(start, chosen.start)
-            last = min(end, chosen.stop)
-            if first >= last:
+        ends = np.cumsum(pack.images["tiles"], dtype=np.int64)
+        owners = np.searchsorted(ends, chosen, side="right")
+        borders = np.flatnonzero(np.diff(owners, prepend=-1, append=-1))
+        for first, last in zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True):
+            index = int(owners[first])
+            if index == len(pack.images):
                 continue
-            is_whole = last - first == count
-            room = tiles[first - chosen.start : last - chosen.start]
-            if not is_whole:  # only part of the image is chosen
+            row = pack.images[index]
+            count = int(row["tiles"])
+            wanted = chosen[first:last] - (ends[index] - count)
+            is_whole = np.array_equal(wanted, np.arange(count))
+            room = tiles[first:last]
+            if not is_whole:  # only part of the image is chosen, or in another order
                 room = np.empty((count, 3, size, size), np.uint8)
             try:
                 self._decode_image(pack, index, seed, position, room)
@@ -90,9 +92,7 @@ class TileDecoder:
                     f" sample at {origin}, cannot be decoded: {type(error).__name__}: {error}"
                 ) from error
             if not is_whole:
-                tiles[first - chosen.start : last - chosen.start] = room[
-                    first - start : last - start
-                ]
+                tiles[first:last] = room[wanted]
         return tiles
 
     def _decode_image(

@@ -78,6 +78,7 @@ def make_job(args: argparse.Namespace, model: Architecture, grids: tuple[Grid, .
             or grids
             or USUAL_GRIDS.get(args.tiling, LLAVA_GRIDS),
             **_of_dynamic_tiling(args),
+            **_pixels(args),
         ),
         pixel_std=std,
         frames=FrameChoice(
@@ -120,6 +121,18 @@ def _of_dynamic_tiling(args: argparse.Namespace) -> dict[str, int | bool]:
         flags.append("--no_thumbnail")
     if flags and args.tiling != "dynamic":
         raise ValueError(f"{', '.join(flags)}: goes with --tiling dynamic; leave it out")
+    return given
+
+
+def _pixels(args: argparse.Namespace) -> dict[str, int]:
+    """Return the given bounds of the pixels of an image. Raises ValueError: they would have no
+    effect.
+    """
+    asked = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
+    given = {name: value for name, value in asked.items() if value is not None}
+    if given and args.tiling != "native":
+        flags = ", ".join(f"--{name} {value}" for name, value in given.items())
+        raise ValueError(f"{flags}: goes with --tiling native; leave it out")
     return given
 
 

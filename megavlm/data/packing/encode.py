@@ -323,16 +323,14 @@ class Encoder:
                 encoded = read_media(file)
                 header = read_header(encoded)
             if header.deep and self.deep_images == "reject":
-                raise RejectError(
-                    "deep_image", f"{file.path}: more than 8 bits a channel (--deep_images)"
-                )
+                raise RejectError("deep_image", "more than 8 bits a channel (--deep_images)")
             if how is Images.DECODE:
                 check_pixels(encoded)
             if header.deep and self.deep_images == "scale" and encoded:
                 encoded = scale_deep(encoded)
             columns, rows = self.tiling.grid(header.width, header.height, images, max_tiles)
-        except RejectError:
-            raise
+        except RejectError as error:
+            raise RejectError(error.reason, f"{file.path}: {error.detail}") from None
         except RemoteError as error:
             raise RejectError("unreachable", str(error)) from None
         except OSError as error:

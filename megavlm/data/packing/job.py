@@ -325,6 +325,8 @@ def _manifest(
         thumbnail=job.tiling.thumbnail,
         tiling=job.tiling.mode,
         image_limit=job.tiling.limit,
+        min_pixels=job.tiling.min_pixels,
+        max_pixels=job.tiling.max_pixels,
         grids=job.tiling.grids if job.tiling.has_grids else (),
         pixel_mean=job.tiling.pixel_mean,
         pixel_std=job.pixel_std,

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 from megavlm.data.images.anyres import LLAVA_GRIDS, grids_text
+from megavlm.data.images.native import QWEN2_VL_PIXELS
 from megavlm.data.images.tiling import FUYU_LIMIT
 from megavlm.data.text.templates import FORMATS
 
@@ -62,7 +63,8 @@ IMAGES = (
         text=(
             "dynamic; or each image is one tile: padded to a square (pad), the square in its"
             " middle (crop), or stretched to a square (stretch); or each patch is one tile, for"
-            " images of any size (patches); or the whole image and a grid that it is fitted into"
+            " images of any size (patches); or an image has as many tiles as are nearest to its"
+            " size (native); or the whole image and a grid that it is fitted into"
             " (anyres), or that for records of one image, with fewer features of large grids, and"
             " one padded tile for each image of a record of several (anyres_max_9) (default: the"
             " stage's, or %(default)s)"
@@ -85,6 +87,20 @@ IMAGES = (
         text=(
             "for --tiling patches: larger images are made smaller, to this width and height in"
             f" pixels (default: {FUYU_LIMIT[0]}x{FUYU_LIMIT[1]})"
+        ),
+    ),
+    Option(
+        name="min_pixels",
+        text=(
+            "for --tiling native: smaller images are made larger, to so many pixels in all"
+            f" (default: {QWEN2_VL_PIXELS[0]})"
+        ),
+    ),
+    Option(
+        name="max_pixels",
+        text=(
+            "for --tiling native: larger images are made smaller, to so many pixels in all"
+            f" (default: {QWEN2_VL_PIXELS[1]})"
         ),
     ),
     Option(

@@ -77,7 +77,7 @@ class SizeLimits:
         """Return which options, if any, make a sample smaller by ``excess``, if they leave as
         little as they can of its images and frames, which have these ``sizes``.
         """
-        least = 2 if self.tiling.has_grids else 1
+        least = self.tiling.least_tiles
         stills = 0.0
         frames = []
         for image, size in zip(images, sizes, strict=True):

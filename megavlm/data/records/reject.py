@@ -59,6 +59,9 @@ REASONS = {
     ),
     "missing_image": "an image file does not exist or may not be read",
     "unreadable_image": "an image file cannot be decoded",
+    "image_shape": (
+        "an image is longer and narrower than --tiling native takes: more than 200 to 1"
+    ),
     "deep_image": "an image has more than 8 bits a channel, and --deep_images reject is set",
     "missing_video": "a video file does not exist or may not be read",
     "unreadable_video": "a video cannot be decoded, was cut off, or has no frames in its clip",

@@ -280,8 +280,7 @@ class ChatTemplate:
                 text = IMAGE_PLACEHOLDER * count + without_images(text)
             if self.format.chunk_end and turn.role == "pretrain":
                 text = with_chunk_ends(text, self.format.chunk_end)
-            images = self.format.images
-            text = images.joined(text.replace(IMAGE_PLACEHOLDER, images.text))
+            text = self.format.images.shown_in(text)
         if turn.role == "pretrain":
             return "", text + self.format.text_end, ""
         if turn.role == "gpt":

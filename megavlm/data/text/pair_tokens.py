@@ -7,7 +7,7 @@ from itertools import repeat
 
 from megavlm.data.records.record import IMAGE_PLACEHOLDER, Turn
 from megavlm.data.records.reject import RejectError
-from megavlm.data.text.templates import ChatFormat
+from megavlm.data.text.chat_format import ChatFormat
 
 
 def pair_text(turns: Sequence[Turn], tiles: Sequence[int]) -> str:

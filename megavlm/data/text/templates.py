@@ -1,165 +1,32 @@
 """The table of conversation templates: what stands around the turns of a conversation, and how
 texts become tokens.
 
-All but ``plain``, ``blip2``, ``blip2_pairs``, ``instructblip``, ``paligemma``, ``fuyu``, ``clip``,
-``siglip`` and those that begin with ``llava`` or ``flamingo`` are InternVL's. Those of ``llava``
-are LLaVA's (Liu et al., arXiv 2304.08485 and 2310.03744), with its image tokens: ``llava_plain`` is
-what LLaVA pretrains its connector with (images and answers), ``llava_v1`` its conversations,
-``llava_chatml`` the same for language models that end an answer with ``<|im_end|>``, and
-``llava_mistral`` LLaVA-NeXT's for Mistral's instructions. ``blip2`` is a
+All but ``plain``, ``blip2``, ``blip2_pairs``, ``instructblip``, ``paligemma``, ``fuyu``,
+``qwen2_vl``, ``clip``, ``siglip`` and those that begin with ``llava`` or ``flamingo`` are
+InternVL's. Those of ``llava`` are LLaVA's (Liu et al., arXiv 2304.08485 and 2310.03744), with its
+image tokens: ``llava_plain`` is what LLaVA pretrains its connector with (images and answers),
+``llava_v1`` its conversations, ``llava_chatml`` the same for language models that end an answer
+with ``<|im_end|>``, and ``llava_mistral`` LLaVA-NeXT's for Mistral's instructions. ``blip2`` is a
 caption behind its image, as BLIP-2 (arXiv 2301.12597) reads it: the image stands before the token
 that begins a text. ``instructblip`` is InstructBLIP's (arXiv 2305.06500): images, an instruction
 and its answer, without roles; a Q-Former reads the instruction too. ``flamingo`` is an image, a
 question and its answer, several in turn, and ``flamingo_plain`` an image and its text, with the
-image tokens of IDEFICS (Flamingo, arXiv 2204.14198, and arXiv 2306.16527);
-``flamingo_chunks`` and ``flamingo_chunks_plain`` are the same with OpenFlamingo's token behind each
-image's text (arXiv 2308.01390), and learn documents from their first image on. ``blip2_pairs``,
-``clip``, ``siglip`` and ``internvl_c`` are pairs of an image and its text, as those models read
-texts to contrast them. ``paligemma`` is PaliGemma's (Beyer et al., arXiv 2407.07726): images, one
-question, a line break and its answer, without roles. ``fuyu`` is Fuyu's: the same, with a token of
-its own before the answer.
+image tokens of IDEFICS (Flamingo, arXiv 2204.14198, and arXiv 2306.16527); ``flamingo_chunks`` and
+``flamingo_chunks_plain`` are the same with OpenFlamingo's token behind each image's text (arXiv
+2308.01390), and learn documents from their first image on. ``blip2_pairs``, ``clip``, ``siglip``
+and ``internvl_c`` are pairs of an image and its text, as those models read texts to contrast them.
+``paligemma`` is PaliGemma's (Beyer et al., arXiv 2407.07726): images, one question, a line break
+and its answer, without roles. ``fuyu`` is Fuyu's: the same, with a token of its own before the
+answer. ``qwen2_vl`` is that of Qwen2-VL and Qwen2.5-VL (arXiv 2409.12191 and 2502.13923), which is
+Qwen2.5's, with images in the line of their text.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from megavlm.data.text.jinja import jinja_template
-from megavlm.data.text.tokenizer import CHUNK_END, IMAGE_TOKEN_SETS, ImageTokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChatFormat:
-    """A row of the table. ``{}`` stands for a turn's text.
-
-    Args:
-        name: as ``--template`` takes it.
-        system_message: what a conversation without a system turn begins with.
-        system: a system turn.
-        human: a human turn.
-        opening: what stands before an answer, and is not learned.
-        answer: an answer with its end, learned.
-        last_end: what ends the answer that a conversation ends with, learned, in the place of what
-            ends an answer; empty: that.
-        closing: what stands behind an answer, and is not learned.
-        markers: special tokens that the tokenizer must have.
-        joint: whether a conversation becomes tokens as one text; otherwise each turn does by
-            itself.
-        strip: whether white space around the turns' texts is taken off.
-        questions: whether the texts of system and human turns are shown; otherwise only their
-            images are.
-        image_tokens: special tokens of images, a row of ``IMAGE_TOKEN_SETS``.
-        pair_length: for pairs of an image and its text, which becomes tokens alone: most tokens of
-            the text, with those that the tokenizer adds; 0: conversations.
-        fills_pair: whether a shorter text is filled up to that length.
-        pair_prompt: what stands in front of the text of a pair.
-        ends_pair: whether the text of a pair ends with the tokenizer's ``eos_token`` even if the
-            tokenizer does not put it there.
-        image_first: whether the one image of a human turn goes to its front, on a line of its own,
-            wherever its placeholder stands.
-        images_before_text: whether the images that a conversation begins with stand before the
-            tokens that the tokenizer puts in front of a text.
-        gathers_images: whether all images of a turn stand in front of its text, wherever their
-            placeholders are; the tokenizer must have a token that begins a text.
-        first_token: token that begins a text, whatever the tokenizer puts there; empty: that.
-        is_single: whether a sample has one question and one answer, and no system turn.
-        text_end: what ends a ``pretrain`` text, learned.
-        chunk_end: token behind each image's text in a ``pretrain`` text, learned; empty: none.
-        learns_behind_images: whether of a ``pretrain`` text with images only what stands behind the
-            first one is learned.
-        split_at_images: whether the texts before, between and after images become tokens each by
-            itself; a sentencepiece tokenizer begins each with a space.
-        instruction_length: most tokens of a question, which a Q-Former reads too, in tokens of its
-            own: the beginning of a longer one is cut off; 0: no Q-Former reads it.
-    """
-
-    name: str
-    system_message: str
-    system: str
-    human: str
-    opening: str
-    answer: str
-    last_end: str = ""
-    closing: str = ""
-    markers: tuple[str, ...]
-    joint: bool = True
-    strip: bool = False
-    questions: bool = True
-    image_tokens: str = "internvl"
-    pair_length: int = 0
-    fills_pair: bool = False
-    pair_prompt: str = ""
-    ends_pair: bool = False
-    image_first: bool = False
-    gathers_images: bool = False
-    first_token: str = ""
-    is_single: bool = False
-    text_end: str = ""
-    chunk_end: str = ""
-    learns_behind_images: bool = False
-    split_at_images: bool = False
-    images_before_text: bool = False
-    instruction_length: int = 0
-
-    @property
-    def images(self) -> ImageTokens:
-        """The tokens that an image becomes."""
-        return IMAGE_TOKEN_SETS[self.image_tokens]
-
-    @property
-    def is_of_pairs(self) -> bool:
-        """Whether a sample is one image and its text."""
-        return self.pair_length > 0
-
-    @property
-    def end(self) -> str:
-        """What ends an answer behind which a conversation goes on."""
-        return self.answer.partition("{}")[2]
-
-    @property
-    def final_end(self) -> str:
-        """What ends the answer that a conversation ends with, and a model's own."""
-        return self.last_end or self.end
-
-    @property
-    def start(self) -> str:
-        """What an answer begins with in front of its text; learned."""
-        return self.answer.partition("{}")[0]
-
-    def hf_template(
-        self, *, system_message: str | None = None, bos: bool = False, video: str | None = None
-    ) -> str:
-        """Return the template with which Hugging Face's apply_chat_template gives the same text.
-
-        An image becomes one context token, which the processor expands, on a line of its own unless
-        the template shows no questions.
-
-        Args:
-            system_message: replaces the format's own; empty: a conversation without a system turn
-                begins without one.
-            bos: whether a text begins with the tokenizer's ``bos_token``.
-            video: token of a video, which stands as an image does; empty or none as in
-                ``jinja_template``.
-        """
-        line_end = "\n" if self.questions else ""
-        message = self.system_message if system_message is None else system_message
-        return jinja_template(
-            {
-                "system": self.system,
-                "user": self.human,
-                "assistant": self.opening + self.answer + self.closing,
-            },
-            beginning=self.system.replace("{}", message) if message else "",
-            opening=self.opening,
-            last_end=self.last_end and self.last_end + self.closing,
-            # A template without questions shows images alone, one behind the other.
-            image=self.images.context + line_end,
-            video=video and video + line_end,
-            strip=self.strip,
-            questions=self.questions,
-            bos=bos,
-        )
-
+from megavlm.data.text.chat_format import ChatFormat
+from megavlm.data.text.tokenizer import CHUNK_END
 
 _INTERNVL_2 = (
     "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL,"
@@ -376,6 +243,18 @@ FORMATS: dict[str, ChatFormat] = {
             gathers_images=True,
             first_token="<s>",
             is_single=True,
+        ),
+        ChatFormat(
+            name="qwen2_vl",
+            system_message="You are a helpful assistant.",
+            system="<|im_start|>system\n{}<|im_end|>\n",
+            human="<|im_start|>user\n{}<|im_end|>\n",
+            opening="<|im_start|>assistant\n",
+            answer="{}<|im_end|>",
+            closing="\n",
+            markers=("<|im_start|>", "<|im_end|>"),
+            joint=False,
+            image_tokens="qwen2_vl",
         ),
         ChatFormat(name="clip", pair_length=77, **_PAIR),
         ChatFormat(name="blip2_pairs", pair_length=32, **_PAIR),

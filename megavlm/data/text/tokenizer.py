@@ -7,11 +7,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from megavlm.data.records.record import IMAGE_PLACEHOLDER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,6 +27,8 @@ QWEN_VIDEO = "<|video_pad|>"
 VIDEO_TOKENS = ("<video>", QWEN_VIDEO)
 AROUND_IMAGE = "<fake_token_around_image>"
 CHUNK_END = "<|endofchunk|>"
+# A placeholder with the line breaks that set it apart.
+_LINES = re.compile(rf"\n?{IMAGE_PLACEHOLDER}\n?")
 SPECIAL_TOKENS = (*IMAGE_TOKENS, "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
 
 
@@ -38,6 +43,8 @@ class ImageTokens:
         newline: stands after each row of tiles of an image; empty: nothing does.
         added: special tokens that a tokenizer must have, in the order in which it gets them.
         is_single: whether an image has one placeholder token, whatever its features.
+        is_inline: whether an image stands in the line of its text: a line break before or behind
+            its placeholder, which records have to set images apart, is left out.
         keeps_pieces: whether those that a tokenizer has as ordinary pieces stay such. Fuyu's does,
             and puts its sign of a space in front of a text that begins with one, which the
             processor of transformers takes off again.
@@ -51,6 +58,7 @@ class ImageTokens:
     added: tuple[str, ...]
     words: tuple[str, ...] = ()
     is_single: bool = False
+    is_inline: bool = False
     keeps_pieces: bool = False
 
     @property
@@ -64,10 +72,14 @@ class ImageTokens:
         """What an image becomes in a text."""
         return self.start + self.context + self.end
 
-    def joined(self, text: str) -> str:
-        """Return a text in which images that stand side by side share the token between them, if
-        the same one stands before and after an image.
+    def shown_in(self, text: str) -> str:
+        """Return a text with the tokens of an image in the place of each placeholder. Images that
+        stand side by side share the token between them, if the same one stands before and after an
+        image.
         """
+        if self.is_inline:
+            text = _LINES.sub(IMAGE_PLACEHOLDER, text)
+        text = text.replace(IMAGE_PLACEHOLDER, self.text)
         is_shared = self.start and self.start == self.end
         return text.replace(self.end + self.start, self.start) if is_shared else text
 
@@ -98,6 +110,13 @@ IMAGE_TOKEN_SETS: dict[str, ImageTokens] = {
         newline="|NEWLINE|",
         added=("|SPEAKER|", "|NEWLINE|", "<0x04>", "|ENDOFTEXT|"),
         keeps_pieces=True,
+    ),
+    "qwen2_vl": ImageTokens(
+        start="<|vision_start|>",
+        context="<|image_pad|>",
+        end="<|vision_end|>",
+        added=("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", QWEN_VIDEO),
+        is_inline=True,
     ),
     "paligemma": ImageTokens(
         context="<image>",

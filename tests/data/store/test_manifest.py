@@ -43,12 +43,22 @@ def test_a_manifest_from_before_grids_is_read(tmp_path):
 def test_a_manifest_from_before_preferences_is_read(tmp_path):
     """As one of a version that has them is refused by an older program, which reads none newer."""
     facts = json.loads(MANIFEST.to_json())
-    assert (facts["preferences"], facts["version"]) == (False, 8)
+    assert facts["preferences"] is False
     del facts["preferences"]
     (tmp_path / "manifest.json").write_text(json.dumps(facts | {"version": 7}))
     assert read_manifest(tmp_path) == MANIFEST
     dataclasses.replace(MANIFEST, preferences=True).write(tmp_path)
     assert read_manifest(tmp_path).preferences
+
+
+def test_a_manifest_from_before_images_of_their_own_size_is_read(tmp_path):
+    facts = json.loads(MANIFEST.to_json())
+    assert (facts["min_pixels"], facts["max_pixels"], facts["version"]) == (3136, 1003520, 9)
+    del facts["min_pixels"], facts["max_pixels"]
+    (tmp_path / "manifest.json").write_text(json.dumps(facts | {"version": 8}))
+    assert read_manifest(tmp_path) == MANIFEST
+    dataclasses.replace(MANIFEST, max_pixels=784).write(tmp_path)
+    assert read_manifest(tmp_path).max_pixels == 784
 
 
 def test_missing(tmp_path):

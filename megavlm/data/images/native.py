@@ -1,0 +1,52 @@
+"""Images of any size as whole tiles, as Qwen2-VL has them (arXiv 2409.12191, section 2.1): an image
+gets the nearest size of whole tiles, and is made smaller or larger if that has too many pixels or
+too few. The rule is that of transformers' ``Qwen2VLImageProcessor``, to the last pixel.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+from megavlm.data.records.reject import RejectError
+
+# Fewest and most pixels of a resized image, of that image processor.
+QWEN2_VL_PIXELS = (56 * 56, 1280 * 28 * 28)
+# Of which the longer side has so many times the pixels of the shorter.
+LONGEST_SHAPE = 200
+
+
+@lru_cache(maxsize=65536)
+def native_grid(
+    width: int, height: int, tile_size: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """Return columns and rows of the tiles of an image.
+
+    Args:
+        width, height: of the image, in pixels.
+        tile_size: side of a tile in pixels.
+        min_pixels: an image with fewer pixels in all its tiles is made larger, to at least so many.
+        max_pixels: one with more is made smaller, to at most so many, or to one row of tiles.
+
+    Raises:
+        RejectError: the image is too long and narrow.
+        ValueError: it has no pixels.
+    """
+    sides = (width, height)
+    if min(sides) < 1:
+        raise ValueError(f"an image of {width} x {height} pixels cannot be tiled")
+    if max(sides) / min(sides) > LONGEST_SHAPE:
+        raise RejectError(
+            "image_shape",
+            f"an image of {width} x {height} pixels; one side may be {LONGEST_SHAPE} times as long"
+            " as the other",
+        )
+    columns, rows = (round(side / tile_size) for side in sides)
+    pixels = columns * rows * tile_size**2
+    if pixels > max_pixels:
+        factor = math.sqrt(width * height / max_pixels)
+        columns, rows = (max(1, math.floor(side / factor / tile_size)) for side in sides)
+    elif pixels < min_pixels:
+        factor = math.sqrt(min_pixels / (width * height))
+        columns, rows = (math.ceil(side * factor / tile_size) for side in sides)
+    return columns, rows
