@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from math import gcd
 from typing import Any
 
 import torch
@@ -59,11 +60,13 @@ def tile_multiple(config: Config) -> int:
     """Return the number that the tiles on a rank are padded to a multiple of, with padding tiles.
 
     A tile has an odd number of tokens, so that matrices have rows in the multiple that FP8 asks for
-    only if the tiles come in it.
+    only if the tiles come in it; or four, which then need a quarter of it.
     """
     recipe = config.fp8.vision
+    vision = config.architecture.vision
     if recipe != "none":
-        return FP8_ROWS[recipe]
+        rows = FP8_ROWS[recipe]
+        return rows // gcd(rows, vision.tokens) if vision.spans_tiles else rows
     # Shares of a pack's tiles come in few numbers as it is.
     return max(1, _TILES // config.parallel.tile_ranks) if uses_transformer_engine(config) else 1
 

@@ -11,7 +11,8 @@ from megatron.core.transformer.enums import AttnMaskType
 
 from megavlm.config.freeze_mask import matches
 from megavlm.config.padding import padded_vocabulary
-from megavlm.config.schema import Fp8
+from megavlm.config.recipes import RECIPES
+from megavlm.config.schema import Config, Fp8
 from megavlm.data.loading.batch import Batch
 from megavlm.model.attention import PackedAttention, PackedSamples, TileAttention
 from megavlm.model.connector.mlp import pixel_shuffle
@@ -88,6 +89,13 @@ def test_small_shares_of_the_tiles_need_little_filling(
 ) -> None:
     config = config_for(Path("packs"), kernels="transformer_engine", **layout)
     assert tile_multiple(dataclasses.replace(config, fp8=Fp8(vision=recipe))) == multiple
+
+
+@pytest.mark.parametrize(("recipe", "multiple"), [("tensorwise", 4), ("mxfp8", 8), ("none", 1)])
+def test_tiles_of_four_patches_come_in_fewer(recipe: str, multiple: int):
+    arch = RECIPES["qwen2_vl"].architecture
+    config = Config(stage="", model="", architecture=arch, fp8=Fp8(vision=recipe))
+    assert tile_multiple(config) == multiple
 
 
 def test_attention_of_a_pack_is_that_of_its_samples_with_grouped_queries() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from megavlm.config import cross_attention
 from megavlm.config.architecture import GATED
+from megavlm.config.checks import whole_images
 from megavlm.config.checks.attention import attention_problems
 from megavlm.config.checks.experts import expert_size_problems
 from megavlm.config.checks.limits import at_least
@@ -42,6 +43,7 @@ def architecture_problems(arch: Architecture) -> list[str]:
     found += _connector(arch)
     if not found:
         found += [*_vision(arch), *_parts(arch), *model_problems(arch)]
+        found += whole_images.model_problems(arch)
         found += [*_vocabulary(arch), *(_language(arch) if language.exists else ())]
         found += cross_attention.problems(arch)
     return found

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from megavlm.config.checks import whole_images
 from megavlm.config.checks.rank_slices import rows_of_a_rank, sharing_problems
 from megavlm.config.connectors import CONNECTORS
 from megavlm.config.differences import is_same
@@ -185,6 +186,8 @@ def _form(config: Config, facts: DatasetFacts, where: str) -> Iterator[str]:
             f" {tiling}; pack with --tiling {tiling}, or give --data.tiling"
             f" {ANY if is_blend else facts.tiling} to train on these packs as they are"
         )
+    if facts.has_images:
+        yield from whole_images.packs_problems(config.architecture, facts.tiling, where)
     has_rows = facts.has_images and facts.tiling in WITH_GRIDS
     if has_rows and not config.architecture.connector.newline:
         yield (

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from megavlm.config import unfreezing
 from megavlm.config.averages import ema_problems
-from megavlm.config.checks import start
+from megavlm.config.checks import start, whole_images
 from megavlm.config.checks.architecture import architecture_problems
 from megavlm.config.checks.data import data_problems
 from megavlm.config.checks.datasets import DatasetFacts, facts_problems
@@ -110,6 +110,7 @@ def settings_problems(config: Config) -> list[str]:
         *_training(config.training),
         *objective_problems(config),
         *run_problems(config),
+        *whole_images.run_problems(config),
         *optimizer_problems(config.optimizer, config.training),
         *unfreezing.setting_problems(config),
         *ema_problems(config),
@@ -140,6 +141,7 @@ def layout_problems(config: Config, world_size: int) -> list[str]:
     return [
         *_tensor_parallel(config.parallel, config.architecture),
         *_prefixes(config.parallel, config.architecture),
+        *whole_images.layout_problems(config),
         *_pipeline(config.parallel, config.architecture),
         *objective_layout_problems(config.parallel, config.architecture),
         *expert_layout_problems(config, world_size),

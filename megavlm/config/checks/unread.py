@@ -68,6 +68,7 @@ OF_MODEL = (
         keys=(
             "architecture.language.rotary_base",
             "architecture.language.rotary_percent",
+            "architecture.language.rotary_sections",
             "architecture.language.rotary_dynamic_factor",
         ),
         is_read=_rotates,
