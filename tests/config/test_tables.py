@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from megavlm.config.cli import parse
 from megavlm.config.models import MODELS, architecture
 from megavlm.config.recipes import recipe
 from megavlm.config.recipes.internvl import RECIPE, STAGES
@@ -165,3 +166,36 @@ def test_unknown_names_are_refused_with_the_known_ones():
         RECIPE.stage("7")
     with pytest.raises(ValueError, match="--recipe nano: no such recipe; known are internvl"):
         recipe("nano")
+
+
+def test_stages_of_qwen_train_what_their_reports_say():
+    trained = {
+        name: {stage: row.training.trainable for stage, row in recipe(name).stages.items()}
+        for name in ("qwen2_vl", "qwen2_5_vl")
+    }
+    everything = ("vision", "connector", "language")
+    assert trained["qwen2_vl"] == {
+        "1": everything[:2],
+        "2": everything,
+        "sft": everything[2:],
+        "finetune": everything[1:],
+    }
+    assert trained["qwen2_5_vl"] == {
+        "1": everything[:2],
+        "2": everything,
+        "3": everything,
+        "sft": everything[1:],
+        "dpo": everything[1:],
+        "finetune": everything[1:],
+    }
+
+
+def test_a_stage_may_set_the_losses_of_preferences():
+    words = ["--recipe", "qwen2_5_vl", "--data.reference", "r"]
+    of_dpo = parse([*words, "--stage", "dpo"]).architecture
+    assert of_dpo.objective == "preference"
+    assert of_dpo.preference.weights == {"dpo": 1.0, "bco": 0.0, "sft": 0.0}
+    mixed = [*words, "--stage", "dpo", "--architecture.preference.sft", "0.5"]
+    assert parse(mixed).architecture.preference.weights == {"dpo": 1.0, "bco": 0.0, "sft": 0.5}
+    other = parse(["--recipe", "internvl", "--model", "tiny", "--stage", "mpo"]).architecture
+    assert other.preference.weights == {"dpo": 0.8, "bco": 0.2, "sft": 1.0}

@@ -1,5 +1,10 @@
 """The recipe of Qwen2-VL (arXiv 2409.12191): a vision encoder that reads images of any size, a
 connector that merges squares of four patches, a Qwen2 whose tokens know frames, rows and columns.
+
+Published are what each stage trains, and on how many tokens (section 2.2): 1, the vision encoder on
+600 billion tokens; 2, everything on 800 billion; then instruction tuning of the language model
+alone (sft). The rest is as in ``qwen2_5_vl``, whose authors' code for tuning is for these models
+too.
 """
 
 from __future__ import annotations
@@ -7,8 +12,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from megavlm.config.recipes import qwen2_5_vl
+from megavlm.config.recipes.recipe import Stage
 from megavlm.config.schema import Vision
 from megavlm.config.vision import PIXELS
+
+
+def _for_steps(stage: Stage, steps: int) -> Stage:
+    """Return a stage that takes so many steps."""
+    return replace(stage, training=replace(stage.training, steps=steps))
+
 
 # Qwen2-VL-7B: Qwen2.5-VL-7B with another vision encoder.
 ARCHITECTURE = replace(
@@ -29,10 +41,22 @@ ARCHITECTURE = replace(
     language=replace(qwen2_5_vl.ARCHITECTURE.language, max_position_embeddings=32768),
 )
 
+STAGES: dict[str, Stage] = {
+    "1": _for_steps(qwen2_5_vl.PRETRAIN_VISION, 143_000),
+    "2": _for_steps(qwen2_5_vl.PRETRAIN, 191_000),
+    "sft": replace(
+        qwen2_5_vl.INSTRUCT,
+        description="language model: instruction tuning",
+        training=replace(qwen2_5_vl.INSTRUCT.training, trainable=("language",)),
+    ),
+    "finetune": qwen2_5_vl.FINETUNE,
+}
+
 RECIPE = replace(
     qwen2_5_vl.RECIPE,
     name="qwen2_vl",
     description="Qwen2-VL: vision encoder, merger, Qwen2; images of any size",
+    stages=STAGES,
     architecture=ARCHITECTURE,
     hub_format="qwen2_vl",
 )

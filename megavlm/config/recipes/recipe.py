@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from megavlm.config.preference import Preference
 from megavlm.config.sampling import Sampling
 from megavlm.config.schema import ANY, Architecture, Data, Optimizer, Training
 from megavlm.config.tiling import Tiling
@@ -29,6 +30,8 @@ class Stage:
             model.
         patch_drop: as ``--architecture.vision.patch_drop``.
         positives: as ``--architecture.contrastive.positives``; none: those of the model.
+        preference: losses of the objective preference, as ``--architecture.preference``; none:
+            those of the model.
         optimizer: learning rate, weight decay and so on.
         training: trained parts, batch size, steps.
     """
@@ -42,6 +45,7 @@ class Stage:
     image_size: int | None = None
     patch_drop: float = 0.0
     positives: Literal["own", "image", "text", "either"] | None = None
+    preference: Preference | None = None
     optimizer: Optimizer = field(default_factory=Optimizer)
     training: Training = field(default_factory=Training)
 
@@ -89,15 +93,16 @@ class Recipe:
         return self.stages[name]
 
     def resized(self, stage: str, found: Architecture) -> Architecture:
-        """Return a model with the image size, the dropped patches and the positives of the stage
-        ``stage``; raises as ``stage``.
+        """Return a model with the image size, the dropped patches, the positives and the losses of
+        preferences of the stage ``stage``; raises as ``stage``.
         """
         row = self.stage(stage)
         size = row.image_size or found.vision.image_size
         vision = replace(found.vision, image_size=size, patch_drop=row.patch_drop)
         positives = row.positives or found.contrastive.positives
         contrastive = replace(found.contrastive, positives=positives)
-        return replace(found, vision=vision, contrastive=contrastive)
+        preference = row.preference or found.preference
+        return replace(found, vision=vision, contrastive=contrastive, preference=preference)
 
     def format_for(self, objective: str) -> str:
         """Return the format that a model of an objective is exported in."""

@@ -40,7 +40,8 @@ def test_the_recipes_have_no_problem(recipe: str) -> None:
         saved = ["--data.train", ".", "--checkpoint.save", "x"]
         config = parse(["--recipe", recipe, "--stage", stage, *saved])
         assert problems(config, 2) == []
-        assert facts_problems(config, [facts(config, tiling="native")], 2) == []
+        packed = facts(config, tiling="native", preferences=stage == "dpo")
+        assert facts_problems(config, [packed], 2) == []
 
 
 @pytest.mark.parametrize(
