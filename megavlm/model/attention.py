@@ -129,7 +129,7 @@ class PackedAttention(nn.Module):
     head size]; T tokens of this rank.
 
     Args:
-        attn_mask_type: causal, or no mask, for which the pack must belong to one rank.
+        attn_mask_type: causal, or no mask, for which samples must belong to one rank as a whole.
         pg_collection: process groups; without them the pack belongs to this rank alone.
         softmax_scale: factor of the products of queries and keys; none: 1 / sqrt(head size).
     """
@@ -144,9 +144,8 @@ class PackedAttention(nn.Module):
         super().__init__()
         self.is_causal = attn_mask_type is AttnMaskType.causal
         self.scale = softmax_scale
-        self.group = (
-            pg_collection.cp if pg_collection is not None and pg_collection.cp.size() > 1 else None
-        )
+        has_ranks = pg_collection is not None and pg_collection.cp.size() > 1
+        self.group = pg_collection.cp if has_ranks and self.is_causal else None
 
     def forward(
         self,

@@ -10,7 +10,6 @@ import pytest
 from megavlm.config.lora import Lora, is_adapter
 from megavlm.config.recipes.internvl import STAGES
 from megavlm.config.schema import Architecture, Config
-from megavlm.data.loading.batch import BatchOptions
 from megavlm.planner.flops import pieces
 from megavlm.planner.layout import make_layout
 from megavlm.planner.memory import Memory, memory_by_rank
@@ -90,13 +89,7 @@ def held(config: Config) -> tuple[int, Memory]:
 
     job = build(config)
     packs = config.training.global_batch_size // job.groups.data_size
-    batch = job.train.batch(
-        0,
-        0,
-        BatchOptions(
-            vision_layers=config.architecture.vision.num_layers, rank_slice=job.groups.rank_slice
-        ),
-    )
+    batch = job.train.batch(0, 0, job.batch_options)
     train_step(
         job,
         Microbatches(iter([batch] * packs), packs, batch.weight_sum),

@@ -4,6 +4,7 @@ images.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -40,10 +41,8 @@ def losses_and_gradients(config: Config) -> tuple[list[np.ndarray], dict[str, np
     from megavlm.train.step import run_packs
 
     job = build(config)
-    packs = [
-        job.train.batch(pack, pack, BatchOptions(reduction="token", vision_layers=3))
-        for pack in range(len(job.train))
-    ]
+    options = dataclasses.replace(job.batch_options, reduction="token")
+    packs = [job.train.batch(pack, pack, options) for pack in range(len(job.train))]
     job.chunks[0].eval()
     with torch.no_grad():
         losses = [job.chunks[0](batch)[batch.loss_weights > 0].numpy() for batch in packs]
@@ -162,8 +161,6 @@ def test_bfloat16_trains_like_float32(ranks: Pool, tmp_path: Path) -> None:
 
 def count_mismatch(config: Config) -> str:
     """Return the message of the error that the model raises for a pack with too few tiles."""
-    import dataclasses
-
     job = build(config)
     batch = job.train.batch(0, 0, BatchOptions(vision_layers=3))
     broken = dataclasses.replace(

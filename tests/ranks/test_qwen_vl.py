@@ -1,0 +1,167 @@
+"""Qwen2-VL and Qwen2.5-VL: their packs against their samples alone, their cost and memory against
+what is counted, and their training at other layouts; images of any size, with windows that the
+edges cut.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megavlm.config.recipes.qwen2_5_vl import ARCHITECTURE
+from megavlm.config.schema import Architecture, Config
+from megavlm.config.vision import PIXELS
+from tests.data.native_packs import native_sample, write_native
+from tests.data.samples import write_packs
+from tests.ranks.layouts import LAYOUTS, LIMIT, Layout, asks_for_all
+from tests.ranks.model_checks import assert_pack_equals_samples_alone, recipe_config
+from tests.ranks.pool import Pool
+from tests.ranks.runs import EVERYTHING, Curve, train_curve
+from tests.ranks.test_layouts import compare
+from tests.ranks.test_memory import assert_memory_is_held
+from tests.ranks.test_resume import make_job, resume_bit_for_bit
+
+# Tiles of two by two patches in windows of two by two tiles, in every second layer.
+MODEL = dataclasses.replace(
+    ARCHITECTURE,
+    vision=dataclasses.replace(
+        ARCHITECTURE.vision,
+        image_size=8,
+        patch_size=4,
+        num_layers=3,
+        hidden_size=32,
+        ffn_hidden_size=44,
+        num_attention_heads=4,
+        window_size=16,
+        full_attention_layers=(1,),
+    ),
+    language=dataclasses.replace(
+        ARCHITECTURE.language,
+        num_layers=3,
+        hidden_size=64,
+        ffn_hidden_size=80,
+        num_attention_heads=4,
+        num_query_groups=4,
+        vocab_size=199,
+        rotary_base=1e4,
+        rotary_sections=(2, 3, 3),
+        max_position_embeddings=512,
+    ),
+)
+TILE = MODEL.vision.image_size
+FACTS = dict(tile_size=TILE, vocab_size=199, context_token_id=7)
+# Whole windows, windows that the edges cut, one tile, none, and two images.
+SHOWN = (((32, 32),), ((40, 24), (25, 57)), (), ((8, 8),), ((56, 40), (9, 9)), ((17, 33),))
+EVERYDAY = (
+    "DP2",
+    "TP2 SP",
+    "PP2",
+    "CP2",
+    "TP2 whole vision layers",
+    "TP2 CP2 whole vision layers",
+    "TP2 PP2 SP",
+    "PP2 virtual 2",
+)
+
+_config = partial(recipe_config, "qwen2_5_vl", trainable=EVERYTHING)
+
+
+def make_packs(folder: Path, count: int, capacity: int, alignment: int = 4) -> None:
+    """Write packs of three samples each, whose images are ``SHOWN`` in turn."""
+    shown = [SHOWN[(3 * pack + sample) % 5] for pack in range(count) for sample in range(3)]
+    write_native(folder, shown, per_pack=3, alignment=alignment, capacity=capacity, **FACTS)
+
+
+def with_layers(model: Architecture, layers: int) -> Architecture:
+    """Return a model with so many layers of both kinds."""
+    return dataclasses.replace(
+        model,
+        vision=dataclasses.replace(model.vision, num_layers=layers),
+        language=dataclasses.replace(model.language, num_layers=layers),
+    )
+
+
+@pytest.fixture(scope="module")
+def packs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packs")
+    make_packs(folder, 12, 240)
+    return folder
+
+
+def test_a_pack_equals_its_samples_alone(ranks: Pool, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    samples = [
+        native_sample(rng, sizes, line=line, words=9 + line, **FACTS)
+        for line, sizes in enumerate(SHOWN, 1)
+    ]
+    write = partial(write_packs, tiling="native", thumbnail=False)
+    sizes = FACTS | dict(features_per_tile=1)
+    assert_pack_equals_samples_alone(
+        ranks, partial(_config, MODEL), samples, tmp_path, write=write, capacity=240, **sizes
+    )
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [layout for layout in LAYOUTS if asks_for_all() or str(layout) in EVERYDAY],
+    ids=str,
+)
+def test_a_layout_trains_like_one_process(
+    ranks: Pool, train_alone: Callable[[Config], Curve], packs: Path, layout: Layout
+) -> None:
+    architecture = with_layers(MODEL, layout.layers)
+    settings = dict(adam_eps=1e-3, steps=3)
+    expected = train_alone(_config(architecture, packs, **settings))
+    settings |= layout.settings
+    curves = ranks.run(train_curve, layout.ranks, _config(architecture, packs, **settings))
+    assert max(compare(curves, expected).values()) <= LIMIT
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_layers_that_are_recomputed_train_the_same(
+    ranks: Pool, train_alone: Callable[[Config], Curve], packs: Path, recompute: str
+) -> None:
+    settings = dict(adam_eps=1e-3, steps=3)
+    expected = train_alone(_config(MODEL, packs, **settings))
+    config = _config(MODEL, packs, recompute=recompute, **settings)
+    assert max(compare(ranks.run(train_curve, 1, config), expected).values()) <= LIMIT
+
+
+@pytest.mark.parametrize(
+    ("world", "settings"),
+    [
+        (2, dict(tensor_model_parallel_size=2, sequence_parallel=True)),
+        (2, dict(pipeline_model_parallel_size=2, layout="even")),
+        (2, dict(tensor_model_parallel_size=2, vision="data")),
+    ],
+    ids=["tensor", "pipeline", "vision encoder on each rank"],
+)
+def test_memory_is_what_a_model_that_is_built_takes(
+    ranks: Pool, packs: Path, world: int, settings: dict
+) -> None:
+    settings = dict(precision="bfloat16", global_batch_size=2) | settings
+    assert_memory_is_held(ranks, _config(MODEL, packs, **settings), world)
+
+
+@pytest.mark.parametrize("vision", ["tensor", "data"])
+def test_a_run_that_goes_on_is_the_same_bit_for_bit(
+    ranks: Pool, tmp_path: Path, vision: str
+) -> None:
+    packs = tmp_path / "packs"
+    make_packs(packs, 12, 240)
+    # The packs' pixels are normalised as InternVL's.
+    mean, std = PIXELS["imagenet"]
+    encoder = dataclasses.replace(MODEL.vision, pixel_mean=mean, pixel_std=std)
+    architecture = dataclasses.replace(MODEL, vision=encoder)
+
+    def job(save: Path) -> Config:
+        layout = dict(tensor_model_parallel_size=2, vision=vision)
+        made = make_job(packs, save, trainable=EVERYTHING, drop_path=0.0, **layout)
+        return dataclasses.replace(made, architecture=architecture, recipe="qwen2_5_vl", stage="2")
+
+    resume_bit_for_bit(ranks, 2, job, tmp_path)
