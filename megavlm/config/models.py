@@ -1,7 +1,8 @@
 """The table of models, which ``--model`` picks from.
 
 They are InternVL 2.5 (arXiv 2412.05271), 3 (arXiv 2504.10479) and 3.5 (arXiv 2508.18265), and
-LLaVA-NeXT and LLaVA-OneVision, for ``--recipe llava_next`` and ``llava_onevision``.
+those of recipes: LLaVA-NeXT and LLaVA-OneVision, for ``--recipe llava_next`` and
+``llava_onevision``, PaliGemma, Qwen2-VL and Qwen2.5-VL.
 """
 
 from __future__ import annotations
@@ -12,7 +13,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from megavlm.config.recipes import llava_next, llava_onevision, paligemma
+from megavlm.config.recipes import (
+    llava_next,
+    llava_onevision,
+    paligemma,
+    qwen2_5_vl,
+    qwen2_vl,
+)
 from megavlm.config.schema import NO_LANGUAGE, Architecture, Init, Language, Vision
 
 ReadModel = Callable[[str, Init, Architecture | None], Architecture]
@@ -212,6 +219,8 @@ MODELS: dict[str, Architecture] = {
     **llava_onevision.MODELS,
     "digits": _DIGITS,
     **paligemma.MODELS,
+    **qwen2_vl.MODELS,
+    **qwen2_5_vl.MODELS,
 }
 
 

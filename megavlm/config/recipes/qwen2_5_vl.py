@@ -18,6 +18,7 @@ and samples of up to 8,192 tokens; how long, the data says.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from megavlm.config.connectors import Connector
 from megavlm.config.preference import Preference
@@ -59,6 +60,32 @@ ARCHITECTURE = Architecture(
     ),
     image_tokens="qwen2_vl",
 )
+
+
+def sized(
+    model: Architecture, layers: int, width: int, inner: int, heads: int, groups: int, **facts: Any
+) -> Architecture:
+    """Return a model with a language model of other sizes: layers, hidden size, hidden size of the
+    MLP, query heads, query groups.
+    """
+    sizes = dict(
+        num_layers=layers,
+        hidden_size=width,
+        ffn_hidden_size=inner,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+    )
+    return replace(model, language=replace(model.language, **sizes, **facts))
+
+
+# The two largest have a wider MLP in the vision encoder.
+_WIDER = replace(ARCHITECTURE, vision=replace(ARCHITECTURE.vision, ffn_hidden_size=3456))
+MODELS: dict[str, Architecture] = {
+    "qwen2_5-vl-3b": sized(ARCHITECTURE, 36, 2048, 11008, 16, 2, vocab_size=151936, tied_head=True),
+    "qwen2_5-vl-7b": ARCHITECTURE,
+    "qwen2_5-vl-32b": sized(_WIDER, 64, 5120, 27648, 40, 8),
+    "qwen2_5-vl-72b": sized(_WIDER, 80, 8192, 29568, 64, 8),
+}
 
 _EVERYTHING = ("vision", "connector", "language")
 _TUNED = ("connector", "language")

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from megavlm.config.recipes import qwen2_5_vl
 from megavlm.config.recipes.recipe import Stage
-from megavlm.config.schema import Vision
+from megavlm.config.schema import Architecture, Vision
 from megavlm.config.vision import PIXELS
 
 
@@ -40,6 +40,14 @@ ARCHITECTURE = replace(
     ),
     language=replace(qwen2_5_vl.ARCHITECTURE.language, max_position_embeddings=32768),
 )
+
+MODELS: dict[str, Architecture] = {
+    "qwen2-vl-2b": qwen2_5_vl.sized(
+        ARCHITECTURE, 28, 1536, 8960, 12, 2, vocab_size=151936, tied_head=True
+    ),
+    "qwen2-vl-7b": ARCHITECTURE,
+    "qwen2-vl-72b": qwen2_5_vl.sized(ARCHITECTURE, 80, 8192, 29568, 64, 8),
+}
 
 STAGES: dict[str, Stage] = {
     "1": _for_steps(qwen2_5_vl.PRETRAIN_VISION, 143_000),
