@@ -123,13 +123,46 @@ def _of_idefics(arch: Architecture) -> Iterator[str]:
         )
 
 
-_PLAIN: dict[str, tuple[object, ...]] = {
+def _of_qwen_vl(arch: Architecture) -> Iterator[str]:
+    vision = arch.vision
+    flag = "--architecture.vision"
+    if not arch.language.rotary_sections:
+        yield "--architecture.language.rotary_sections; this model has none"
+    if vision.patch_size < 1 or vision.image_size % vision.patch_size:
+        yield (
+            f"tiles of whole patches; this model has {flag}.image_size {vision.image_size} and"
+            f" {flag}.patch_size {vision.patch_size}"
+        )
+
+
+def _of_qwen2_vl(arch: Architecture) -> Iterator[str]:
+    yield from _of_qwen_vl(arch)
+    width = max(arch.vision.hidden_size, 1)
+    if arch.vision.ffn_hidden_size % width:
+        yield (
+            f"--architecture.vision.ffn_hidden_size that is a multiple of hidden_size {width}; this"
+            f" model has {arch.vision.ffn_hidden_size}"
+        )
+
+
+def _of_qwen2_5_vl(arch: Architecture) -> Iterator[str]:
+    yield from _of_qwen_vl(arch)
+    if not arch.vision.window_tiles:
+        yield (
+            f"--architecture.vision.window_size {arch.vision.image_size} or more, the size of a"
+            f" tile; this model has {arch.vision.window_size}"
+        )
+
+
+_USUAL: dict[str, tuple[object, ...]] = {
     "cross_attention.every": (0,),
     "added_tokens": (0,),
     "connector.newline": (False,),
     "prefix_lm": (False,),
     "vision.final_norm": (False,),
 }
+# Tokens of most models know their place in the text alone.
+_PLAIN = _USUAL | {"language.rotary_sections": ((),)}
 # What CLIPVisionModel and SiglipVisionModel are.
 _PLAIN_VISION = {
     "vision.normalization": ("LayerNorm",),
@@ -142,7 +175,8 @@ _PLAIN_TEXT = {
     "language.qk_norm": (False,),
     "language.scaled_embedding": (False,),
 }
-_ANSWERS = {"objective": ("next_token", "preference")} | _PLAIN
+_OF_ANSWERS = {"objective": ("next_token", "preference")}
+_ANSWERS = _OF_ANSWERS | _PLAIN
 _PAIRS = {"objective": ("contrastive",)} | _PLAIN
 _INTERNVL = _ANSWERS | {
     "vision.family": ("internvit",),
@@ -160,6 +194,19 @@ _LLAVA = _ANSWERS | {
     "image_tokens": ("llava",),
     **_NO_HEAD,
     **_PLAIN_VISION,
+}
+_QWEN_VL = {
+    **_OF_ANSWERS,
+    **_USUAL,
+    **_NO_HEAD,
+    "vision.unused_layers": (0,),
+    "vision.layernorm_epsilon": (1e-6,),  # stands in the code of the class
+    "vision.qkv_bias": (True,),
+    "vision.qk_norm": (False,),
+    "connector.kind": ("merger",),
+    "image_tokens": ("qwen2_vl",),
+    "language.family": ("qwen2",),
+    "language.rotary_dynamic_factor": (1.0,),
 }
 _BLIP2 = {
     "vision.family": ("eva",),
@@ -225,6 +272,27 @@ HOLDS: dict[str, Holds] = {
         },
         beyond=_one_patch,
     ),
+    "qwen2_vl": Holds(
+        name="Qwen2VLForConditionalGeneration",
+        fields=_QWEN_VL
+        | {
+            "vision.family": ("qwen2_vl",),
+            "vision.normalization": ("LayerNorm",),
+            "vision.activation": ("quick_gelu", "gelu", "gelu_tanh"),
+            "vision.window_size": (0,),
+        },
+        beyond=_of_qwen2_vl,
+    ),
+    "qwen2_5_vl": Holds(
+        name="Qwen2_5_VLForConditionalGeneration",
+        fields=_QWEN_VL
+        | {
+            "vision.family": ("qwen2_5_vl",),
+            "vision.normalization": ("RMSNorm",),
+            "vision.activation": ("swiglu",),
+        },
+        beyond=_of_qwen2_5_vl,
+    ),
     "clip": Holds(
         name="CLIPModel",
         fields=_PAIRS
@@ -282,6 +350,7 @@ HOLDS: dict[str, Holds] = {
             "connector.newline": (False,),
             "prefix_lm": (False,),
             "vision.final_norm": (False,),
+            "language.rotary_sections": ((),),
             "vision.family": ("clip",),
             "vision.unused_layers": (0,),
             "connector.kind": ("resampler",),

@@ -141,6 +141,8 @@ EXAMPLES: dict[Dialect, Example] = {
     "llava_onevision": Example(text=_CHATTING + _OF_VIDEOS + _WATCHING),
     "paligemma": Example(text=_ASKING.format(prompt="<image>What is it?")),
     "fuyu": Example(text=_READING_PATCHES),
+    "qwen2_vl": Example(text=_CHATTING + _OF_VIDEOS),
+    "qwen2_5_vl": Example(text=_CHATTING + _OF_VIDEOS),
     "clip": _comparing(
         "CLIPModel",
         "True",

@@ -65,7 +65,10 @@ def read_model(folder: str, init: Init, default: Architecture | None = None) -> 
     named = folder or init.vision
     like = default.vision if default else None
     vision = vision_from_hf(named, like) if named else known.vision
-    language = language_from_hf(init, known.image_tokens) if init.language else known.language
+    language = known.language
+    if init.language:
+        read = language_from_hf(init, known.image_tokens)
+        language = replace(read, rotary_sections=known.language.rotary_sections)
     if default is not None:
         found = replace(default, vision=vision, language=language)
         return _with_connector(found, init) if init.connector else found
@@ -121,7 +124,15 @@ def image_model(folder: str, init: Init) -> Architecture:
 def _compose(vision: Vision, language: Language) -> Architecture:
     """Combine two parts into a model: with InternVL's connector after its own vision encoder, with
     LLaVA's after any other.
+
+    Raises:
+        ValueError: the vision encoder goes with neither.
     """
+    if vision.spans_tiles:
+        raise ValueError(
+            "--init.vision: patches of that vision encoder see all tiles of an image, which only"
+            f" --recipe {vision.family} goes with"
+        )
     return Architecture(
         vision=vision,
         language=language,
@@ -250,14 +261,15 @@ def _refuse_added(init: Init, architecture: Architecture) -> None:
 
 
 def _found(init: Init, part: str, wanted: Architecture) -> Architecture:
-    """Replace a part of the wanted model by what its folder holds; the vocabulary and the number of
-    CLIP's layers may differ and are kept.
+    """Replace a part of the wanted model by what its folder holds; the vocabulary, how positions
+    are rotated in sections and the number of CLIP's layers may differ and are kept.
     """
     if part == "language":
-        return replace(
-            wanted,
-            language=replace(_language(Path(init.language)), vocab_size=wanted.language.vocab_size),
+        kept = dict(
+            vocab_size=wanted.language.vocab_size,
+            rotary_sections=wanted.language.rotary_sections,
         )
+        return replace(wanted, language=replace(_language(Path(init.language)), **kept))
     if part in ("connector", "text"):
         return _with_connector(wanted, init)
     vision = vision_from_hf(init.vision, wanted.vision)

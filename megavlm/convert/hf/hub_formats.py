@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -32,11 +33,18 @@ from megavlm.convert.hf import (
     paligemma_config,
     preprocessing,
     processor,
+    qwen_vl_config,
+    qwen_vl_processor,
 )
 from megavlm.convert.hf.json_files import FILE_NAME, is_whole_model, read_config
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.weights import pairs
-from megavlm.convert.weights.tables import Dialect, llava_name_on_disk, name_on_disk
+from megavlm.convert.weights.tables import (
+    Dialect,
+    llava_name_on_disk,
+    name_on_disk,
+    qwen_vl_name_on_disk,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,6 +107,18 @@ class HubFormat:
     )
 
 
+def _qwen_vl(kind: qwen_vl_config.Kind) -> HubFormat:
+    """Return the row of one of the two classes."""
+    return HubFormat(
+        class_name=kind.class_name,
+        model_type=kind.model_type,
+        read_architecture=partial(qwen_vl_config.read, kind=kind),
+        read_usage=partial(qwen_vl_processor.read_usage, kind=kind),
+        write_files=partial(qwen_vl_processor.write, kind=kind),
+        name_on_disk=qwen_vl_name_on_disk,
+    )
+
+
 # By the dialect that names the weights, see ``convert/weights/tables``.
 HUB_FORMATS: dict[Dialect, HubFormat] = {
     "native": HubFormat(
@@ -158,6 +178,8 @@ HUB_FORMATS: dict[Dialect, HubFormat] = {
         name_on_disk=name_on_disk,
         check_tokenizer=fuyu_config.check_tokenizer,
     ),
+    "qwen2_vl": _qwen_vl(qwen_vl_config.QWEN2_VL),
+    "qwen2_5_vl": _qwen_vl(qwen_vl_config.QWEN2_5_VL),
     "clip": HubFormat(
         class_name="CLIPModel",
         model_type="clip",

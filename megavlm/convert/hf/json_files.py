@@ -24,7 +24,7 @@ _CLASS_ENDS = re.compile(r"(ImageProcessor(Fast|Pil)?|FeatureExtractor)$")
 # By classes of image processors: the row of ``PIXELS`` that they have by default.
 _PIXELS_OF = {
     **dict.fromkeys(("CLIP", "Blip", "GotOcr2", "Idefics"), "clip"),
-    **dict.fromkeys(("Llava", "LlavaNext", "LlavaOnevision"), "clip"),
+    **dict.fromkeys(("Llava", "LlavaNext", "LlavaOnevision", "Qwen2VL"), "clip"),
     **dict.fromkeys(("Siglip", "Fuyu"), "siglip"),
 }
 

@@ -236,6 +236,11 @@ def _usage(usage: Usage, dialect: Dialect) -> Iterator[str]:
     elif usage.tiling == "patches":
         width, height = usage.image_limit
         yield f"- patches of an image: as many as cover it, up to {width} x {height} pixels"
+    elif usage.tiling == "native":
+        yield (
+            "- tiles of an image: as many as are near its size, from"
+            f" {usage.min_pixels:,} to {usage.max_pixels:,} pixels"
+        )
     elif usage.tiling in WITH_GRIDS:
         grids = grids_text(usage.grids)
         yield f"- tiles of an image: the whole image, and one of the grids {grids}"

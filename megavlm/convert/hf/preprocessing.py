@@ -23,6 +23,7 @@ from megavlm.convert.hf.json_files import (
     refuse,
     write_json,
 )
+from megavlm.data.images.native import QWEN2_VL_PIXELS
 from megavlm.data.images.tiling import FUYU_LIMIT
 from megavlm.data.store.manifest import FILE_NAME as MANIFEST_NAME
 from megavlm.data.store.manifest import read_manifest
@@ -44,8 +45,9 @@ class Usage:
         max_tiles: most tiles of an image, thumbnail not counted.
         thumbnail: whether an image of several tiles gets its thumbnail as one more tile.
         tiling: ``dynamic``, or how each image becomes one tile: ``pad``, ``crop`` or ``stretch``;
-            or ``patches``, or ``anyres`` or ``anyres_max_9``.
+            or ``patches`` or ``native``, or ``anyres`` or ``anyres_max_9``.
         image_limit: for ``patches``: width and height that larger images are made smaller to.
+        min_pixels, max_pixels: for ``native``: fewest and most pixels of all tiles of an image.
         grids: for the last two: columns and rows of the grids that images may have.
         is_trained: whether the model was trained here; otherwise a chat template that comes with
             the tokenizer is kept.
@@ -58,6 +60,8 @@ class Usage:
     thumbnail: bool = True
     tiling: str = "dynamic"
     image_limit: tuple[int, int] = FUYU_LIMIT
+    min_pixels: int = QWEN2_VL_PIXELS[0]
+    max_pixels: int = QWEN2_VL_PIXELS[1]
     grids: tuple[tuple[int, int], ...] = ()
     is_trained: bool = False
 
@@ -134,6 +138,8 @@ def of_checkpoint(folder: Path) -> Usage:
             thumbnail=packs.thumbnail,
             tiling=packs.tiling,
             image_limit=packs.image_limit,
+            min_pixels=packs.min_pixels,
+            max_pixels=packs.max_pixels,
             grids=packs.grids,
             is_trained=True,
         )

@@ -1,4 +1,6 @@
-"""Vision encoders to start from: folders of an InternViT, a CLIP, a SigLIP or an EVA."""
+"""Vision encoders to start from: folders of an InternViT, a CLIP, a SigLIP, an EVA, or a whole
+Qwen2-VL or Qwen2.5-VL.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,17 @@ from typing import Any
 
 from megavlm.config.schema import Vision
 from megavlm.config.vision import PIXELS
-from megavlm.convert.hf import blip2_config, chat_config, clip_vision, json_files
+from megavlm.convert.hf import (
+    blip2_config,
+    chat_config,
+    clip_vision,
+    json_files,
+    qwen_vl_config,
+)
 from megavlm.convert.hf.safetensors_files import SafetensorsFolder
-from megavlm.convert.weights.families import clip, eva, internvit
+from megavlm.convert.weights.families import clip, eva, internvit, qwen_vl
 from megavlm.convert.weights.mapping import Row
+from megavlm.convert.weights.tables import qwen_vl_name_on_disk
 
 _INTERNVIT = "intern_vit_6b"  # what OpenGVLab calls every InternViT
 _CLIP_KINDS: dict[str, tuple[str, str]] = {
@@ -40,7 +49,7 @@ def is_encoder(folder: str) -> bool:
 
 def vision_from_hf(folder: str | Path, like: Vision | None = None) -> Vision:
     """Read the vision encoder in a folder: an InternViT as OpenGVLab publishes it, a CLIP, a SigLIP
-    or an EVA, alone or in a BLIP-2.
+    or an EVA, alone or in a BLIP-2, or that of a whole Qwen2-VL or Qwen2.5-VL.
 
     Args:
         folder: the folder.
@@ -61,11 +70,13 @@ def vision_from_hf(folder: str | Path, like: Vision | None = None) -> Vision:
         settings = blip2_config.vision_settings(raw)
         json_files.refuse(path, list(blip2_config.vision_problems(settings, "")))
         return blip2_config.read_vision(settings, Path(folder))
+    if kind in qwen_vl_config.KINDS:
+        return _of_qwen_vl(raw, Path(folder))
     if kind not in _CLIP_KINDS:
         whole = "; no part of another vision-language model is read: name a vision encoder alone"
         raise ValueError(
             f"--init.vision {path}: model_type is {kind!r}, must be one of"
-            f" {', '.join((_INTERNVIT, *_CLIP_KINDS, *_EVA_KINDS))}"
+            f" {', '.join((_INTERNVIT, *_CLIP_KINDS, *_EVA_KINDS, *qwen_vl_config.KINDS))}"
             f"{whole if json_files.is_whole_model(raw) else ''}"
         )
     family, form = _CLIP_KINDS[kind]
@@ -82,6 +93,15 @@ def vision_from_hf(folder: str | Path, like: Vision | None = None) -> Vision:
         unused_head=family == "siglip" and found.get("vision_use_head", True) and not final_norm,
         final_norm=final_norm,
     )
+
+
+def _of_qwen_vl(raw: dict[str, Any], folder: Path) -> Vision:
+    """Read the vision encoder of a Qwen2-VL or Qwen2.5-VL; errors as of ``vision_from_hf``."""
+    kind = qwen_vl_config.KINDS[raw["model_type"]]
+    path = folder / json_files.FILE_NAME
+    settings = json_files.complete(kind.form, raw, path)["vision_config"]
+    json_files.refuse(path, list(qwen_vl_config.vision_problems(settings, kind)))
+    return qwen_vl_config.read_vision(settings, folder, kind)
 
 
 def _clip_problems(found: dict[str, Any], unused: int) -> Iterator[str]:
@@ -101,6 +121,8 @@ def open_encoder(folder: Path, vision: Vision) -> tuple[SafetensorsFolder, list[
         return SafetensorsFolder(folder), internvit.rows(vision, internvit.CHAT)
     if vision.family == "eva":
         return SafetensorsFolder(folder, rename=_used_by_eva(folder)), eva.rows(vision)
+    if vision.family in qwen_vl_config.KINDS:
+        return SafetensorsFolder(folder, rename=_used_by_qwen_vl), qwen_vl.rows(vision)
     return SafetensorsFolder(folder, rename=_used_by(vision)), clip.rows(vision)
 
 
@@ -136,3 +158,13 @@ def _used_by_eva(folder: Path) -> Callable[[str], str | None]:
         return None if is_other else inside
 
     return name_in_table
+
+
+def _used_by_qwen_vl(name: str) -> str | None:
+    """Rename the tensors of the vision encoder of a Qwen2-VL or Qwen2.5-VL, and leave out the
+    others.
+    """
+    start = "visual."
+    found = qwen_vl_name_on_disk(name)
+    is_other = not found.startswith(start) or found.startswith(f"{start}merger.")
+    return None if is_other else found.removeprefix(start)

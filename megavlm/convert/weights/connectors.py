@@ -47,3 +47,15 @@ def llava_next_rows(architecture: Architecture) -> list[Row]:
     """
     newline = Row("newline", ("image_newline",), (architecture.language.hidden_size,))
     return [*within(llava_rows(architecture), "", "multi_modal_projector."), newline]
+
+
+def merger_rows(architecture: Architecture) -> list[Row]:
+    """List the weights of the connector ``merger``, as files of Qwen2-VL name them."""
+    vision = architecture.vision
+    inner = architecture.connector_sizes.feature_size
+    output = architecture.language.hidden_size
+    return [
+        *norm("norm.", "ln_q", vision.hidden_size, vision.normalization),
+        *linear("mlp.linear_fc1", ("mlp.0",), (inner, inner)),
+        *linear("mlp.linear_fc2", ("mlp.2",), (output, inner)),
+    ]

@@ -20,9 +20,10 @@ from megavlm.convert.weights.connectors import (
     linear_rows,
     llava_next_rows,
     llava_rows,
+    merger_rows,
     mlp_rows,
 )
-from megavlm.convert.weights.families import FAMILIES, clip, eva, internvit, written_as
+from megavlm.convert.weights.families import FAMILIES, clip, eva, internvit, qwen_vl, written_as
 from megavlm.convert.weights.mapping import Row, within
 
 Dialect = Literal[
@@ -33,6 +34,8 @@ Dialect = Literal[
     "llava_onevision",
     "paligemma",
     "fuyu",
+    "qwen2_vl",
+    "qwen2_5_vl",
     "clip",
     "siglip",
     "internvl_c",
@@ -78,6 +81,13 @@ _LLAVA_NEXT = _Names(
     connector_rows=llava_next_rows,
     unused_rows=clip.unused_rows,
 )
+_QWEN_VL = _Names(
+    vision="visual.",
+    vision_rows=qwen_vl.rows,
+    connector="visual.merger.",
+    connector_rows=merger_rows,
+    language="",
+)
 _NAMES: dict[Dialect, _Names] = {
     "native": _Names(
         vision="vision_tower.",
@@ -113,6 +123,8 @@ _NAMES: dict[Dialect, _Names] = {
         connector="",
         connector_rows=partial(linear_rows, name="vision_embed_tokens"),
     ),
+    "qwen2_vl": _QWEN_VL,
+    "qwen2_5_vl": _QWEN_VL,
     "blip2": _Names(
         vision="vision_model.",
         vision_rows=eva.rows,
@@ -171,6 +183,14 @@ def llava_name_on_disk(name: str) -> str | None:
         return None
     found = name_on_disk(name)
     return re.sub(r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model.", found)
+
+
+def qwen_vl_name_on_disk(name: str) -> str:
+    """Return the name that files of Qwen2-VL and Qwen2.5-VL give to a weight, also for the one that
+    transformers 5 uses in memory.
+    """
+    found = re.sub(r"^(model\.)?language_model\.", "model.", name)
+    return re.sub(r"^model\.visual\.", "visual.", found)
 
 
 def rows(architecture: Architecture, dialect: Dialect = "native") -> tuple[Row, ...]:

@@ -219,6 +219,8 @@ GRID = Usage(thumbnail=False)
         ),
         ("llava_onevision", Usage(tiling="anyres_max_9"), ""),
         ("fuyu", Usage(tiling="patches"), ""),
+        ("qwen2_vl", Usage(tiling="native"), ""),
+        ("qwen2_5_vl", Usage(tiling="stretch"), "to whole tiles, as many as are near its size; tr"),
     ],
 )
 def test_a_card_tells_what_an_image_processor_does_otherwise(

@@ -35,6 +35,7 @@ from tests.convert.llava_next_models import make_llava_next, make_llava_onevisio
 from tests.convert.models import NATIVE_KINDS, SMALL, make_hf
 from tests.convert.pair_models import make_pair_model
 from tests.convert.paligemma_models import make_paligemma
+from tests.convert.qwen_vl_models import make_qwen2_5_vl, make_qwen2_vl
 from tests.ranks.layouts import asks_for_all
 
 TARGETS = ("language", "vision.*.self_attention", "vision.encoder.layers.1.mlp")
@@ -289,12 +290,10 @@ CLASSES: dict[str, tuple[Callable[..., Path], str, str]] = {
     "llava_onevision": (make_llava_onevision, CONNECTOR, "model.multi_modal_projector"),
     "paligemma": (make_paligemma, "connector.linear.weight", "model.multi_modal_projector"),
     "fuyu": (make_fuyu, "connector.linear.weight", "model.vision_embed_tokens"),
+    "qwen2_vl": (make_qwen2_vl, CONNECTOR, "model.visual.merger"),
+    "qwen2_5_vl": (make_qwen2_5_vl, CONNECTOR, "model.visual.merger"),
     "blip2": (make_blip2, "connector.output.weight", "language_projection"),
-    "instructblip": (
-        make_instructblip,
-        "connector.output.weight",
-        "language_projection",
-    ),
+    "instructblip": (make_instructblip, "connector.output.weight", "language_projection"),
     "clip": (
         partial(make_pairs, kind="clip"),
         "connector.projection.weight",

@@ -26,6 +26,8 @@ from megavlm.convert.weights.tables import (
 from tests.convert.blip2_models import OPT
 from tests.convert.fuyu_models import SMALL as FUYU
 from tests.convert.models import KINDS, NATIVE_KINDS, language
+from tests.convert.qwen_vl_models import SMALL as QWEN2_5_VL
+from tests.convert.qwen_vl_models import SMALL_2 as QWEN2_VL
 
 INTERNVL = {name: one for name, one in MODELS.items() if one.image_tokens == "internvl"}
 
@@ -134,8 +136,10 @@ def test_operations_and_tables_need_neither_megatron_nor_transformers() -> None:
         *((architecture, "native") for architecture in NATIVE_KINDS.values()),
         (OPT, "blip2"),
         (FUYU, "fuyu"),
+        (QWEN2_VL, "qwen2_vl"),
+        (QWEN2_5_VL, "qwen2_5_vl"),
     ],
-    ids=[*NATIVE_KINDS, "BLIP-2 with OPT", "Fuyu"],
+    ids=[*NATIVE_KINDS, "BLIP-2 with OPT", "Fuyu", "Qwen2-VL", "Qwen2.5-VL"],
 )
 def test_each_weight_of_the_files_has_an_adapter(
     architecture: Architecture, dialect: Dialect

@@ -1,0 +1,61 @@
+"""The vision encoders of Qwen2-VL (arXiv 2409.12191) and Qwen2.5-VL (arXiv 2502.13923), as
+``transformers`` names their weights. No table of positions, no class token, no norm behind the
+layers.
+
+Shape letters: D hidden size, M hidden size of the MLP, p pixels along a patch, f frames of a patch.
+"""
+
+from __future__ import annotations
+
+from megavlm.config.schema import Vision
+from megavlm.convert.weights.mapping import Row, layers, linear, norm
+from megavlm.convert.weights.transforms import Fused, GroupedQKV, Padded, Stacked
+
+
+def rows(vision: Vision) -> list[Row]:
+    """Build the table, with keys and names as in a folder of the vision encoder alone."""
+    side = vision.patch_size
+    patch = (vision.hidden_size, 3, vision.temporal_patch_size, side, side)
+    return [
+        Row("patch_embedding.weight", ("patch_embed.proj.weight",), patch),
+        *layers(_layer(vision), "encoder.layers.{}.", "blocks.{}.", vision.num_layers),
+    ]
+
+
+def _layer(vision: Vision) -> list[Row]:
+    """List the weights of a layer, without prefixes."""
+    width = vision.hidden_size
+    heads = vision.num_attention_heads
+    kind = vision.normalization
+    qkv = Fused(GroupedQKV(heads, heads, width // heads), (width, width, width))
+    # Heads may be padded so that they divide over ranks.
+    padded = Padded(3 * width, inner=qkv)
+    return [
+        *norm("self_attention.linear_qkv.layer_norm_", "norm1", width, kind),
+        *linear("self_attention.linear_qkv", ("attn.qkv",), (3 * width, width), padded),
+        Row(
+            "self_attention.linear_proj.weight",
+            ("attn.proj.weight",),
+            (width, width),
+            Padded(width, axis=1),
+        ),
+        Row("self_attention.linear_proj.bias", ("attn.proj.bias",), (width,)),
+        *norm("mlp.linear_fc1.layer_norm_", "norm2", width, kind),
+        *_mlp(vision),
+    ]
+
+
+def _mlp(vision: Vision) -> list[Row]:
+    """List the weights of a layer's MLP."""
+    width = vision.hidden_size
+    inner = vision.ffn_hidden_size
+    if not vision.is_gated:
+        return [
+            *linear("mlp.linear_fc1", ("mlp.fc1",), (inner, width)),
+            *linear("mlp.linear_fc2", ("mlp.fc2",), (width, inner)),
+        ]
+    first = ("mlp.gate_proj", "mlp.up_proj")
+    return [
+        *linear("mlp.linear_fc1", first, (2 * inner, width), Stacked(2)),
+        *linear("mlp.linear_fc2", ("mlp.down_proj",), (width, inner)),
+    ]
