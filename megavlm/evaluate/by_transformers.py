@@ -17,7 +17,7 @@ from megavlm.convert.hf.hub_formats import dialect_of, hub_format_of
 from megavlm.convert.hf.reference import (
     load_reference,
     refuse_other_tiles,
-    size_inputs,
+    tile_inputs,
     with_videos,
 )
 from megavlm.data.store.manifest import read_manifest
@@ -27,7 +27,10 @@ from megavlm.evaluate.task import Task
 from megavlm.io import atomic
 
 # Dialects whose classes take the prompt and the pixels of its images, as below.
-_ANSWERING = ("native", "llava", "llava_next", "llava_onevision", "paligemma", "fuyu")
+_ANSWERING = (
+    *("native", "llava", "llava_next", "llava_onevision", "paligemma", "fuyu"),
+    *("qwen2_vl", "qwen2_5_vl"),
+)
 
 
 def answer_tasks(
@@ -137,13 +140,10 @@ def _inputs(model: nn.Module, task: TaskPacks) -> Iterator[dict[str, Tensor]]:
             end += one.tiles
             tokens = torch.from_numpy(one.tokens.astype(np.int64))[None]
             inputs = dict(input_ids=tokens, attention_mask=torch.ones_like(tokens))
-            if one.tiles:
-                pixels = (tiles[start:end].float() / 255 - mean) / std
-                is_patches = model.config.model_type == "fuyu"
-                inputs["pixel_values"] = (
-                    pixels.permute(0, 2, 3, 1).flatten(1)[None] if is_patches else pixels
-                )
-            inputs |= size_inputs(model, one.images)
+            pixels = (tiles[start:end].float() / 255 - mean) / std
+            if one.tiles and model.config.model_type == "fuyu":
+                pixels = pixels.permute(0, 2, 3, 1).flatten(1)[None]
+            inputs |= tile_inputs(model, pixels, one.images, tokens[0])
             if model.config.model_type == "paligemma":
                 # All of a prompt is a prefix, which sees itself; a choice behind it is not.
                 choice = torch.from_numpy(one.supervised.astype(np.int64))[None]

@@ -133,7 +133,7 @@ def answers_of_transformers(
     from megavlm.convert.hf.reference import (
         instruction_inputs,
         load_reference,
-        size_inputs,
+        tile_inputs,
         with_videos,
     )
     from megavlm.data.images.feature_layout import as_tiled
@@ -158,9 +158,10 @@ def answers_of_transformers(
         shown = pixels[tile : tile + count]
         if not architecture.vision.exists:  # the class takes patches, not images
             shown = shown.permute(0, 2, 3, 1).flatten(1)[None]
-        inputs = {"pixel_values": shown} if count else {}
+        if not count:
+            shown = shown[:0]
+        inputs = tile_inputs(reference, shown, as_tiled(own), tokens)
         inputs |= instruction_inputs(batch.instructions, slice(tile, tile + count))
-        inputs |= size_inputs(reference, as_tiled(own))
         if architecture.cross_attention.every:
             inputs = _read_by_idefics(tokens, shown if count else pixels[:1], count)
         if architecture.prefix_lm:

@@ -27,7 +27,7 @@ from megavlm.convert.hf.reference import (
     instruction_inputs,
     load_reference,
     refuse_other_tiles,
-    size_inputs,
+    tile_inputs,
     with_videos,
 )
 from megavlm.convert.weights.views import Tensors
@@ -196,13 +196,13 @@ def _inputs(
         architecture: of both models.
         theirs: that of ``transformers``.
         batch: the pack.
-        pixels: of its tiles, normalised.
+        pixels: of its tiles, normalised, those of an image row by row.
         images: of the sample.
         sample: first token, end, first tile, end.
     """
     start, end, first, last = sample
-    inputs = {"pixel_values": pixels[first:last]} if last > first else {}
-    inputs |= size_inputs(theirs, images)
+    tokens = batch.tokens[start:end]
+    inputs = tile_inputs(theirs, pixels[first:last], images, tokens)
     inputs |= instruction_inputs(batch.instructions, slice(first, last))
     if architecture.cross_attention.every:
         inputs = _read_images(batch, pixels, sample)
@@ -210,7 +210,7 @@ def _inputs(
         prefixes = dict(zip(batch.sample_ends.tolist(), batch.prefixes.lengths, strict=False))
         places = torch.arange(end - start, device=batch.tokens.device)
         inputs["token_type_ids"] = (places >= prefixes[start]).long()[None]
-    return inputs | {"input_ids": batch.tokens[None, start:end]}
+    return inputs | {"input_ids": tokens[None]}
 
 
 def _read_images(

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from megavlm.convert.hf import qwen_vl_config
 from megavlm.convert.hf.hub_formats import hub_format_of
 from megavlm.convert.hf.json_files import class_of_transformers
 from megavlm.convert.hf.model_config import architecture_from_hf
@@ -37,7 +38,47 @@ def instruction_inputs(instructions: Instructions | None, tiles: slice) -> dict[
     return {"qformer_input_ids": tokens, "qformer_attention_mask": real.long()}
 
 
-def size_inputs(model: nn.Module, images: Sequence[Tiled]) -> dict[str, Tensor]:
+def tile_inputs(
+    model: nn.Module, pixels: Tensor, images: Sequence[Tiled], tokens: Tensor
+) -> dict[str, Tensor]:
+    """Return what a class reads of the tiles of a sample; nothing if there are none.
+
+    Args:
+        model: of transformers.
+        pixels: of the tiles, normalised, [n, 3, S, S] or as the class reads them; those of an image
+            row by row.
+        images: of the sample, and frames.
+        tokens: of the sample [t].
+    """
+    if not len(pixels):
+        return {}
+    if model.config.model_type in qwen_vl_config.KINDS:
+        return _patch_inputs(model.config, pixels, images, tokens)
+    return {"pixel_values": pixels} | _size_inputs(model, images)
+
+
+def _patch_inputs(
+    config: Any, pixels: Tensor, images: Sequence[Tiled], tokens: Tensor
+) -> dict[str, Tensor]:
+    """Return what the classes of Qwen2-VL and Qwen2.5-VL read of tiles: their patches [patches,
+    3 f p p], as their image processor makes them for f frames of patches of p pixels, the patches
+    along the sides of each image, and which tokens are of images.
+    """
+    vision = config.vision_config
+    size = vision.patch_size
+    side = vision.spatial_merge_size
+    squares = pixels.unflatten(3, (side, size)).unflatten(2, (side, size))
+    patches = squares.permute(0, 2, 4, 1, 3, 5)[:, :, :, :, None]
+    frames = patches.expand(-1, -1, -1, -1, vision.temporal_patch_size, -1, -1)
+    grids = [(1, image.rows * side, image.columns * side) for image in images]
+    return {
+        "pixel_values": frames.flatten(3).flatten(0, 2),
+        "image_grid_thw": torch.tensor(grids, device=pixels.device),
+        "mm_token_type_ids": (tokens == config.image_token_id).int()[None],
+    }
+
+
+def _size_inputs(model: nn.Module, images: Sequence[Tiled]) -> dict[str, Tensor]:
     """Return what ``LlavaNextForConditionalGeneration`` and
     ``LlavaOnevisionForConditionalGeneration`` read beside the tiles of a sample's images, which are
     no frames of videos: heights and widths; nothing for other classes, or without images.
