@@ -71,6 +71,10 @@ CASES: dict[str, Case] = {
     "PaliGemma 2, local": Case(recipe="paligemma", stage="1", model="paligemma2-3b", options=LOCAL),
     "PaliGemma 2, FP8": Case(recipe="paligemma", stage="1", model="paligemma2-3b", options=FP8),
     "Fuyu": Case(recipe="fuyu", stage="1"),
+    "Qwen2-VL": Case(recipe="qwen2_vl", stage="2"),
+    "Qwen2.5-VL": Case(recipe="qwen2_5_vl", stage="2"),
+    "Qwen2-VL, FP8": Case(recipe="qwen2_vl", stage="2", options=FP8),
+    "Qwen2.5-VL, local": Case(recipe="qwen2_5_vl", stage="2", options=LOCAL),
     "BLIP-2, stage 1": Case(recipe="blip2", stage="1"),
     "BLIP-2, stage 2": Case(recipe="blip2", stage="2"),
     "InstructBLIP": Case(recipe="instructblip", stage="1"),
@@ -97,6 +101,8 @@ CASES: dict[str, Case] = {
     "LLaVA-OneVision, CP2": Case(recipe="llava_onevision", stage="2", options=CP2, ranks=2),
     "PaliGemma, TP2 with SP": Case(recipe="paligemma", stage="1", options=SP, ranks=2),
     "Fuyu, CP2": Case(recipe="fuyu", stage="1", options=CP2, ranks=2),
+    "Qwen2.5-VL, TP2 with SP": Case(recipe="qwen2_5_vl", stage="2", options=SP, ranks=2),
+    "Qwen2.5-VL, CP2": Case(recipe="qwen2_5_vl", stage="2", options=CP2, ranks=2),
     "BLIP-2, stage 1, DP2": Case(recipe="blip2", stage="1", ranks=2),
     "InstructBLIP, TP2 with SP": Case(recipe="instructblip", stage="1", options=SP, ranks=2),
     "Flamingo, TP2 with SP": Case(recipe="flamingo", stage="1", options=SP, ranks=2),
@@ -143,6 +149,7 @@ def make_packs(config: Any, folder: Path) -> None:
     """Write packs of random samples that the model of a run can read."""
     from megavlm.data.images.anyres import USUAL_GRIDS
     from tests.convert.llava_next_models import make_anyres_sample, write_anyres
+    from tests.data.native_packs import write_native
     from tests.data.preference_packs import make_pairs, make_reference
     from tests.data.samples import make_dataset, write_packs
 
@@ -165,6 +172,12 @@ def make_packs(config: Any, folder: Path) -> None:
             for line in range(1, PACKS + 1)
         ]
         write_anyres(folder, packs, mode, capacity=12288, alignment=8, **facts)
+        return
+    if mode == "native":
+        # Whole windows of the published size, and some that the edges cut.
+        shown = [[(640, 480), (230, 360)]] * PACKS
+        del facts["features_per_tile"]
+        write_native(folder, shown, per_pack=1, capacity=4096, alignment=8, **facts)
         return
     if model.needs.is_of_preferences:
         pairs = make_pairs(PACKS, 2, **facts)

@@ -188,9 +188,10 @@ def _tensor_parallel(parallel: Parallel, arch: Architecture) -> Iterator[str]:
         return
     for name, number in shared.items():
         if number % size:
+            also = ", or --parallel.vision data for it" if name in in_vision else ""
             yield (
                 f"{flag} {size} does not divide --architecture.{name} {number}; use"
-                f" {_divisors(*shared.values())}"
+                f" {_divisors(*shared.values())}{also}"
             )
     groups = language.num_query_groups
     if (

@@ -94,7 +94,10 @@ def test_models_that_cannot_be_are_refused(
     [
         ("--training.drop_path 0.1", "--training.drop_path 0.1: the tiles of an image share"),
         ("--training.drop_path_schedule linear --training.end_drop_path 0.1", "end_drop_path 0.1"),
-        ("--parallel.tensor_model_parallel_size 8", "does not divide --architecture.vision.ffn"),
+        (
+            "--parallel.tensor_model_parallel_size 8",
+            "3420; use 1, 2 or 4, or --parallel.vision data",
+        ),
         ("--fp8.vision tensorwise", "ffn_hidden_size makes matrices 3420 wide"),
         (
             f"{ADAPTERS} --parallel.tensor_model_parallel_size 2 --parallel.vision data",
