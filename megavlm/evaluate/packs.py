@@ -18,6 +18,7 @@ import numpy as np
 from megavlm.data.images.feature_layout import feature_layout, sizes_in_text
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.loading.rotary_positions import rotary_positions
 from megavlm.data.records.record import IMAGE_PLACEHOLDER, VIDEO_PLACEHOLDER, Turn
 from megavlm.data.records.reject import RejectError
 from megavlm.data.sample import Image, Sample
@@ -249,6 +250,16 @@ class TaskPacks:
         """Tell whether an answer is over with its last token."""
         end = self._end_text
         return tokens[-1] in self.ends or bool(end and end in self.template.text(tokens))
+
+    def rotary_shift(self, index: int) -> int:
+        """Return how much further than their places in a sample say the tokens behind a request are
+        rotated: an image has fewer rows and columns than placeholder tokens.
+        """
+        one = self.requests[index]
+        length = np.array([len(one.tokens)])
+        context = self.packs.manifest.context_token_id
+        found = rotary_positions(one.tokens, length, list(one.images), context)
+        return int(found.following[0]) - len(one.tokens)
 
     def text(self, tokens: Sequence[int]) -> str:
         """Return the text of an answer, without what ends it."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from megavlm.data.loading.rotary_positions import AXES
 from megavlm.parallel.context_parallel import gather_tokens
 
 
@@ -71,9 +72,17 @@ class KeyValueCache:
         lengths: tokens of each question, by its number.
         room: tokens of the longest answer.
         device: where keys and values are.
+        shifts: by how much the tokens behind each question are rotated further than their places in
+            its sample say (see ``Batch.rotary_positions``); none: by nothing.
     """
 
-    def __init__(self, lengths: Mapping[int, int], room: int, device: torch.device):
+    def __init__(
+        self,
+        lengths: Mapping[int, int],
+        room: int,
+        device: torch.device,
+        shifts: Mapping[int, int] | None = None,
+    ):
         by_size: dict[int, list[int]] = {}
         for question, length in lengths.items():
             by_size.setdefault(slots_for(length + room), []).append(question)
@@ -82,6 +91,7 @@ class KeyValueCache:
             for _, own in sorted(by_size.items())
         ]
         self.lengths = dict(lengths)
+        self.shifts = shifts or {}
         self.device = device
         self.longest = max(lengths.values(), default=0) + room
 
@@ -196,6 +206,7 @@ class Decode:
     Attributes:
         questions: of the rows, in their order; rows of padding follow.
         positions: int64 [R], the place of each row's token in its sample.
+        rotary_positions: int64 [3, R], its frame, row and column, which are equal: it is of a text.
         longest: an upper bound of the tokens of a sample, the same in all passes.
     """
 
@@ -204,7 +215,10 @@ class Decode:
         self.longest = max(cache.longest, 1)
         slots = [cache.lengths[one] for one in self.questions]
         rows = -(-max(len(slots), 1) // multiple) * multiple
-        self.positions = torch.tensor(slots + [0] * (rows - len(slots)))
+        padding = [0] * (rows - len(slots))
+        self.positions = torch.tensor(slots + padding)
+        shifts = [cache.shifts.get(one, 0) for one in self.questions]
+        self.rotary_positions = (self.positions + torch.tensor(shifts + padding)).expand(AXES, -1)
         self._parts: list[tuple[_Group, slice, Tensor, int]] = []
         start = 0
         for group in cache.groups:

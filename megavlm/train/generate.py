@@ -47,12 +47,14 @@ def generate(
         progress: called before each pass.
     """
     answers: list[list[int]] = [[] for _ in task.requests]
+    has_axes = bool(job.config.architecture.language.rotary_sections)
     window = job.groups.data_size * _packs_at_once(job, task, max_new_tokens)
     for start in range(0, len(task.order), window):
         packs = range(start, min(start + window, len(task.order)))
         own = [packs[index] for index in own_positions(job, len(packs))]
         lengths = {one: len(task.requests[one].tokens) for pack in own for one in task.order[pack]}
-        cache = KeyValueCache(lengths, max_new_tokens, job.backend.device)
+        shifts = {one: task.rotary_shift(one) for one in lengths} if has_axes else {}
+        cache = KeyValueCache(lengths, max_new_tokens, job.backend.device, shifts)
         unfinished = [question for pack in packs for question in task.order[pack]]
         progress()
         new = _first_tokens(job, task, own, cache, -(-len(packs) // job.groups.data_size))
@@ -213,6 +215,7 @@ def _new_tokens(job: Job, new: Decode, answers: Sequence[Sequence[int]]) -> Batc
     tokens[:count] = torch.tensor([answers[one][-1] for one in new.questions], dtype=torch.int64)
     nothing = torch.zeros(0, dtype=torch.int64)
     side = job.config.architecture.vision.image_size
+    language = job.config.architecture.language
     of_ranks = rows * job.groups.context_size  # to megatron-core, these ranks share one sample
     return Batch(
         tokens=tokens,
@@ -233,6 +236,7 @@ def _new_tokens(job: Job, new: Decode, answers: Sequence[Sequence[int]]) -> Batc
         drop_path_draws=torch.zeros(0, 0),
         weight_sum=0.0,
         pack_id=-1,
+        rotary_positions=new.rotary_positions if language.rotary_sections else None,
         positions=new.positions,
         cached=new,
     )

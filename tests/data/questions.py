@@ -11,6 +11,7 @@ import numpy as np
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.store.manifest import read_manifest
 from megavlm.evaluate.packs import Request, RequestReader, TaskPacks, arrange
+from tests.data.native_packs import native_sample
 from tests.data.samples import make_sample
 
 
@@ -41,7 +42,13 @@ def random_questions(packs: Path, folder: Path, vocab_size: int) -> TaskPacks:
     )
     requests = []
     for line, (images, words) in enumerate([(1, 9), (0, 3), (2, 12), (0, 70), (1, 33)], start=1):
-        sample = make_sample(rng, images=images, text_tokens=words, line=line, **sizes)
+        if manifest.tiling == "native":
+            shown = ((48, 24), (8, 40))[:images]
+            of_image = dict(tile_size=manifest.image_size, vocab_size=vocab_size)
+            of_image["context_token_id"] = manifest.context_token_id
+            sample = native_sample(rng, shown, line=line, words=words, **of_image)
+        else:
+            sample = make_sample(rng, images=images, text_tokens=words, line=line, **sizes)
         shown = []
         for number, image in enumerate(sample.images):
             path = folder / f"{line}-{number}.png"

@@ -93,6 +93,16 @@ def test_new_tokens_attend_as_in_whole_samples(name: str) -> None:
     assert new.questions == [8]
 
 
+def test_new_tokens_are_rotated_behind_what_images_take() -> None:
+    cache = KeyValueCache(PROMPTS, ROOM, CPU, {3: -40, 8: -7})
+    for step in range(2):
+        new = Decode(cache, 4)
+        where = dict(zip(new.questions, new.rotary_positions.T.tolist(), strict=False))
+        assert where[3] == [110 + step] * 3 and where[8] == [33 + step] * 3
+        assert where[7] == [9 + step] * 3
+        assert new.rotary_positions.shape == (3, 8)
+
+
 def test_a_cache_without_questions_has_a_row_of_padding() -> None:
     new = Decode(KeyValueCache({}, 0, CPU), 6)
     assert new.questions == [] and len(new.positions) == 6

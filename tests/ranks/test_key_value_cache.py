@@ -12,6 +12,7 @@ import pytest
 
 from megavlm.config.schema import Architecture, Config
 from tests.convert.blip2_models import KINDS as BLIP2
+from tests.data.native_packs import write_native
 from tests.data.questions import random_questions
 from tests.data.samples import make_dataset
 from tests.ranks.layouts import asks_for_all
@@ -20,6 +21,7 @@ from tests.ranks.runs import TINY, config_for
 from tests.ranks.test_flamingo import OPEN
 from tests.ranks.test_gemma2 import MODEL as GEMMA2
 from tests.ranks.test_gpt_oss import MODEL as GPT_OSS
+from tests.ranks.test_qwen_vl import MODEL as QWEN_VL
 from tools.benchmark import answering
 
 CONTEXT = 5
@@ -60,6 +62,7 @@ MODELS = {
     "soft caps, windows and norms behind branches": _sized(GEMMA2),
     "cross-attention": _sized(OPEN),
     "learned positions behind a Q-Former": _sized(BLIP2["opt"]),
+    "frames, rows and columns": _sized(QWEN_VL),
 }
 EVERYDAY = {
     "real heads": ("one",),
@@ -67,6 +70,7 @@ EVERYDAY = {
     "soft caps, windows and norms behind branches": ("PP2",),
     "cross-attention": ("TP2 SP", "PP2"),
     "learned positions behind a Q-Former": ("CP2",),
+    "frames, rows and columns": ("one", "TP2 SP", "CP2"),
 }
 CASES = [
     (name, layout)
@@ -122,16 +126,18 @@ def test_cached_logits_are_those_of_whole_packs(
     ranks: Pool, tmp_path: Path, name: str, layout: str
 ) -> None:
     architecture = MODELS[name]
-    make_dataset(
-        tmp_path / "packs",
-        packs=2,
+    facts = dict(
         vocab_size=architecture.language.vocab_size,
         context_token_id=CONTEXT,
         tile_size=architecture.vision.image_size,
-        features_per_tile=architecture.placeholders_per_tile,
         capacity=128,
         alignment=4,
     )
+    if architecture.vision.spans_tiles:
+        write_native(tmp_path / "packs", [((48, 24), (8, 40)), ()], **facts)
+    else:
+        features = architecture.placeholders_per_tile
+        make_dataset(tmp_path / "packs", packs=2, features_per_tile=features, **facts)
     count, settings = EVERY[layout]
     config = config_for(tmp_path / "packs", **settings)
     config = dataclasses.replace(config, architecture=architecture)
