@@ -13,7 +13,7 @@ from megavlm.checkpoint.lock import Lock
 from megavlm.config.schema import Config
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.hf.unused_weights import Weights
-from megavlm.data.loading.batch import Batch, BatchOptions
+from megavlm.data.loading.batch import Batch, BatchOptions, options_of
 from megavlm.data.loading.blend import Packs
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.loader import Unreadable, batches
@@ -76,17 +76,12 @@ class Job(BuiltModel):
     def batch_options(self) -> BatchOptions:
         """How this rank reads packs, without what is random in training."""
         architecture = self.config.architecture
-        vision = architecture.vision
-        return BatchOptions(
+        return dataclasses.replace(
+            options_of(architecture),
             reduction=self.config.data.loss_reduction,
-            vision_layers=vision.num_layers,
             with_pair_ids=architecture.needs_pair_ids,
             with_preferences=architecture.needs.is_of_preferences,
             with_tiles=self.chunks[0].pre_process,
-            spans_tiles=vision.spans_tiles,
-            window_tiles=vision.window_tiles,
-            tile_grid=vision.grid,
-            rotary_axes=bool(architecture.language.rotary_sections),
             rank_slice=self.groups.rank_slice,
             tile_multiple=tile_multiple(self.config),
         )

@@ -13,7 +13,7 @@ import torch
 
 from megavlm.config.schema import Architecture, Config
 from megavlm.data.images.tiling import Tiling
-from megavlm.data.loading.batch import BatchOptions
+from megavlm.data.loading.batch import options_of
 from megavlm.data.packing.job import Job, pack_dataset
 from megavlm.data.records.meta_file import read_sources
 from megavlm.data.sample import Sample
@@ -94,9 +94,7 @@ def answers_of_pack(config: Config, folder: Path) -> tuple[np.ndarray, np.ndarra
     groups = process_groups.create(config.parallel, 0, make_layout(config).embedding_chunk)
     model = VisionLanguageModel(config, make_layout(config), groups).eval()
     weights.fill([model], convert.full_tensors(folder, config.architecture))
-    batch = PackedDataset(config.data.train).batch(
-        0, 0, BatchOptions(vision_layers=config.architecture.vision.num_layers)
-    )
+    batch = PackedDataset(config.data.train).batch(0, 0, options_of(config.architecture))
     answers = [
         _through_the_pipeline(model, batch, groups, with_loss=with_loss)
         for with_loss in (False, True)

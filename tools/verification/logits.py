@@ -32,7 +32,7 @@ from megavlm.convert.hf.reference import (
 )
 from megavlm.convert.weights.views import Tensors
 from megavlm.data.images.feature_layout import Tiled, as_tiled
-from megavlm.data.loading.batch import Batch, BatchOptions
+from megavlm.data.loading.batch import Batch, options_of
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.store.manifest import Manifest
 from megavlm.data.text.tokenizer import fingerprint, load_tokenizer
@@ -154,14 +154,15 @@ def _compare_pack(
 ) -> None:
     """Add the samples of one pack to ``tally``."""
     architecture = ours.architecture
-    batch = dataset.batch(
-        pack_id, pack_id, BatchOptions(vision_layers=architecture.vision.num_layers)
-    )
+    batch = dataset.batch(pack_id, pack_id, options_of(architecture))
     batch = batch.to(next(theirs.parameters()).device)
+    tiles = batch.tiles
+    if architecture.vision.spans_tiles:  # they stand window by window
+        tiles = dataset.batch(pack_id, pack_id).tiles.to(tiles.device)
     images = dataset.reader.read(pack_id, with_images=False).images
     owners = _owners(dataset.manifest, batch.samples)
     samples = _samples(batch, images, owners)
-    pixels = ours.vision.normalise(batch.tiles)
+    pixels = ours.vision.normalise(tiles)
 
     def answer(sample: int) -> Tensor:
         own = as_tiled(images[images["sample"] == owners[sample]])

@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from megavlm.config.schema import Architecture
 from megavlm.data.loading.rank_slice import WHOLE_PACK, RankSlice
 
 
@@ -222,6 +223,18 @@ class BatchOptions:
 
 AS_PACKED = BatchOptions()
 """Whole packs, with their tiles and without draws."""
+
+
+def options_of(architecture: Architecture) -> BatchOptions:
+    """Return how a model reads packs on one rank, without what a run asks of them beside."""
+    vision = architecture.vision
+    return BatchOptions(
+        vision_layers=vision.num_layers,
+        spans_tiles=vision.spans_tiles,
+        window_tiles=vision.window_tiles,
+        tile_grid=vision.grid,
+        rotary_axes=bool(architecture.language.rotary_sections),
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

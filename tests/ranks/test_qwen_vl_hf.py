@@ -1,0 +1,114 @@
+"""Qwen2-VL and Qwen2.5-VL against ``transformers``: logits and losses of packs with images of
+several sizes, and the tool that compares an export with its checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megavlm.config.lora import Lora
+from megavlm.config.schema import Architecture
+from megavlm.convert.hf import convert
+from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS, load_tokenizer
+from tests.convert.hf.test_peft import checkpoint_of
+from tests.convert.part_folders import make_tokenizer
+from tests.convert.qwen_vl_models import KINDS, SMALL, SMALL_2, make_qwen_vl
+from tests.data.native_packs import Size, native_image, write_native
+from tests.ranks.model_checks import (
+    CONTEXT,
+    answers_of_transformers,
+    assert_equals_transformers,
+    pack_records,
+    recipe_config,
+)
+from tests.ranks.pool import Pool
+from tests.ranks.runs import EVERYTHING
+
+
+def shown(tile: int) -> tuple[tuple[Size, ...], ...]:
+    """Return the sizes of the images of samples, for tiles of so many pixels: whole windows, such
+    that an edge cuts on both sides or on one, one tile, none.
+    """
+    sides = (((4, 4),), ((5, 3), (3, 7)), (), ((1, 1),), ((6, 5), (2, 1)))
+    return tuple(
+        tuple((tile * columns - 1, tile * rows + 1) for columns, rows in images) for images in sides
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_and_losses_equal_those_of_transformers(
+    ranks: Pool, tmp_path: Path, kind: str
+) -> None:
+    architecture = KINDS[kind]
+    packs = tmp_path / "packs"
+    tile = architecture.vision.image_size
+    facts = dict(vocab_size=architecture.language.vocab_size, context_token_id=CONTEXT)
+    write_native(packs, shown(tile), tile_size=tile, **facts)
+    folder = make_qwen_vl(tmp_path / "hf", architecture, torch.float32)
+    expected = answers_of_transformers(folder, packs, architecture)
+    recipe = architecture.vision.family
+    configure = partial(recipe_config, recipe, architecture, packs, trainable=EVERYTHING)
+    assert_equals_transformers(ranks, configure, folder, expected)
+
+
+def write_records(folder: Path, tile: int) -> Path:
+    """Write records with an image, two or none, and their images."""
+    rng = np.random.default_rng(3)
+    records = []
+    for line, sizes in enumerate(shown(tile)):
+        names = [f"{line}-{number}.png" for number in range(len(sizes))]
+        for name, size in zip(names, sizes, strict=True):
+            (folder / name).write_bytes(native_image(rng, size, tile).encoded)
+        asked = "<image>\n" * len(names) + "what is it"
+        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": f"answer {line}"}]
+        records.append(
+            dict(image=names, conversations=turns) if names else dict(conversations=turns)
+        )
+    path = folder / "records.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def difference(checkpoint: Path, hf: Path, packs: Path) -> float:
+    """Return how far the logits of an export are from those of its checkpoint."""
+    from tools.verification.logits import compare
+
+    return compare(str(checkpoint), hf, packs, packs=1).max_abs_difference
+
+
+@pytest.mark.parametrize("architecture", [SMALL, SMALL_2], ids=["2.5", "2"])
+def test_an_export_is_verified_with_its_packs(
+    ranks: Pool, tmp_path: Path, architecture: Architecture
+) -> None:
+    words = tmp_path / "words"
+    make_tokenizer(words, IMAGE_TOKEN_SETS["qwen2_vl"].added)
+    token = load_tokenizer(words).convert_tokens_to_ids("<|image_pad|>")
+    source = make_qwen_vl(
+        tmp_path / "hf", architecture, torch.float32, image_token_id=token, spread=0.05
+    )
+    packs = tmp_path / "packs"
+    records = write_records(tmp_path, architecture.vision.image_size)
+    bounds = dict(min_pixels=64, max_pixels=4096)
+    pack_records(records, words, packs, architecture, template="qwen2_vl", mode="native", **bounds)
+    start = convert.import_(source, tmp_path / "start", tokenizer=words)
+    out = convert.export(start, tmp_path / "out", dtype=torch.float32)
+    [found] = ranks.run(difference, 1, start, out, packs)
+    assert 0 <= found <= 1e-4
+    # Another export is told apart.
+    other = make_qwen_vl(tmp_path / "other", architecture, torch.float32, image_token_id=token)
+    started = convert.import_(other, tmp_path / "second", tokenizer=words)
+    [found] = ranks.run(difference, 1, started, out, packs)
+    assert found > 1e-2
+    # Adapters of the vision encoder too, whose queries, keys and values share an A.
+    (tmp_path / "adapted").mkdir()
+    lora = Lora(rank=4, targets=("language", "vision"))
+    adapted = checkpoint_of(source, tmp_path / "adapted" / "start", lora)
+    whole = convert.export(adapted, tmp_path / "merged", tokenizer=words)
+    [found] = ranks.run(difference, 1, adapted, whole, packs)
+    assert 0 <= found <= 1e-4
