@@ -11,7 +11,6 @@ import pytest
 from megavlm.config.lora import Lora, stacked
 from megavlm.config.recipes.internvl import STAGES
 from megavlm.config.schema import Architecture, Checkpoint, Logging
-from megavlm.data.loading.batch import BatchOptions
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.order import Plan
 from megavlm.planner.flops import pieces, training_cost, with_gradients
@@ -79,16 +78,19 @@ def counted_by_torch(
     job = build(
         dataclasses.replace(config_for(dataset, trainable=trainable), architecture=architecture)
     )
-    batch = job.train.batch(0, 0, BatchOptions(vision_layers=architecture.vision.num_layers))
+    batch = job.train.batch(0, 0, job.batch_options)
     # The plain kernel keeps the probabilities; fused ones compute them again in the backward pass,
     # which torch counts, unlike us.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run_packs(job.ddp_chunks, Microbatches(iter([batch]), 1, batch.weight_sum), job.backend)
     lengths = batch.sample_ends.diff().to(torch.float64)
+    patches = architecture.vision.grid**2
+    of_images = [length // patches for length in batch.images.lengths] if batch.images else []
     size = {
         "tokens": len(batch.tokens),
         "squared_lengths": int((lengths**2).sum()),
         "tiles": len(batch.tiles),
+        "squared_tiles": sum(tiles**2 for tiles in of_images),
         "supervised": len(batch.loss_positions),
     }
     return counter.get_total_flops(), size, set(named_weights(job.chunks[0]))

@@ -16,12 +16,14 @@ import pytest
 from megavlm.config.recipes.qwen2_5_vl import ARCHITECTURE
 from megavlm.config.schema import Architecture, Config
 from megavlm.config.vision import PIXELS
+from megavlm.planner.flops import pieces, training_cost
 from tests.data.native_packs import native_sample, write_native
 from tests.data.samples import write_packs
 from tests.ranks.layouts import LAYOUTS, LIMIT, Layout, asks_for_all
 from tests.ranks.model_checks import assert_pack_equals_samples_alone, recipe_config
 from tests.ranks.pool import Pool
 from tests.ranks.runs import EVERYTHING, Curve, train_curve
+from tests.ranks.test_cost import counted_by_torch
 from tests.ranks.test_layouts import compare
 from tests.ranks.test_memory import assert_memory_is_held
 from tests.ranks.test_resume import make_job, resume_bit_for_bit
@@ -120,6 +122,21 @@ def test_a_layout_trains_like_one_process(
     settings |= layout.settings
     curves = ranks.run(train_curve, layout.ranks, _config(architecture, packs, **settings))
     assert max(compare(curves, expected).values()) <= LIMIT
+
+
+@pytest.mark.parametrize("mask", [EVERYTHING, ("connector", "language"), ("language",)])
+def test_the_cost_is_what_torch_counts(ranks: Pool, tmp_path: Path, mask: tuple[str, ...]) -> None:
+    # As many tokens as rows of the padded vocabulary, since padding is computed but does not count,
+    # and windows that no edge cuts.
+    language = dataclasses.replace(MODEL.language, vocab_size=256)
+    architecture = dataclasses.replace(MODEL, language=language)
+    facts = FACTS | dict(vocab_size=256)
+    write_native(tmp_path, [((32, 32),), ((48, 32), (32, 48))], **facts)
+    [(counted, size, keys)] = ranks.run(counted_by_torch, 1, tmp_path, mask, architecture)
+    assert size["squared_tiles"] == 16**2 + 2 * 24**2
+    size["squared_lengths"] *= 2  # torch counts all pairs of tokens
+    assert training_cost(architecture, mask).total(**size) == counted
+    assert {piece.key for piece in pieces(architecture)} - {""} == keys
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
