@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megavlm.config.tiling import ANY_SIZE
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.tiles import TileDecoder
 from megavlm.data.store.reader import Pack
@@ -146,23 +147,40 @@ def lay_out(pieces: Iterator[tuple[str, str]]) -> Iterator[Run]:
                     column = 0
 
 
-def _draw_tiles(axes, dataset: PackedDataset, pack: Pack) -> None:
-    """Draw the first tiles, side by side."""
+def pictures(dataset: PackedDataset, pack: Pack) -> list[np.ndarray]:
+    """Return the first tiles of a pack, or the first images, where a tile shows but a few patches;
+    each uint8 [height, width, 3].
+    """
     decoder = TileDecoder(dataset.manifest, (), dataset.folder, dataset.reader.origin)
-    tiles = decoder.decode(pack, range(min(TILES_SHOWN, pack.tiles)), 0, 0)
-    rest = pack.tiles - len(tiles)
-    axes.set_title(
-        f"pack {pack.pack_id}: {len(pack.images)} images, {pack.tiles} tiles"
-        + (f" ({rest} not shown)" if rest else ""),
-        loc="left",
-    )
+    shown = np.arange(min(TILES_SHOWN, pack.tiles))
+    if dataset.manifest.tiling not in ANY_SIZE:
+        return list(decoder.decode(pack, shown, 0, 0).transpose(0, 2, 3, 1))
+    images = pack.images[:TILES_SHOWN]
+    tiles = decoder.decode(pack, np.arange(images["tiles"].sum()), 0, 0)
+    found = []
+    for image, end in zip(images, np.cumsum(images["tiles"]), strict=True):
+        columns, rows = (int(image[name]) for name in ("columns", "rows"))
+        grid = tiles[end - columns * rows : end].reshape(rows, columns, *tiles.shape[1:])
+        side = tiles.shape[-1]
+        whole = grid.transpose(0, 3, 1, 4, 2).reshape(rows * side, columns * side, 3)
+        found.append(whole)
+    return found
+
+
+def _draw_tiles(axes, dataset: PackedDataset, pack: Pack) -> None:
+    """Draw the first tiles or images, side by side."""
+    found = pictures(dataset, pack)
+    has_whole = dataset.manifest.tiling in ANY_SIZE
+    rest = (len(pack.images) if has_whole else pack.tiles) - len(found)
+    counts = f"{len(pack.images)} images, {pack.tiles} tiles"
+    kind = "images" if has_whole else "tiles"
+    title = f"pack {pack.pack_id}: {counts}" + (f" ({rest} {kind} not shown)" if rest else "")
+    axes.set_title(title, loc="left")
     axes.axis("off")
-    for index, tile in enumerate(tiles):
-        axes.imshow(
-            tile.transpose(1, 2, 0),
-            extent=(index * 1.05, index * 1.05 + 1, 0, 1),
-            interpolation="nearest",
-        )
+    for index, picture in enumerate(found):
+        height, width = np.array(picture.shape[:2]) / max(picture.shape[:2])
+        left = index * 1.05
+        axes.imshow(picture, extent=(left, left + width, 1 - height, 1), interpolation="nearest")
     axes.set(xlim=(0, TILES_SHOWN * 1.05), ylim=(0, 1), aspect="equal", anchor="W")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from PIL import Image as Picture
 
 from megavlm.data.inspect.statistics import overview_of, to_text
 from megavlm.data.store.reader import Reader
+from tests.data.native_packs import write_native
 from tests.data.samples import make_dataset, store_packs
 from tests.data.store.test_pairs import MANIFEST as PAIRS
 from tests.data.store.test_pairs import random_pairs
@@ -154,6 +156,27 @@ def test_picture(tmp_path):
         (2, 0, 140),
         (3, 0, 22),
     ]
+
+
+def test_images_of_any_size_are_drawn_as_a_whole(tmp_path):
+    pytest.importorskip("matplotlib")
+    from megavlm.data.inspect.draw import draw, pictures
+    from megavlm.data.loading.dataset import PackedDataset
+    from megavlm.data.text.tokenizer import load_tokenizer
+
+    write_native(tmp_path, [[(140, 84), (28, 56)], *[[(28, 28)]] * 10, [], []], per_pack=11)
+    dataset = PackedDataset(tmp_path)
+    pack = dataset.reader.read(0)
+    found = pictures(dataset, pack)
+    assert [picture.shape for picture in found[:3]] == [(84, 140, 3), (56, 28, 3), (28, 28, 3)]
+    assert len(found) == 10
+    with Picture.open(io.BytesIO(pack.image(0))) as picture:
+        assert np.array_equal(found[0], np.asarray(picture))
+    assert pictures(dataset, dataset.reader.read(1)) == []
+    load_tokenizer(TOKENIZER).save_pretrained(tmp_path / "tokenizer")
+    draw(dataset, [0, 1], tmp_path / "packs.png")
+    with Picture.open(tmp_path / "packs.png") as picture:
+        assert len(picture.convert("RGB").getcolors(10**6)) > 20
 
 
 def test_pairs_are_told_and_drawn(tmp_path):

@@ -18,6 +18,7 @@ from megavlm.data.packing.asked_job import make_job
 from megavlm.data.packing.command_line import parse
 from megavlm.data.packing.job import pack_dataset
 from megavlm.data.text.tokenizer import add_special_tokens, load_tokenizer
+from megavlm.evaluate.packs import tiling_of
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 # Width and height; the first is larger than the largest size, the last smaller than the least.
@@ -69,6 +70,8 @@ def test_a_recipe_packs_images_in_tiles_of_their_own_size(data: Path) -> None:
     assert (manifest.min_pixels, manifest.max_pixels) == BOUNDS
     assert (manifest.image_size, manifest.features_per_tile) == (28, 1)
     assert manifest.pixel_mean == ARCHITECTURE.vision.pixel_mean
+    asked = tiling_of(manifest)  # images of questions
+    assert (asked.mode, asked.min_pixels, asked.max_pixels) == ("native", *BOUNDS)
     seen = set()
     for number in range(len(packs)):
         stored = packs.reader.read(number)
