@@ -17,12 +17,23 @@ import torch
 from megavlm.config.schema import Architecture, Config, Eval
 from megavlm.data.images.anyres import USUAL_GRIDS
 from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS, add_special_tokens, load_tokenizer
-from tests.convert import fuyu_models, llava_models, llava_next_models, paligemma_models
+from tests.convert import (
+    fuyu_models,
+    llava_models,
+    llava_next_models,
+    paligemma_models,
+    qwen_vl_models,
+)
 from tests.convert.fuyu_models import make_fuyu
 from tests.convert.llava_models import make_llava
 from tests.convert.llava_next_models import make_llava_next, make_llava_onevision
 from tests.convert.paligemma_models import make_paligemma
-from tests.convert.part_folders import make_fuyu_tokenizer, make_gemma_tokenizer
+from tests.convert.part_folders import (
+    make_fuyu_tokenizer,
+    make_gemma_tokenizer,
+    make_tokenizer,
+)
+from tests.convert.qwen_vl_models import make_qwen_vl
 from tests.convert.round_trip import golden_words
 from tests.data.samples import make_dataset, make_image
 from tests.ranks.model_checks import WORLDS
@@ -37,7 +48,10 @@ TEMPLATES = {
     "llava": "llava_v1",
     "llava_next": "llava_v1",
     "llava_onevision": "llava_v1",
+    "qwen2_vl": "qwen2_vl",
+    "qwen2_5_vl": "qwen2_vl",
 }
+_QWEN_TOKENS = IMAGE_TOKEN_SETS["qwen2_vl"].added
 CASES: dict[str, tuple[Architecture, Callable, Callable, str, tuple[str, ...]]] = {
     "paligemma": (
         paligemma_models.KINDS["untied"],  # a tied head repeats the last token
@@ -79,6 +93,20 @@ CASES: dict[str, tuple[Architecture, Callable, Callable, str, tuple[str, ...]]] 
         make_llava_onevision,
         partial(golden_words, image_tokens="llava"),
         "anyres_max_9",
+        ("vision", "connector", "language"),
+    ),
+    "qwen2_vl": (
+        qwen_vl_models.SMALL_2,
+        make_qwen_vl,
+        partial(make_tokenizer, extra=_QWEN_TOKENS),
+        "native",
+        ("vision", "connector", "language"),
+    ),
+    "qwen2_5_vl": (
+        qwen_vl_models.SMALL,
+        make_qwen_vl,
+        partial(make_tokenizer, extra=_QWEN_TOKENS),
+        "native",
         ("vision", "connector", "language"),
     ),
 }
@@ -124,9 +152,9 @@ def _about_videos(folder: Path, rng: np.random.Generator, size: int) -> list[dic
 
 @pytest.mark.parametrize("name", CASES)
 def test_answers_equal_those_of_transformers(ranks: Pool, tmp_path: Path, name: str) -> None:
-    small, make_model, make_tokenizer, tiling, trainable = CASES[name]
+    small, make_model, make_words, tiling, trainable = CASES[name]
     words = tmp_path / "packs" / "tokenizer"
-    make_tokenizer(tmp_path / "words")
+    make_words(tmp_path / "words")
     tokenizer = load_tokenizer(tmp_path / "words")
     add_special_tokens(tokenizer, small.image_tokens)
     context = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN_SETS[small.image_tokens].context)
@@ -147,6 +175,7 @@ def test_answers_equal_those_of_transformers(ranks: Pool, tmp_path: Path, name: 
         pixel_mean=architecture.vision.pixel_mean,
         pixel_std=architecture.vision.pixel_std,
         image_limit=(6 * size, 6 * size),
+        min_pixels=1,
         grids=USUAL_GRIDS.get(tiling, ()),
     ).write(tmp_path / "packs")
     tokenizer.save_pretrained(words)
