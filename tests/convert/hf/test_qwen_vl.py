@@ -32,6 +32,7 @@ from tests.convert.models import ids_with, load_all
 from tests.convert.part_folders import make_language, make_tokenizer
 from tests.convert.qwen_vl_models import KINDS, MARKS, SMALL, SMALL_2, kind_of, make_qwen_vl
 from tests.convert.round_trip import assert_round_trip
+from tests.data.native_packs import write_native
 
 MODELS = qwen2_vl.MODELS | qwen2_5_vl.MODELS
 # A wide one, a tall one, a square one, one that is made smaller and one that is made larger.
@@ -197,6 +198,20 @@ def test_bounds_of_the_pixels_are_read_by_their_former_names(tmp_path: Path) -> 
     write_json(source / "preprocessor_config.json", {"min_pixels": 99, "max_pixels": 12845056})
     usage = hub_format_of(source).read_usage(source)
     assert (usage.min_pixels, usage.max_pixels) == (99, 12845056)
+
+
+def test_an_export_has_the_bounds_of_its_packs(tmp_path: Path, words: Path) -> None:
+    source = make_qwen_vl(tmp_path / "hf", SMALL, image_token_id=image_token(words))
+    start = convert.import_(source, tmp_path / "start", tokenizer=words)
+    manifest = write_native(tmp_path / "packs", [((8, 8),)], tile_size=SMALL.vision.image_size)
+    least, most = BOUNDS
+    facts = dict(template="qwen2_vl", system_message="", min_pixels=least, max_pixels=most)
+    dataclasses.replace(manifest, **facts).write(start)
+    out = convert.export(start, tmp_path / "out")
+    settings = read_json(out / "preprocessor_config.json")
+    assert settings["size"] == {"shortest_edge": least, "longest_edge": most}
+    assert (settings["min_pixels"], settings["max_pixels"]) == BOUNDS
+    assert hub_format_of(out).read_usage(out).max_pixels == most
 
 
 def load_processor(folder: Path) -> Any:
