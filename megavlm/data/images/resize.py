@@ -58,40 +58,31 @@ def _weights(size: int, wanted: int, resample: str) -> tuple[np.ndarray, np.ndar
     stretch = max(scale, 1.0)
     kernel, reach = _KERNELS[resample]
     support = reach * stretch
-    first = np.zeros(wanted, np.int32)
-    count = np.zeros(wanted, np.int32)
-    weights = np.zeros((wanted, int(np.ceil(support)) * 2 + 1), np.int32)
-    for index in range(wanted):
-        centre = (index + 0.5) * scale
-        low = max(int(centre - support + 0.5), 0)
-        high = min(int(centre + support + 0.5), size)
-        found = [
-            kernel((pixel + low - centre + 0.5) * (1.0 / stretch)) for pixel in range(high - low)
-        ]
-        total = 0.0
-        for weight in found:
-            total += weight
-        first[index] = low
-        count[index] = high - low
-        for number, weight in enumerate(found):
-            share = weight / total * (1 << WEIGHT_BITS)
-            weights[index, number] = int(share - 0.5) if share < 0 else int(share + 0.5)
-    return first, count, weights
+    centre = (np.arange(wanted) + 0.5) * scale
+    low = np.maximum((centre - support + 0.5).astype(np.int32), 0)
+    high = np.minimum((centre + support + 0.5).astype(np.int32), size)
+    pixel = np.arange(int(np.ceil(support)) * 2 + 1)
+    count = high - low
+    found = kernel((pixel + low[:, None] - centre[:, None] + 0.5) * (1.0 / stretch))
+    found[pixel >= count[:, None]] = 0.0
+    # One after the other, as Pillow sums them, for the same last bit.
+    total = np.cumsum(found, axis=1)[:, -1:]
+    share = found / total * (1 << WEIGHT_BITS)
+    return low, count, (share + np.where(share < 0, -0.5, 0.5)).astype(np.int32)
 
 
-def _cubic(x: float) -> float:
+def _cubic(x: np.ndarray) -> np.ndarray:
     """Compute the cubic kernel with a = -1/2 (R. Keys, "Cubic Convolution Interpolation for Digital
     Image Processing", 1981).
     """
-    x = abs(x)
-    if x < 1.0:
-        return (1.5 * x - 2.5) * x * x + 1.0
-    return (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5 if x < 2.0 else 0.0
+    x = np.abs(x)
+    far = np.where(x < 2.0, (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5, 0.0)
+    return np.where(x < 1.0, (1.5 * x - 2.5) * x * x + 1.0, far)
 
 
-def _linear(x: float) -> float:
+def _linear(x: np.ndarray) -> np.ndarray:
     """Compute the triangle of bilinear interpolation."""
-    return max(1.0 - abs(x), 0.0)
+    return np.maximum(1.0 - np.abs(x), 0.0)
 
 
 # Each with its reach, in pixels of the smaller of both images.
