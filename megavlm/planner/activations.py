@@ -22,8 +22,8 @@ from megavlm.planner.flops import pieces
 from megavlm.planner.layout import Chunk
 from megavlm.planner.parameters import parameters_on_rank
 from megavlm.planner.partition import PackSize, layer_costs, layer_of
+from megavlm.planner.rank_load import RankLoad
 
-_TILES = 4
 NUMBER_BYTES = {"bfloat16": 2, "float32": 4}
 _ANY_PACK = PackSize(tokens=1.0, squared_lengths=1.0, tiles=1.0, squared_tiles=1.0)
 
@@ -40,71 +40,6 @@ class ActivationMemory:
 
     per_microbatch: float
     once: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankLoad:
-    """The part of a microbatch that one rank computes.
-
-    Args:
-        tokens: positions of the language model.
-        tiles: including padding tiles.
-        supervised: tokens that the head runs on; none: all.
-    """
-
-    tokens: float
-    tiles: float
-    supervised: float | None = None
-
-    @property
-    def head_tokens(self) -> float:
-        """Tokens that the head runs on."""
-        return self.tokens if self.supervised is None else min(self.supervised, self.tokens)
-
-    @classmethod
-    def mean(
-        cls, parallel: Parallel, capacity: int, tiles: float, supervised: float | None = None
-    ) -> RankLoad:
-        """Return the mean load of a rank.
-
-        Args:
-            parallel: the layout.
-            capacity: tokens of the pack, with padding.
-            tiles: real tiles of a pack, on average. Those of each pack are filled up to a multiple.
-            supervised: tokens of a pack that the head runs on, on average; none: all.
-        """
-        filled = tiles + (_multiple(parallel) - 1) / 2 if tiles else tiles
-        return cls(
-            tokens=capacity / parallel.context_parallel_size,
-            tiles=filled / parallel.tile_ranks,
-            supervised=None if supervised is None else supervised / parallel.context_parallel_size,
-        )
-
-    @classmethod
-    def most(
-        cls, parallel: Parallel, capacity: int, tiles: float, supervised: float | None = None
-    ) -> RankLoad:
-        """Return the load of a rank for a pack with this many real tiles.
-
-        Args:
-            parallel: the layout.
-            capacity: tokens of the pack, with padding.
-            tiles: of the pack.
-            supervised: tokens of the pack that the head runs on; none: all.
-        """
-        filled = math.ceil(tiles / _multiple(parallel)) * _multiple(parallel)
-        return cls(
-            tokens=capacity / parallel.context_parallel_size,
-            tiles=filled / parallel.tile_ranks,
-            supervised=None if supervised is None else supervised / parallel.context_parallel_size,
-        )
-
-
-def _multiple(parallel: Parallel) -> int:
-    """Return the number that the tiles of a pack are padded to a multiple of, over all ranks, with
-    Transformer Engine's layers.
-    """
-    return parallel.tile_ranks * max(1, _TILES // parallel.tile_ranks)
 
 
 def has_backward(config: Config) -> tuple[bool, ...]:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 from megavlm.config.freeze_mask import trains
 from megavlm.config.schema import Config
-from megavlm.planner.activations import NUMBER_BYTES, RankLoad, boundary_elements, has_backward
+from megavlm.planner.activations import NUMBER_BYTES, boundary_elements, has_backward
 from megavlm.planner.layout import Chunk, Layout
 from megavlm.planner.memory import sharing_ranks
 from megavlm.planner.parameters import ParameterCounts, parameters_on_rank, replicated_head
+from megavlm.planner.rank_load import RankLoad
 from megavlm.planner.tensor_parallel import sent_to_tensor_ranks
 
 _GRADIENT = 4
@@ -55,6 +56,7 @@ def communication_per_microbatch(
     capacity: int,
     tiles: float,
     supervised: float | None = None,
+    image_tiles: float = 0.0,
 ) -> CommunicationVolume:
     """Estimate what a rank sends for one microbatch's forward and backward pass through one of its
     chunks; without anything trained, for the forward pass alone.
@@ -66,9 +68,10 @@ def communication_per_microbatch(
         capacity: tokens of a pack, with padding.
         tiles: tiles of a pack, on average.
         supervised: tokens of a pack that the head runs on, on average; none: all.
+        image_tiles: of an image, if each rank has whole images; 0: ranks share tiles.
     """
     chunk = layout.chunks[number]
-    load = RankLoad.mean(config.parallel, capacity, tiles, supervised)
+    load = RankLoad.mean(config.parallel, capacity, tiles, supervised, image_tiles)
     size = NUMBER_BYTES[config.training.precision]
     return CommunicationVolume(
         tensor=size * sent_to_tensor_ranks(config, chunk, load),

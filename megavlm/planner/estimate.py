@@ -17,7 +17,6 @@ from functools import lru_cache
 
 from megavlm.config.padding import padded_heads
 from megavlm.config.schema import Architecture, Config, Parallel
-from megavlm.planner.activations import RankLoad
 from megavlm.planner.communication import (
     CommunicationVolume,
     communication_per_microbatch,
@@ -28,6 +27,7 @@ from megavlm.planner.flops import pieces
 from megavlm.planner.layout import Layout, make_layout
 from megavlm.planner.memory import Memory, memory
 from megavlm.planner.partition import PackSize, layer_costs, run_costs
+from megavlm.planner.rank_load import RankLoad, image_tiles
 from megavlm.planner.schedule import bubble
 
 _GIB = 2**30
@@ -203,7 +203,13 @@ def _per_microbatch(
         sum(
             (
                 communication_per_microbatch(
-                    one, layout, number, packs.capacity, size.tiles, size.supervised
+                    one,
+                    layout,
+                    number,
+                    packs.capacity,
+                    size.tiles,
+                    size.supervised,
+                    image_tiles(config.architecture, size),
                 )
                 for one in ((config, forward_only) if runs_twice else (config,))
             ),
@@ -231,6 +237,7 @@ def _memory(config: Config, layout: Layout, gpus: int, packs: Packs) -> Memory:
         capacity=packs.capacity,
         tiles=_MOST_TILES * size.tiles,
         supervised=None if size.supervised is None else _MOST_SUPERVISED * size.supervised,
+        image_tiles=image_tiles(config.architecture, size),
     )
 
 
@@ -326,7 +333,9 @@ def _vision_padding(config: Config, size: PackSize) -> float:
         return 1.0
     parallel = config.parallel
     vision = config.architecture.vision
-    tiles = RankLoad.mean(parallel, 1, size.tiles).tiles * parallel.tile_ranks / size.tiles
+    of_image = image_tiles(config.architecture, size)
+    load = RankLoad.mean(parallel, 1, size.tiles, image_tiles=of_image)
+    tiles = load.tiles * parallel.tile_ranks / size.tiles
     heads = (
         padded_heads(vision.num_attention_heads, parallel.vision_tensor_size)
         / vision.num_attention_heads

@@ -15,9 +15,10 @@ import numpy as np
 
 from megavlm.config.lora import NF4_BLOCK
 from megavlm.config.schema import Config
-from megavlm.planner.activations import NUMBER_BYTES, RankLoad, activation_memory
+from megavlm.planner.activations import NUMBER_BYTES, activation_memory
 from megavlm.planner.layout import Layout
 from megavlm.planner.parameters import ParameterCounts, parameters_on_rank
+from megavlm.planner.rank_load import RankLoad
 from megavlm.planner.schedule import in_flight
 
 _GRADIENT = 4
@@ -69,11 +70,18 @@ def memory(
     capacity: int,
     tiles: float,
     supervised: float | None = None,
+    image_tiles: float = 0.0,
 ) -> Memory:
     """Estimate the memory of the rank that needs the most; arguments as for ``memory_by_rank``."""
     return max(
         memory_by_rank(
-            config, layout, data_ranks, capacity=capacity, tiles=tiles, supervised=supervised
+            config,
+            layout,
+            data_ranks,
+            capacity=capacity,
+            tiles=tiles,
+            supervised=supervised,
+            image_tiles=image_tiles,
         ),
         key=lambda one: one.total,
     )
@@ -87,6 +95,7 @@ def memory_by_rank(
     capacity: int,
     tiles: float,
     supervised: float | None = None,
+    image_tiles: float = 0.0,
 ) -> list[Memory]:
     """Estimate the memory of each pipeline rank.
 
@@ -97,13 +106,14 @@ def memory_by_rank(
         capacity: tokens of a pack.
         tiles: tiles of a pack, at most.
         supervised: tokens of a pack that have a loss, at most; none: all.
+        image_tiles: of an image, if each rank has whole images; 0: ranks share tiles.
     """
     parallel = config.parallel
     pipeline = parallel.pipeline_model_parallel_size
     virtual = parallel.virtual_pipeline_model_parallel_size
     packs = config.training.global_batch_size // data_ranks
     seen = supervised if config.training.head_tokens == "supervised" else None
-    load = RankLoad.most(parallel, capacity, tiles, seen)
+    load = RankLoad.most(parallel, capacity, tiles, seen, image_tiles)
     kept = [activation_memory(config, chunk, load) for chunk in layout.chunks]
     own_pairs = packs * tiles
     of_step = config.architecture.needs.step_bytes(

@@ -21,10 +21,10 @@ from megavlm.config.freeze_mask import matches_any, trains
 from megavlm.config.lora import stacked
 from megavlm.config.pieces import Piece
 from megavlm.config.schema import Architecture, Config
-from megavlm.planner.activations import RankLoad
 from megavlm.planner.flops import pieces, with_gradients
 from megavlm.planner.layout import Chunk
 from megavlm.planner.partition import layer_of
+from megavlm.planner.rank_load import RankLoad
 
 _COLUMNS = ("linear_qkv", "linear_fc1", "linear_q")
 _ROWS = ("linear_proj", "linear_fc2")

@@ -11,9 +11,10 @@ from megavlm.config.fp8 import Fp8
 from megavlm.config.loss import Loss
 from megavlm.config.models import MODELS
 from megavlm.config.schema import Config
-from megavlm.planner.activations import ActivationMemory, RankLoad, activation_memory
+from megavlm.planner.activations import ActivationMemory, activation_memory
 from megavlm.planner.layout import make_layout
 from megavlm.planner.memory import memory_by_rank
+from megavlm.planner.rank_load import RankLoad
 from tests.planner.test_estimate import CAPACITY, SIZE, run
 
 TOKENS = 1000

@@ -14,12 +14,13 @@ from megavlm.config.checks.rules import layout_problems
 from megavlm.config.cli import parse
 from megavlm.config.schema import Config, Fp8, Parallel
 from megavlm.planner import search
-from megavlm.planner.activations import RankLoad, activation_memory
+from megavlm.planner.activations import activation_memory
 from megavlm.planner.estimate import Estimate, Hardware, Packs, estimate
 from megavlm.planner.flops import pieces
 from megavlm.planner.layout import make_layout
 from megavlm.planner.memory import Memory, memory
 from megavlm.planner.partition import PackSize
+from megavlm.planner.rank_load import RankLoad
 from megavlm.planner.report import to_text
 from tests.convert.models import make_hf
 from tools.plan_parallel import main

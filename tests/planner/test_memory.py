@@ -15,9 +15,10 @@ from megavlm.config.loss import Loss
 from megavlm.config.models import MODELS
 from megavlm.config.schema import Ema, Fp8
 from megavlm.model.nf4 import Nf4Weight
-from megavlm.planner.activations import ActivationMemory, RankLoad, activation_memory
+from megavlm.planner.activations import ActivationMemory, activation_memory
 from megavlm.planner.flops import pieces
 from megavlm.planner.layout import make_layout
+from megavlm.planner.rank_load import RankLoad
 from tests.convert.models import EXPERTS
 from tests.planner.test_estimate import SIZE, needed, run
 from tests.ranks.runs import TINY, config_for

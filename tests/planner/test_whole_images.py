@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from megavlm.config.connectors import Connector
+from megavlm.config.models import MODELS
 from megavlm.config.recipes import recipe
-from megavlm.config.schema import Architecture, Language, Vision
-from megavlm.planner.activations import RankLoad, activation_memory
+from megavlm.config.schema import Architecture, Language, Parallel, Vision
+from megavlm.planner.activations import activation_memory
 from megavlm.planner.flops import Cost, pieces, training_cost
 from megavlm.planner.layout import make_layout
+from megavlm.planner.partition import PackSize
+from megavlm.planner.rank_load import RankLoad, image_tiles
 from tests.planner.test_estimate import SIZE, run
 
 SMALL = Architecture(
@@ -85,6 +88,21 @@ def test_the_gate_of_the_mlp_is_kept_too():
         for vision in (SMALL.vision, dataclasses.replace(SMALL.vision, activation="gelu"))
     )
     assert gated - plain == 2 * 3 * 7 * 4 * 10, "one more number of 16 bits for each inside"
+
+
+def test_ranks_with_whole_images_have_padding() -> None:
+    """All have as many as the one with most: the mean, and half or two thirds of an image."""
+    shared = Parallel(tensor_model_parallel_size=2, vision="data")
+    assert RankLoad.most(Parallel(), 1, 400.0, image_tiles=100.0).tiles == 400
+    assert RankLoad.most(shared, 1, 400.0).tiles == 200
+    assert RankLoad.most(shared, 1, 400.0, image_tiles=100.0).tiles == 250
+    of_three = Parallel(context_parallel_size=3)
+    assert RankLoad.most(of_three, 1, 400.0, image_tiles=100.0).tiles == 200
+    assert RankLoad.mean(of_three, 1, 400.0, image_tiles=100.0).tiles == pytest.approx(167, abs=1)
+    assert RankLoad.most(shared, 1, 100.0, image_tiles=1000.0).tiles == 100, "one has all"
+    size = PackSize(tokens=9.0, squared_lengths=9.0, tiles=400.0, squared_tiles=4e4)
+    assert image_tiles(SMALL, size) == 100
+    assert image_tiles(MODELS["tiny"], size) == 0
 
 
 def in_transformers(name: str, arch: Architecture) -> torch.nn.Module:

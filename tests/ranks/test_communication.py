@@ -12,7 +12,6 @@ import pytest
 
 from megavlm.config.lora import Lora
 from megavlm.config.schema import Architecture, Config, Experts
-from megavlm.planner.activations import RankLoad
 from megavlm.planner.communication import (
     CommunicationVolume,
     communication_per_microbatch,
@@ -20,6 +19,7 @@ from megavlm.planner.communication import (
     synchronised_per_step,
 )
 from megavlm.planner.layout import make_layout
+from megavlm.planner.rank_load import RankLoad
 from tests.convert.models import EXPERTS, SHARED_EXPERT
 from tests.data.samples import write_packs
 from tests.ranks import test_contrastive, test_flamingo, test_qformer_objective

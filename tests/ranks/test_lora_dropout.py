@@ -170,8 +170,9 @@ def saved_bytes(config: Config) -> tuple[int, tuple[int, int]]:
 def test_the_planner_counts_what_adapters_keep(
     ranks: Pool, dataset: Path, fields: tuple[str, float, float]
 ) -> None:
-    from megavlm.planner.activations import RankLoad, activation_memory
+    from megavlm.planner.activations import activation_memory
     from megavlm.planner.layout import make_layout
+    from megavlm.planner.rank_load import RankLoad
 
     # Attention over packs keeps no output on a CPU, as it does on a GPU; that over tiles does.
     targets = ("vision.*.self_attention", "language.*.linear_qkv", "language.*.mlp")

@@ -12,8 +12,9 @@ from megavlm.config.schema import Config
 from megavlm.data.loading.batch import BatchOptions
 from megavlm.data.loading.dataset import PackedDataset, loss_positions
 from megavlm.data.store.pack_format import REDUCTIONS
-from megavlm.planner.activations import RankLoad, activation_memory
+from megavlm.planner.activations import activation_memory
 from megavlm.planner.layout import make_layout
+from megavlm.planner.rank_load import RankLoad
 from tests.ranks.pool import Pool
 from tests.ranks.runs import TINY, build, config_for, make_packs, train_curve, whole_weights
 
