@@ -9,6 +9,7 @@ from pathlib import Path
 from megavlm.config.models import MODELS, architecture, refuse_doubt
 from megavlm.config.recipes import RECIPES
 from megavlm.config.schema import Architecture, Init
+from megavlm.config.tiling import NOTHING_STATED, StatedTiles
 
 
 def read_model(folder: str, init: Init, default: Architecture | None = None) -> Architecture:
@@ -48,14 +49,16 @@ def image_model(name: str | None) -> Architecture:
     return of_recipe
 
 
-def image_grids(name: str | None) -> tuple[tuple[int, int], ...]:
-    """Return columns and rows of the grids of images that the folder of a LLaVA-NeXT states; none
-    for any other name. Errors are those of ``image_model``.
+def stated_tiles(name: str | None) -> StatedTiles:
+    """Return what the folder of a model states of its tiles: a LLaVA-NeXT of its grids, a Qwen2-VL
+    of the pixels of its images; nothing for any other name. Errors are those of ``image_model``.
     """
     if not name or name in RECIPES or name in MODELS or not Path(name).is_dir():
-        return ()
+        return NOTHING_STATED
     from megavlm.convert.hf import hub_formats, vision_part
 
     if vision_part.is_encoder(name):
-        return ()
-    return hub_formats.hub_format_of(name).read_usage(Path(name)).grids
+        return NOTHING_STATED
+    usage = hub_formats.hub_format_of(name).read_usage(Path(name))
+    pixels = (usage.min_pixels, usage.max_pixels) if usage.tiling == "native" else None
+    return StatedTiles(grids=usage.grids, pixels=pixels)

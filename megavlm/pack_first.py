@@ -29,7 +29,7 @@ from megavlm.config.stages import is_of_start, starting_like
 from megavlm.data.records.readers import is_annotation
 from megavlm.io import atomic
 from megavlm.io.remote import file_state, is_remote, open_file
-from megavlm.model_source import image_grids
+from megavlm.model_source import stated_tiles
 
 if TYPE_CHECKING:
     from megavlm.data.packing.settings import Job
@@ -242,7 +242,7 @@ def _job(config: Config, name: str) -> Job:
             fail(f"--{option} is not for a training run")
     if not Path(asked.tokenizer).is_dir():
         fail(f"--tokenizer {asked.tokenizer}: there is no such folder")
-    return make_job(asked, config.architecture, image_grids(config.model))
+    return make_job(asked, config.architecture, stated_tiles(config.model))
 
 
 def _tokenizer(config: Config) -> str:

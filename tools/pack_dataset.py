@@ -12,7 +12,7 @@ from megavlm.data.packing.asked_stage import form_warnings, other_templates, tak
 from megavlm.data.packing.command_line import parse
 from megavlm.io.early_end import allow_early_end
 from megavlm.io.full_disk import in_words
-from megavlm.model_source import image_grids, image_model
+from megavlm.model_source import image_model, stated_tiles
 
 
 def main() -> int:
@@ -20,7 +20,7 @@ def main() -> int:
     options = parse()
     try:
         model = image_model(options.model)
-        job = make_job(options, model, image_grids(options.model))
+        job = make_job(options, model, stated_tiles(options.model))
         if settings := taken_settings(options):
             others = " or ".join(other_templates(options))
             more = f"; it also takes --template {others}" if others else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 Mode = Literal["dynamic", "pad", "crop", "stretch", "patches", "native", "anyres", "anyres_max_9"]
@@ -16,3 +17,20 @@ ANY_SIZE: tuple[Mode, ...] = ("patches", "native")
 MOST_TILES = 1024
 """Of an image in other modes: far more than a model can read, and few enough to be held in
 memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatedTiles:
+    """What the folder of a model states of the tiles of its images; packs for it have the same
+    unless something else is asked for.
+
+    Args:
+        grids: columns and rows of the grids that images may have; none: nothing.
+        pixels: fewest and most pixels of an image of any size; none: nothing.
+    """
+
+    grids: tuple[tuple[int, int], ...] = ()
+    pixels: tuple[int, int] | None = None
+
+
+NOTHING_STATED = StatedTiles()

@@ -7,6 +7,7 @@ import dataclasses
 import re
 
 from megavlm.config.architecture import Architecture
+from megavlm.config.tiling import NOTHING_STATED, StatedTiles
 from megavlm.config.vision import PIXELS
 from megavlm.data.images.anyres import LLAVA_GRIDS, USUAL_GRIDS, Grid, read_grids
 from megavlm.data.images.frame_sampling import FrameChoice
@@ -36,14 +37,16 @@ PASSED_ON = (
 )
 
 
-def make_job(args: argparse.Namespace, model: Architecture, grids: tuple[Grid, ...] = ()) -> Job:
+def make_job(
+    args: argparse.Namespace, model: Architecture, stated: StatedTiles = NOTHING_STATED
+) -> Job:
     """Return the job that a command line asks for.
 
     Args:
         args: the command line.
         model: what packs are for.
-        grids: that images may have for AnyRes, unless the command line says it; none: those of the
-            models that had its rule first.
+        stated: what the model's folder says of tiles, for what the command line does not say; for
+            AnyRes without grids images may have those of the models that had its rule first.
 
     Raises:
         ValueError, FileNotFoundError: it cannot be done; names the flag.
@@ -75,10 +78,10 @@ def make_job(args: argparse.Namespace, model: Architecture, grids: tuple[Grid, .
             resample=args.resample or model.vision.resample,
             limit=_limit(args.image_limit, args.tiling),
             grids=_grids(args.grids, args.tiling)
-            or grids
+            or stated.grids
             or USUAL_GRIDS.get(args.tiling, LLAVA_GRIDS),
             **_of_dynamic_tiling(args),
-            **_pixels(args),
+            **_pixels(args, stated),
         ),
         pixel_std=std,
         frames=FrameChoice(
@@ -124,16 +127,18 @@ def _of_dynamic_tiling(args: argparse.Namespace) -> dict[str, int | bool]:
     return given
 
 
-def _pixels(args: argparse.Namespace) -> dict[str, int]:
-    """Return the given bounds of the pixels of an image. Raises ValueError: they would have no
-    effect.
+def _pixels(args: argparse.Namespace, stated: StatedTiles) -> dict[str, int]:
+    """Return the bounds of the pixels of an image that are given or stated. Raises ValueError:
+    those that are given would have no effect.
     """
     asked = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
     given = {name: value for name, value in asked.items() if value is not None}
-    if given and args.tiling != "native":
+    if args.tiling == "native":
+        return dict(zip(asked, stated.pixels or (), strict=False)) | given
+    if given:
         flags = ", ".join(f"--{name} {value}" for name, value in given.items())
         raise ValueError(f"{flags}: goes with --tiling native; leave it out")
-    return given
+    return {}
 
 
 def _grids(text: str, tiling: str) -> tuple[Grid, ...]:

@@ -93,14 +93,14 @@ IMAGES = (
         name="min_pixels",
         text=(
             "for --tiling native: smaller images are made larger, to so many pixels in all"
-            f" (default: {QWEN2_VL_PIXELS[0]})"
+            f" (default: that of the folder that --model names, or {QWEN2_VL_PIXELS[0]})"
         ),
     ),
     Option(
         name="max_pixels",
         text=(
             "for --tiling native: larger images are made smaller, to so many pixels in all"
-            f" (default: {QWEN2_VL_PIXELS[1]})"
+            f" (default: that of the folder that --model names, or {QWEN2_VL_PIXELS[1]})"
         ),
     ),
     Option(

@@ -19,6 +19,7 @@ from transformers import (
 from megavlm.config.models import MODELS
 from megavlm.config.recipes.llava_next import RECIPE
 from megavlm.config.schema import Architecture
+from megavlm.config.tiling import NOTHING_STATED
 from megavlm.convert.hf import convert, llava_next_config, preprocessing
 from megavlm.convert.hf.hub_formats import hub_format_of
 from megavlm.convert.hf.json_files import read_json, write_json
@@ -31,7 +32,7 @@ from megavlm.data.packing.settings import Job
 from megavlm.data.text.chat_tokens import ChatTemplate
 from megavlm.data.text.tokenizer import load_tokenizer
 from megavlm.evaluate.by_transformers import answer_tasks
-from megavlm.model_source import image_grids
+from megavlm.model_source import stated_tiles
 from megavlm.planner.flops import pieces
 from tests.convert.card import run_example
 from tests.convert.llava_models import make_llava
@@ -186,7 +187,7 @@ def test_packs_have_the_grids_of_the_model(
     assert run_tool(*files, *form, tool="pack_dataset") == 2
     [job] = jobs
     assert job.tiling.grids == (((4, 1),) if given else ((1, 2), (3, 1)))
-    assert image_grids("llava-v1.6-vicuna-7b") == image_grids(None) == ()
+    assert stated_tiles("llava-v1.6-vicuna-7b") == stated_tiles(None) == NOTHING_STATED
 
 
 def test_transformers_is_given_packs_of_its_tiles_alone(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from megavlm.config.recipes.qwen2_5_vl import ARCHITECTURE
+from megavlm.config.tiling import NOTHING_STATED
 from megavlm.data.images.decode import decode_tiles
 from megavlm.data.images.native import native_grid
 from megavlm.data.loading.batch import BatchOptions
@@ -17,8 +18,12 @@ from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.packing.asked_job import make_job
 from megavlm.data.packing.command_line import parse
 from megavlm.data.packing.job import pack_dataset
+from megavlm.data.packing.settings import Job
 from megavlm.data.text.tokenizer import add_special_tokens, load_tokenizer
 from megavlm.evaluate.packs import tiling_of
+from megavlm.model_source import stated_tiles
+from tests.convert.qwen_vl_models import SMALL, make_qwen_vl
+from tests.convert.tool import run_tool
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 # Width and height; the first is larger than the largest size, the last smaller than the least.
@@ -163,6 +168,37 @@ def test_truncated_conversations_keep_whole_images(data: Path) -> None:
         assert batch.num_features == len(batch.tiles) == stored.tiles
     with pytest.raises(ValueError, match="would cut image 2 in two"):
         pack(data, "--truncate", str(second + 1), out="inside")
+
+
+@pytest.mark.parametrize(
+    ("given", "bounds"),
+    [
+        ([], (1024, 8192)),
+        (["--max_pixels", "4096"], (1024, 4096)),
+        (["--min_pixels", "1"], (1, 8192)),
+    ],
+)
+def test_packs_have_the_bounds_of_the_model(
+    data: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], bounds: tuple[int, int]
+) -> None:
+    folder = make_qwen_vl(data / "hf", SMALL)
+    path = folder / "preprocessor_config.json"
+    size = {"shortest_edge": 1024, "longest_edge": 8192}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"size": size}))
+    jobs: list[Job] = []
+
+    def stop(job: Job) -> None:
+        jobs.append(job)
+        raise ValueError
+
+    monkeypatch.setattr("megavlm.data.packing.job.pack_dataset", stop)
+    files = ["--jsonl", str(data / "records.jsonl"), "--tokenizer", str(data / "words")]
+    form = ["--template", "qwen2_vl", "--tiling", "native", "--model", str(folder)]
+    assert run_tool(*files, *form, *given, "--out", str(data / "x"), tool="pack_dataset") == 2
+    [job] = jobs
+    assert (job.tiling.min_pixels, job.tiling.max_pixels) == bounds
+    assert job.tiling.tile_size == SMALL.vision.image_size
+    assert stated_tiles("qwen2_5_vl") == NOTHING_STATED
 
 
 @pytest.mark.parametrize(
