@@ -52,6 +52,8 @@ class Language:
         rotary_sections: of how many rotations of a head, the fast ones first, the position is that
             of the frame, of the row and of the column, as in Qwen2-VL (M-RoPE, arXiv 2409.12191);
             together half of a head's width. Empty: all rotate by the place in the text.
+        rotary_interleaved: whether frames, rows and columns take turns among the rotations, as in
+            Qwen3-VL, instead of having a section each.
         rotary_dynamic_factor: factor of dynamic NTK scaling for samples longer than
             max_position_embeddings (1: off). It leaves shorter samples unchanged and is written to
             exported checkpoints.
@@ -116,6 +118,7 @@ class Language:
     rotary_base: float = 1e6
     rotary_percent: float = 1.0
     rotary_sections: tuple[int, ...] = ()
+    rotary_interleaved: bool = False
     rotary_dynamic_factor: float = 1.0
     rotary_yarn_factor: float = 1.0
     rotary_yarn_positions: int = 4096
@@ -319,6 +322,7 @@ class Architecture:
             inner_size=self.vision.ffn_hidden_size,
             tokens=self.vision.layer_tokens,
             has_layer_norm=self.vision.normalization == "LayerNorm",
+            deep_levels=len(self.vision.deepstack_layers),
             is_memory=self.cross_attention.every > 0,
         )
         return connector_sizes(self.connector, ends)

@@ -19,6 +19,8 @@ class Ends:
         inner_size: width inside the MLP of the vision encoder.
         tokens: of a tile in the layers of the vision encoder, a class token included.
         has_layer_norm: whether norms of the vision encoder are LayerNorm; else RMSNorm.
+        deep_levels: layers of the vision encoder whose outputs become features, the last one not
+            counted.
         is_memory: whether cross-attention layers of the language model read the features, which
             then stand in no token's place.
     """
@@ -29,4 +31,5 @@ class Ends:
     inner_size: int = 0
     tokens: int = 0
     has_layer_norm: bool = True
+    deep_levels: int = 0
     is_memory: bool = False

@@ -1,4 +1,6 @@
-"""The connector of Qwen2-VL (arXiv 2409.12191) and Qwen2.5-VL: it merges the patches of a tile."""
+"""The connector of Qwen2-VL (arXiv 2409.12191) and its successors: it merges the patches of a
+tile.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from megavlm.config.pieces import Piece, linear, norm
 
 @dataclass(frozen=True)
 class MergerSizes:
-    """A norm of each patch, the patches of a tile side by side, linear, GELU, linear; see
+    """A norm of each patch, the patches of a tile side by side, linear, GELU, linear; the same of
+    each layer for DeepStack (arXiv 2406.04334), with the norm behind the patches' joining. See
     ``ConnectorSizes`` in ``megavlm/config/connectors.py``.
     """
 
@@ -31,19 +34,23 @@ class MergerSizes:
 
     def pieces(self) -> Iterator[Piece]:
         """See ``ConnectorSizes``."""
+        yield from self._merger("connector", self.ends.input_size)
+        for level in range(self.ends.deep_levels):
+            yield from self._merger(f"connector.deep.{level}", self.feature_size)
+
+    def _merger(self, stem: str, normed: int) -> Iterator[Piece]:
+        """Yield the weights of one merger, whose norm is ``normed`` wide."""
         inner = self.feature_size
         once = dict(rows=1, unit="tile", has_bias=True)
-        yield from norm(
-            "connector.norm", PART, self.ends.input_size, has_bias=self.ends.has_layer_norm
-        )
-        yield from linear("connector.mlp.linear_fc1", PART, inner, inner, **once)
-        yield from linear("connector.mlp.linear_fc2", PART, inner, self.ends.output_size, **once)
+        yield from norm(f"{stem}.norm", PART, normed, has_bias=self.ends.has_layer_norm)
+        yield from linear(f"{stem}.mlp.linear_fc1", PART, inner, inner, **once)
+        yield from linear(f"{stem}.mlp.linear_fc2", PART, inner, self.ends.output_size, **once)
 
     def kept(self, tensor_size: int) -> float:
         """Count inputs and results of the norm, and what goes into GELU and comes out of it."""
-        return 2 * self.feature_size * (1 + 1 / tensor_size)
+        return (1 + self.ends.deep_levels) * 2 * self.feature_size * (1 + 1 / tensor_size)
 
     @property
     def all_reduced_elements(self) -> int:
         """See ``ConnectorSizes``."""
-        return self.ends.output_size
+        return (1 + self.ends.deep_levels) * self.ends.output_size

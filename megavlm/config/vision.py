@@ -16,14 +16,15 @@ PIXELS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]]
 Resample = Literal["bicubic", "bilinear"]
 RESAMPLES: dict[Resample, int] = {"bilinear": 2, "bicubic": 3}
 # Families that read images of any size as they are, cut into tiles of a few patches.
-SPANNING_FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+SPANNING_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Vision:
     """The vision encoder: an InternViT, the vision part of a CLIP (arXiv 2103.00020) or SigLIP
     (arXiv 2303.15343), EVA's ViT-g (arXiv 2211.07636), BLIP-2's, or that of Qwen2-VL (arXiv
-    2409.12191) or Qwen2.5-VL (arXiv 2502.13923), which see all tiles of an image at once.
+    2409.12191), Qwen2.5-VL (arXiv 2502.13923) or Qwen3-VL (arXiv 2511.21631), which see all tiles
+    of an image at once.
 
     Args:
         family: weight naming and architecture variant (class token, patch bias, norm before the
@@ -61,12 +62,19 @@ class Vision:
             in the layers that ``full_attention_layers`` does not name; 0: they see the whole image.
         full_attention_layers: layers, counted from 0, in which patches see the whole image; with
             window_size.
+        position_side: patches along a side of the table of learned positions, which is resized to
+            every image (Qwen3-VL); 0: there is none, or it is as large as a tile.
+        deepstack_layers: layers, counted from 0, whose outputs become features too, which are added
+            to the placeholder tokens behind the first layers of the language model, one behind each
+            (DeepStack, arXiv 2406.04334).
         patch_drop: share of a tile's patches that the layers do not see in training, other ones
             each time (FLIP, arXiv 2212.00794); none are left out in evaluation. The class token
             stays. For models that make one embedding of a tile.
     """
 
-    family: Literal["internvit", "clip", "siglip", "eva", "qwen2_vl", "qwen2_5_vl"] = "internvit"
+    family: Literal["internvit", "clip", "siglip", "eva", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"] = (
+        "internvit"
+    )
     image_size: int = 448
     patch_size: int = 14
     num_layers: int = 24
@@ -88,6 +96,8 @@ class Vision:
     temporal_patch_size: int = 1
     window_size: int = 0
     full_attention_layers: tuple[int, ...] = ()
+    position_side: int = 0
+    deepstack_layers: tuple[int, ...] = ()
     patch_drop: float = 0.0
 
     @property
@@ -146,12 +156,22 @@ class Vision:
     @property
     def has_learned_positions(self) -> bool:
         """Whether positions are a table that is added to the patches."""
-        return not self.spans_tiles
+        return not self.spans_tiles or self.position_side > 0
+
+    @property
+    def position_grid(self) -> int:
+        """Patches along a side of the table of learned positions."""
+        return self.position_side or self.grid
+
+    @property
+    def position_rows(self) -> int:
+        """Rows of the table of learned positions."""
+        return self.position_grid**2 + self.has_class_token
 
     @property
     def has_patch_bias(self) -> bool:
         """Whether the patch embedding has a bias."""
-        return self.family != "clip" and not self.spans_tiles
+        return self.family not in ("clip", "qwen2_vl", "qwen2_5_vl")
 
     @property
     def has_embedding_norm(self) -> bool:

@@ -18,7 +18,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from megavlm.data.loading.batch import Media, Prefixes
+from megavlm.data.loading.batch import Batch, Media, Prefixes
 from megavlm.model.key_value_cache import Decode, Prefill
 from megavlm.parallel.context_parallel import ends_of, gather_tokens, own_positions
 
@@ -44,6 +44,34 @@ class PackedSamples(PackedSeqParams):
     prefixes: Prefixes | None = None
     media: Media | None = None
     cached: Prefill | Decode | None = None
+
+    @classmethod
+    def of(cls, batch: Batch, *, has_prefixes: bool, context_ranks: int) -> PackedSamples:
+        """Describe the samples of a pack.
+
+        Args:
+            batch: the pack.
+            has_prefixes: whether the model is a prefix-LM.
+            context_ranks: ranks that share the pack.
+        """
+        ends = batch.sample_ends
+        # Transformer Engine cuts samples at the ends with padding. There is none between ours: what
+        # aligns a sample is part of it.
+        padded = ends if context_ranks > 1 else None
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=ends,
+            cu_seqlens_kv=ends,
+            cu_seqlens_q_padded=padded,
+            cu_seqlens_kv_padded=padded,
+            max_seqlen_q=batch.longest_sample,
+            max_seqlen_kv=batch.longest_sample,
+            query_lengths=batch.sample_lengths,
+            key_lengths=batch.sample_lengths,
+            prefixes=batch.prefixes if has_prefixes else None,
+            media=batch.media,
+            cached=batch.cached,
+        )
 
     def of_prefixes(self) -> PackedSamples:
         """Describe attention inside prefixes."""

@@ -129,7 +129,7 @@ class LanguageModel(GPTModel):
         self.rotary_positions: Tensor | None = None
         if language.rotary_sections:
             # GPTModel calls it for the angles of its tokens.
-            self.rotary_pos_emb.forward = partial(self._section_angles, language.rotary_sections)
+            self.rotary_pos_emb.forward = partial(self._section_angles, language)
         elif not language.has_learned_positions:
             # megatron-core keeps angles in a cache of the class, whose keys hold the module and, by
             # its hook, this model: it would stay in memory after its run.
@@ -139,12 +139,17 @@ class LanguageModel(GPTModel):
             # GPTModel calls it for the angles of its tokens.
             rotary.register_forward_hook(self._at_positions)
 
-    def _section_angles(self, sections: tuple[int, ...], *args, **kwargs) -> Tensor:
+    def _section_angles(self, language: Language, *args, **kwargs) -> Tensor:
         """Return the angles of this rank's tokens [T, 1, 1, head size], whatever megatron-core asks
         for.
         """
         frequencies = self.rotary_pos_emb.inv_freq.to(self.rotary_positions.device)
-        return section_angles(self.rotary_positions, frequencies, sections)
+        return section_angles(
+            self.rotary_positions,
+            frequencies,
+            language.rotary_sections,
+            interleaved=language.rotary_interleaved,
+        )
 
     def _take_loss_terms(self, loss: Loss, rows: int) -> None:
         """Let the loss project hidden states itself, block by block; this rank has ``rows`` rows of

@@ -1,7 +1,8 @@
 """A vision encoder that reads images of any size, one piece of it for each pipeline chunk: that of
 Qwen2-VL (arXiv 2409.12191) and Qwen2.5-VL (arXiv 2502.13923).
 
-Shape letters: I tiles, S pixels along a tile, N patches of a tile, D hidden size.
+Shape letters: I tiles, S pixels along a tile, N patches of a tile, D hidden size, K outputs of
+layers that become features.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from megavlm.config.schema import Vision
 from megavlm.data.loading.batch import Images
 from megavlm.model.kernels import Kernels
 from megavlm.model.native_attention import PackedImages
+from megavlm.model.positions import positions_of_patches
 from megavlm.model.recompute import ask_for_gradient
 from megavlm.model.rotary import patch_angles
 from megavlm.model.specs import vision_spec
@@ -34,7 +36,7 @@ class FramePatchEmbedding(nn.Conv3d):
         size = self.kernel_size[-1]
         squares = pixels.unflatten(3, (-1, size)).unflatten(2, (-1, size))
         flat = squares.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
-        return linear(flat, self.weight.sum(2).flatten(1))
+        return linear(flat, self.weight.sum(2).flatten(1), self.bias)
 
 
 class NativeVisionEncoder(MegatronModule):
@@ -66,8 +68,19 @@ class NativeVisionEncoder(MegatronModule):
         if self.has_patch_embedding:
             size = (vision.temporal_patch_size, vision.patch_size, vision.patch_size)
             self.patch_embedding = FramePatchEmbedding(
-                3, vision.hidden_size, size, size, bias=False, dtype=config.params_dtype
+                3,
+                vision.hidden_size,
+                size,
+                size,
+                bias=vision.has_patch_bias,
+                dtype=config.params_dtype,
             )
+            self.position_embedding = None
+            if vision.has_learned_positions:
+                table = (1, vision.position_rows, vision.hidden_size)
+                self.position_embedding = nn.Parameter(
+                    torch.zeros(table, dtype=config.params_dtype)
+                )
             for name, values in (("mean", vision.pixel_mean), ("std", vision.pixel_std)):
                 self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
             self.standardise = kernels.pointwise(standardise)
@@ -87,25 +100,38 @@ class NativeVisionEncoder(MegatronModule):
         """
         return self.standardise(tiles, self.mean, self.std, self.patch_embedding.weight.dtype)
 
+    def embed(self, tiles: Tensor, images: Images) -> Tensor:
+        """Turn patches into tokens; arguments as of ``forward`` -> [I * N, 1, D]."""
+        tokens = self.patch_embedding(self.normalise(tiles))
+        if self.position_embedding is not None:
+            tokens = tokens + positions_of_patches(
+                self.position_embedding, images.places, images.sizes
+            )
+        return tokens[:, None]
+
     def forward(self, hidden: Tensor | None, tiles: Tensor, images: Images) -> Tensor:
         """Run this chunk's layers.
 
         Args:
-            hidden: output of the chunk before [I * N, 1, D]; none in the first chunk.
+            hidden: output of the chunk before [K * I * N, 1, D]; none in the first chunk.
             tiles: uint8 [I, 3, S, S], looked at in the first chunk only.
             images: where they stand.
 
         Returns:
-            [I * N, 1, D], tile by tile.
+            [K * I * N, 1, D], tile by tile: the output of the last layer, then those of the layers
+                for DeepStack so far.
         """
         if self.has_patch_embedding:
-            hidden = self.patch_embedding(self.normalise(tiles))[:, None]
+            hidden = self.embed(tiles, images)
         if not len(self.encoder.layers):
             return hidden
         hidden = ask_for_gradient(hidden, self.config)
+        patches = images.places.shape[1]
+        deep = hidden[patches:] if self.vision.deepstack_layers else None
         return self.encoder(
-            hidden,
+            hidden[:patches],
             attention_mask=None,
+            context=deep,
             rotary_pos_emb=patch_angles(images.places, self.vision.head_size),
             packed_seq_params=PackedImages.of(images),
         )

@@ -39,18 +39,28 @@ def patch_angles(places: Tensor, size: int) -> Tensor:
     return _of_both_halves(torch.cat([angles[0], angles[1]], dim=-1))
 
 
-def section_angles(places: Tensor, frequencies: Tensor, sections: Sequence[int]) -> Tensor:
+def section_angles(
+    places: Tensor, frequencies: Tensor, sections: Sequence[int], *, interleaved: bool = False
+) -> Tensor:
     """Return the angles of tokens: each section of a head's rotations by a place of another kind.
 
     Args:
         places: int64 [3, T], frame, row and column.
         frequencies: float32 [d / 2], the angle from place to place of each rotation.
         sections: rotations by each kind of place, d / 2 together.
+        interleaved: whether the kinds take turns, as long as there are rotations of each (Qwen3-VL,
+            arXiv 2511.21631), instead of following each other; what is left is by the frame.
 
     Returns:
         float32 [T, 1, 1, d]
     """
     angles = places[..., None].float() * frequencies
+    if interleaved:
+        found = angles[0].clone()
+        for kind in (1, 2):
+            own = slice(kind, 3 * sections[kind], 3)
+            found[:, own] = angles[kind][:, own]
+        return _of_both_halves(found)
     own = [part[kind] for kind, part in enumerate(angles.split(list(sections), dim=-1))]
     return _of_both_halves(torch.cat(own, dim=-1))
 

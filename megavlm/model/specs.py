@@ -20,6 +20,7 @@ from megavlm.config.schema import Architecture, Experts, Language, Vision
 from megavlm.model.block_attention import BlockAttention
 from megavlm.model.cached_attention import caching
 from megavlm.model.cross_attention import CrossModules, GatedCrossAttention, GatedLayer
+from megavlm.model.deepstack import DeepLayer, TappedVisionLayer, levels_from
 from megavlm.model.experts import mixture_spec
 from megavlm.model.kernels import Kernels
 from megavlm.model.named_after import named_after
@@ -135,19 +136,28 @@ def vision_spec(
     """
     # ``VisionLayer`` hands the bias of the second linear layer to what adds the branch.
     mlp = replace(mlp_submodules(kernels.norm_linear, kernels), linear_fc2=kernels.row_linear)
+    kind = TappedVisionLayer if vision.deepstack_layers else VisionLayer
     specs = [
         _layer(
-            VisionLayer,
+            kind,
             _vision_attention(layer, vision, kernels),
             mlp,
             kernels,
             layer_scale=vision.has_layer_scale,
             add_branch=kernels.add_branch,
             checkpoint=kernels.checkpoint,
+            **_taps(layer, layers, vision),
         )
         for layer in layers
     ]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=None)
+
+
+def _taps(layer: int, layers: Sequence[int], vision: Vision) -> dict[str, bool]:
+    """Return what a layer for DeepStack is told; nothing if there is none."""
+    if not vision.deepstack_layers:
+        return {}
+    return {"is_tapped": layer in vision.deepstack_layers, "is_last": layer == layers[-1]}
 
 
 def _vision_attention(layer: int, vision: Vision, kernels: Kernels) -> ModuleSpec:
@@ -184,6 +194,9 @@ def language_spec(
         cross = _cross(architecture, kernels)
         gated = _layer(GatedLayer, attention, mlp, kernels, cross=cross)
     specs = [gated if crosses.stands_before(layer) else plain for layer in layers]
+    for level in range(levels_from(architecture, layers[0]) if layers else 0):
+        if level < len(layers):
+            specs[level] = _layer(DeepLayer, attention, mlp, kernels, level=level)
     if language.num_experts:
         router = functools.partial(PackRouter, language=language, experts=experts)
         specs = [_with_experts(layer, kernels, router) for layer in specs]

@@ -22,6 +22,7 @@ from megavlm.config.schema import Config
 from megavlm.data.loading.batch import Batch
 from megavlm.model.attention import PackedSamples
 from megavlm.model.connector import build_connector
+from megavlm.model.deepstack import as_levels, levels_from, taps_before
 from megavlm.model.expert_adapters import attach_to_experts
 from megavlm.model.fusion import as_rows, from_rows, place_newlines
 from megavlm.model.kernels import Kernels, choose_kernels
@@ -80,6 +81,7 @@ class VisionLanguageModel(MegatronModule):
         # megatron-core would sum gradients of tied weights at the pipeline's ends only.
         self.share_embeddings_and_output_weights = False
         self.number = number
+        self.chunk = chunk
         self.architecture = arch
         self.chooses_loss_positions = config.training.head_tokens == "supervised"
         self.groups = groups
@@ -159,18 +161,29 @@ class VisionLanguageModel(MegatronModule):
                 return _NOTHING
             vision = self.architecture.vision
             if vision.spans_tiles:
-                return vision.tokens * batch.num_tiles, 1, vision.hidden_size
+                outputs = 1 + taps_before(self.architecture, self.chunk)
+                return outputs * vision.tokens * batch.num_tiles, 1, vision.hidden_size
             tokens = vision.tokens if batch.kept_patches is None else vision.layer_tokens
             return tokens, batch.num_tiles, vision.hidden_size
-        ranks = self.groups.tensor_size if self.config.sequence_parallel else 1
-        rows = len(batch.tokens) // ranks + self.objective.riding_rows(batch)
+        rows = self._tokens(batch) * (1 + self._levels(batch)) + self.objective.riding_rows(batch)
         return rows + self._memory_rows(batch), 1, self.config.hidden_size
+
+    def _tokens(self, batch: Batch) -> int:
+        """Return how many tokens the layers of the language model have on this rank."""
+        ranks = self.groups.tensor_size if self.config.sequence_parallel else 1
+        return len(batch.tokens) // ranks
 
     def _memory_rows(self, batch: Batch) -> int:
         """Return the rows that go from chunk to chunk behind all others: the features of all tiles
         of the pack, for cross-attention.
         """
         return memory_rows(self.architecture, self._all_tiles(batch))
+
+    def _levels(self, batch: Batch) -> int:
+        """Return how many levels of features its layers and those of later chunks add."""
+        if batch.positions is not None or not self.chunk.has_language:
+            return 0
+        return levels_from(self.architecture, self.chunk.language_layers.start)
 
     def _all_tiles(self, batch: Batch) -> int:
         return batch.num_tiles * self.groups.rank_slice.tile_ranks
@@ -294,29 +307,37 @@ class VisionLanguageModel(MegatronModule):
 
     def _fuse(self, hidden: Tensor, batch: Batch) -> Tensor:
         """Turn the tiles [N, I, D] into features, and put these among the embedded tokens -> [T, 1,
-        D]. For cross-attention the features follow as rows of the same width.
+        D]. For cross-attention the features follow as rows of the same width, for DeepStack those
+        of its levels, spread over the tokens.
         """
         fused = self.language.embed(batch.tokens)
+        width = fused.shape[-1]
         features = None
+        behind = []
         if batch.positions is None:
             read = self.architecture.connector.instruction_tokens > 0
             given = {"instructions": batch.instructions} if read else {}
             features = gather_features(self.connector(hidden, **given), self.groups)
+            if levels := self._levels(batch):
+                features, deep = features.split([width, levels * width], dim=-1)
+                scatters = self.config.sequence_parallel
+                behind = [as_levels(deep, batch, width, scatters)]
             fused = self.objective.fuse(fused, features, batch)
             if self.newline is not None:
                 fused = place_newlines(fused, self.newline, batch)
         fused = self.language.add_positions(fused, batch)
         if self.config.sequence_parallel:
             fused = scatter_to_sequence_parallel_region(fused)
-        rows = self._memory_rows(batch)
-        return torch.cat([fused, as_rows(features, rows, fused.shape[-1])]) if rows else fused
+        if rows := self._memory_rows(batch):
+            behind = [as_rows(features, rows, width)]
+        return torch.cat([fused, *behind]) if behind else fused
 
     def _run_language(
         self, hidden: Tensor, batch: Batch, with_loss: bool, only_loss_positions: bool
     ) -> Tensor:
         """Run this chunk's layers of the language model [T, 1, D], and the objective behind the
         last. The rows behind the tokens, first those of the objective, then the features for
-        cross-attention, pass the layers by.
+        cross-attention or DeepStack, pass the layers by.
         """
         shares = self.shares_trained_experts
         hidden = ask_for_gradient(hidden, self.config, helps_others=shares)
@@ -325,28 +346,19 @@ class VisionLanguageModel(MegatronModule):
             hidden, received = hidden.split([len(hidden) - rows, rows])
             features = self._all_tiles(batch) * self.architecture.features_per_tile
             memory = from_rows(received, features, self.architecture.memory_size)
+        if levels := self._levels(batch):
+            rows = levels * self._tokens(batch)
+            hidden, memory = hidden.split([len(hidden) - rows, rows])
+            received = memory[len(self.chunk.language_layers) * self._tokens(batch) :]
         riding = None
         if rows := self.objective.riding_rows(batch):
             hidden, riding = hidden.split([len(hidden) - rows, rows])
         self.language.set_input_tensor(hidden)
-        ends = batch.sample_ends
-        longest = batch.longest_sample
-        packed = PackedSamples(
-            qkv_format="thd",
-            cu_seqlens_q=ends,
-            cu_seqlens_kv=ends,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-            query_lengths=batch.sample_lengths,
-            key_lengths=batch.sample_lengths,
-            prefixes=batch.prefixes if self.architecture.prefix_lm else None,
-            media=batch.media,
-            cached=batch.cached,
+        packed = PackedSamples.of(
+            batch,
+            has_prefixes=self.architecture.prefix_lm,
+            context_ranks=self.groups.context_size,
         )
-        if self.groups.context_size > 1:
-            # Transformer Engine cuts samples at the ends with padding. There is none between ours:
-            # what aligns a sample is part of it.
-            packed.cu_seqlens_q_padded = packed.cu_seqlens_kv_padded = ends
         padding = self._padding(batch) if self.architecture.language.num_experts else {}
         has_head = self.architecture.needs.has_vocabulary_head
         chooses = self.chooses_loss_positions if with_loss else only_loss_positions

@@ -190,7 +190,7 @@ def _vision(architecture: Architecture) -> Iterator[Piece]:
     if vision.has_class_token:
         yield vector("vision.class_token", part, width)
     if vision.has_learned_positions:
-        yield table("vision.position_embedding", part, vision.tokens, width)
+        yield table("vision.position_embedding", part, vision.position_rows, width)
     if vision.has_embedding_norm:
         yield from norm("vision.embedding_norm", part, width, has_bias=True)
     for number in range(vision.num_layers):

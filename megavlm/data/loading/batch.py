@@ -171,6 +171,7 @@ class Images(_Tensors):
 
     Args:
         places: int64 [2, I * N], row and column of each patch in its image, tile by tile.
+        sizes: int64 [2, I * N], rows and columns of patches that its image has.
         ends: int32 [images + 1], where the patches of each image start and end.
         lengths: patches of each image, known without asking the device.
         window_ends: int32 [windows + 1], the same of windows; none: the encoder has none.
@@ -178,6 +179,7 @@ class Images(_Tensors):
     """
 
     places: torch.Tensor
+    sizes: torch.Tensor
     ends: torch.Tensor
     lengths: tuple[int, ...]
     window_ends: torch.Tensor | None = None

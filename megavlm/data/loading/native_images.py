@@ -157,8 +157,10 @@ def _images(orders: list[_Order], options: BatchOptions) -> Images:
     lengths = tuple(len(order.tiles) * patches for order in orders)
     windows = tuple(size * patches for order in orders for size in order.windows)
     has_windows = options.window_tiles > 0
+    sizes = [[(order.rows.max() + 1) * grid, (order.columns.max() + 1) * grid] for order in orders]
     return Images.of(
         places=np.stack([rows.ravel(), columns.ravel()]),
+        sizes=np.repeat(np.array(sizes).T, lengths, axis=1),
         ends=_ends(lengths),
         lengths=lengths,
         window_ends=_ends(windows) if has_windows else None,
