@@ -143,6 +143,16 @@ class Vision:
         """Whether patches see their window alone in a layer, counted from 0."""
         return self.window_size > 0 and layer not in self.full_attention_layers
 
+    def outputs_before(self, layer: int) -> int:
+        """Return how many layers before a layer, counted from 0, have outputs for DeepStack."""
+        return sum(tapped < layer for tapped in self.deepstack_layers)
+
+    def levels_from(self, layer: int) -> int:
+        """Return how many levels of DeepStack are added behind layers of the language model, from a
+        layer on, counted from 0.
+        """
+        return max(0, len(self.deepstack_layers) - layer)
+
     @property
     def is_gated(self) -> bool:
         """Whether the MLP has a gate."""

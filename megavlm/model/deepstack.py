@@ -17,11 +17,9 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from megavlm.config.schema import Architecture
 from megavlm.data.loading.batch import Batch
 from megavlm.model.fusion import place_features
 from megavlm.model.vision_layer import VisionLayer
-from megavlm.planner.layout import Chunk
 
 
 class TappedVisionLayer(VisionLayer):
@@ -91,19 +89,6 @@ class DeepLayer(TransformerLayer):
         if context is not None:
             hidden = hidden + context[self.level * len(hidden) : (self.level + 1) * len(hidden)]
         return hidden, context
-
-
-def taps_before(architecture: Architecture, chunk: Chunk) -> int:
-    """Return how many layers of the vision encoder before a chunk become features, its last layer
-    not counted.
-    """
-    first = chunk.vision_layers.start
-    return sum(layer < first for layer in architecture.vision.deepstack_layers)
-
-
-def levels_from(architecture: Architecture, layer: int) -> int:
-    """Return how many levels are added from a layer of the language model on, counted from 0."""
-    return max(0, len(architecture.vision.deepstack_layers) - layer)
 
 
 def as_levels(features: Tensor, batch: Batch, width: int, sequence_parallel: bool) -> Tensor:

@@ -20,7 +20,7 @@ from megavlm.config.schema import Architecture, Experts, Language, Vision
 from megavlm.model.block_attention import BlockAttention
 from megavlm.model.cached_attention import caching
 from megavlm.model.cross_attention import CrossModules, GatedCrossAttention, GatedLayer
-from megavlm.model.deepstack import DeepLayer, TappedVisionLayer, levels_from
+from megavlm.model.deepstack import DeepLayer, TappedVisionLayer
 from megavlm.model.experts import mixture_spec
 from megavlm.model.kernels import Kernels
 from megavlm.model.named_after import named_after
@@ -194,7 +194,7 @@ def language_spec(
         cross = _cross(architecture, kernels)
         gated = _layer(GatedLayer, attention, mlp, kernels, cross=cross)
     specs = [gated if crosses.stands_before(layer) else plain for layer in layers]
-    for level in range(levels_from(architecture, layers[0]) if layers else 0):
+    for level in range(architecture.vision.levels_from(layers[0]) if layers else 0):
         if level < len(layers):
             specs[level] = _layer(DeepLayer, attention, mlp, kernels, level=level)
     if language.num_experts:

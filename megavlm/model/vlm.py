@@ -22,7 +22,7 @@ from megavlm.config.schema import Config
 from megavlm.data.loading.batch import Batch
 from megavlm.model.attention import PackedSamples
 from megavlm.model.connector import build_connector
-from megavlm.model.deepstack import as_levels, levels_from, taps_before
+from megavlm.model.deepstack import as_levels
 from megavlm.model.expert_adapters import attach_to_experts
 from megavlm.model.fusion import as_rows, from_rows, place_newlines
 from megavlm.model.kernels import Kernels, choose_kernels
@@ -161,7 +161,7 @@ class VisionLanguageModel(MegatronModule):
                 return _NOTHING
             vision = self.architecture.vision
             if vision.spans_tiles:
-                outputs = 1 + taps_before(self.architecture, self.chunk)
+                outputs = 1 + vision.outputs_before(self.chunk.vision_layers.start)
                 return outputs * vision.tokens * batch.num_tiles, 1, vision.hidden_size
             tokens = vision.tokens if batch.kept_patches is None else vision.layer_tokens
             return tokens, batch.num_tiles, vision.hidden_size
@@ -183,7 +183,7 @@ class VisionLanguageModel(MegatronModule):
         """Return how many levels of features its layers and those of later chunks add."""
         if batch.positions is not None or not self.chunk.has_language:
             return 0
-        return levels_from(self.architecture, self.chunk.language_layers.start)
+        return self.architecture.vision.levels_from(self.chunk.language_layers.start)
 
     def _all_tiles(self, batch: Batch) -> int:
         return batch.num_tiles * self.groups.rank_slice.tile_ranks

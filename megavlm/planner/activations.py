@@ -222,6 +222,9 @@ def _around_layers(config: Config, chunk: Chunk, load: RankLoad) -> float:
     mask = config.training.trainable
     if chunk.has_connector and any(trains(part, mask) for part in ("vision", "connector")):
         found += load.tiles * arch.connector_sizes.kept(parallel.vision_tensor_size)
+    if chunk.language_layers:  # the levels of DeepStack, spread over the tokens
+        levels = arch.vision.levels_from(chunk.language_layers.start)
+        found += levels * tokens * arch.language.hidden_size
     ends_vision = arch.vision.num_layers - 1 in chunk.vision_layers
     if arch.vision.final_norm and ends_vision and trains("vision", mask):
         found += load.tiles * arch.vision.layer_tokens * arch.vision.hidden_size
@@ -239,10 +242,12 @@ def boundary_elements(config: Config, chunk: Chunk, load: RankLoad) -> float:
     """Count the elements of a microbatch that a chunk sends to the next one."""
     arch = config.architecture
     parallel = config.parallel
+    vision = arch.vision
     if not chunk.language_layers:
-        return load.tiles * arch.vision.layer_tokens * arch.vision.hidden_size
+        outputs = 1 + vision.outputs_before(chunk.vision_layers.stop)
+        return outputs * load.tiles * vision.layer_tokens * vision.hidden_size
     width = arch.language.hidden_size
-    rows = load.tokens
+    rows = load.tokens * (1 + vision.levels_from(chunk.language_layers.stop))
     rows /= parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     rows += memory_rows(arch, load.tiles * parallel.tile_ranks)
     return width * (rows + math.ceil(load.tiles * arch.needs.riding(arch) / width))

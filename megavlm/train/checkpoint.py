@@ -157,7 +157,7 @@ def load_weights(checkpoint: Checkpoint, chunks: Sequence[VisionLanguageModel]) 
     for name, entry in wanted.items():
         if entry.key == _POSITIONS:
             classes = int(before.vision.has_class_token)
-            grid = chunks[0].architecture.vision.grid
+            grid = chunks[0].architecture.vision.position_grid
             loaded[name] = resize_positions(loaded[name], grid, classes)
     _take(chunks, loaded, partly=checkpoint.state.trained_only)
 
@@ -166,7 +166,7 @@ def _as_stored(entry: Any, vision: Vision) -> Any:
     """Return the entry of position embeddings with the shape that a checkpoint has them in, which
     may be of another tile size; another entry unchanged.
     """
-    shape = (1, vision.tokens, vision.hidden_size)
+    shape = (1, vision.position_rows, vision.hidden_size)
     if entry.key != _POSITIONS or entry.global_shape == shape:
         return entry
     room = entry.data.new_empty(shape)

@@ -17,7 +17,7 @@ from megavlm.data.loading.batch import Batch
 from megavlm.model.attention import PackedAttention, PackedSamples, TileAttention
 from megavlm.model.connector.mlp import pixel_shuffle
 from megavlm.model.fusion import place_features
-from megavlm.model.positions import resize_positions
+from megavlm.model.positions import positions_of_patches, resize_positions
 from megavlm.model.precision import tile_multiple
 from megavlm.model.vision_layer import drop_path_rate
 from tests.data.loading.test_batch import make_batch
@@ -42,6 +42,20 @@ def test_positions_are_resized_as_transformers_does() -> None:
     expected = embeddings.interpolate_pos_encoding(torch.zeros(1, 12 * 12 + 1, 8), 48, 48)
     torch.testing.assert_close(resize_positions(embeddings.position_embeddings, 12), expected)
     assert resize_positions(embeddings.position_embeddings, 8) is embeddings.position_embeddings
+
+
+def test_positions_of_images_of_any_size_are_those_of_transformers() -> None:
+    from transformers.vision_utils import get_vision_interpolation_indices_and_weights
+
+    table = torch.randn(1, 7 * 7, 5)
+    grids = torch.tensor([[1, 4, 18], [1, 2, 2], [1, 7, 7], [1, 30, 6]])
+    indices, weights = get_vision_interpolation_indices_and_weights(
+        grids, num_grid_per_side=7, mode="bilinear", align_corners=True
+    )
+    places = [torch.cartesian_prod(torch.arange(h), torch.arange(w)) for _, h, w in grids.tolist()]
+    sizes = grids[:, 1:].repeat_interleave(grids.prod(1), dim=0)
+    found = positions_of_patches(table, torch.cat(places).T, sizes.T)
+    torch.testing.assert_close(found, (table[0][indices] * weights[..., None]).sum(1))
 
 
 def _batch(positions: list[int], numbers: list[int], num_features: int) -> Batch:

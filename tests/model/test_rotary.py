@@ -36,3 +36,23 @@ def test_tokens_turn_by_frame_row_and_column_as_in_transformers() -> None:
     angles = section_angles(places, rotary.inv_freq, (16, 24, 24))[:, 0, 0]
     torch.testing.assert_close(angles.cos(), cosine[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(angles.sin(), sine[0], rtol=0, atol=1e-5)
+
+
+def test_frames_rows_and_columns_take_turns_as_in_qwen3_vl() -> None:
+    from transformers.models.qwen3_vl import Qwen3VLConfig
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding
+
+    config = Qwen3VLConfig().text_config
+    sections = [24, 20, 20]
+    config.rope_parameters = {
+        "rope_type": "default",
+        "rope_theta": 5e6,
+        "mrope_section": sections,
+        "mrope_interleaved": True,
+    }
+    places = torch.randint(0, 4000, (3, 50))
+    rotary = Qwen3VLTextRotaryEmbedding(config)
+    cosine, sine = rotary(torch.zeros(1), places[:, None])
+    angles = section_angles(places, rotary.inv_freq, sections, interleaved=True)[:, 0, 0]
+    torch.testing.assert_close(angles.cos(), cosine[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(angles.sin(), sine[0], rtol=0, atol=1e-5)

@@ -55,6 +55,30 @@ MODEL = dataclasses.replace(
         max_position_embeddings=512,
     ),
 )
+# Without windows; positions of three by three patches; features of two layers beside the last, one
+# of which is the last.
+DEEP = dataclasses.replace(
+    MODEL,
+    vision=dataclasses.replace(
+        MODEL.vision,
+        family="qwen3_vl",
+        normalization="LayerNorm",
+        activation="gelu_tanh",
+        window_size=0,
+        full_attention_layers=(),
+        position_side=3,
+        deepstack_layers=(0, 2),
+    ),
+    language=dataclasses.replace(
+        MODEL.language,
+        family="qwen3",
+        qkv_bias=False,
+        qk_norm=True,
+        rotary_sections=(4, 2, 2),
+        rotary_interleaved=True,
+    ),
+)
+MODELS = {"qwen2_5_vl": MODEL, "qwen3_vl": DEEP}
 TILE = MODEL.vision.image_size
 FACTS = dict(tile_size=TILE, vocab_size=199, context_token_id=7)
 # Whole windows, windows that the edges cut, one tile, none, and two images.
@@ -71,6 +95,7 @@ EVERYDAY = (
 )
 
 _config = partial(recipe_config, "qwen2_5_vl", trainable=EVERYTHING)
+_of_all_models = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 
 
 def make_packs(folder: Path, count: int, capacity: int, alignment: int = 4) -> None:
@@ -95,7 +120,8 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_pack_equals_its_samples_alone(ranks: Pool, tmp_path: Path) -> None:
+@_of_all_models
+def test_a_pack_equals_its_samples_alone(ranks: Pool, tmp_path: Path, model: Architecture) -> None:
     rng = np.random.default_rng(1)
     samples = [
         native_sample(rng, sizes, line=line, words=9 + line, **FACTS)
@@ -104,7 +130,7 @@ def test_a_pack_equals_its_samples_alone(ranks: Pool, tmp_path: Path) -> None:
     write = partial(write_packs, tiling="native", thumbnail=False)
     sizes = FACTS | dict(features_per_tile=1)
     assert_pack_equals_samples_alone(
-        ranks, partial(_config, MODEL), samples, tmp_path, write=write, capacity=240, **sizes
+        ranks, partial(_config, model), samples, tmp_path, write=write, capacity=240, **sizes
     )
 
 
@@ -113,10 +139,15 @@ def test_a_pack_equals_its_samples_alone(ranks: Pool, tmp_path: Path) -> None:
     [layout for layout in LAYOUTS if asks_for_all() or str(layout) in EVERYDAY],
     ids=str,
 )
+@_of_all_models
 def test_a_layout_trains_like_one_process(
-    ranks: Pool, train_alone: Callable[[Config], Curve], packs: Path, layout: Layout
+    ranks: Pool,
+    train_alone: Callable[[Config], Curve],
+    packs: Path,
+    layout: Layout,
+    model: Architecture,
 ) -> None:
-    architecture = with_layers(MODEL, layout.layers)
+    architecture = with_layers(model, layout.layers)
     settings = dict(adam_eps=1e-3, steps=3)
     expected = train_alone(_config(architecture, packs, **settings))
     settings |= layout.settings
@@ -140,12 +171,17 @@ def test_the_cost_is_what_torch_counts(ranks: Pool, tmp_path: Path, mask: tuple[
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
+@_of_all_models
 def test_layers_that_are_recomputed_train_the_same(
-    ranks: Pool, train_alone: Callable[[Config], Curve], packs: Path, recompute: str
+    ranks: Pool,
+    train_alone: Callable[[Config], Curve],
+    packs: Path,
+    recompute: str,
+    model: Architecture,
 ) -> None:
     settings = dict(adam_eps=1e-3, steps=3)
-    expected = train_alone(_config(MODEL, packs, **settings))
-    config = _config(MODEL, packs, recompute=recompute, **settings)
+    expected = train_alone(_config(model, packs, **settings))
+    config = _config(model, packs, recompute=recompute, **settings)
     assert max(compare(ranks.run(train_curve, 1, config), expected).values()) <= LIMIT
 
 
@@ -158,26 +194,35 @@ def test_layers_that_are_recomputed_train_the_same(
     ],
     ids=["tensor", "pipeline", "vision encoder on each rank"],
 )
+@_of_all_models
 def test_memory_is_what_a_model_that_is_built_takes(
-    ranks: Pool, packs: Path, world: int, settings: dict
+    ranks: Pool, packs: Path, world: int, settings: dict, model: Architecture
 ) -> None:
     settings = dict(precision="bfloat16", global_batch_size=2) | settings
-    assert_memory_is_held(ranks, _config(MODEL, packs, **settings), world)
+    assert_memory_is_held(ranks, _config(model, packs, **settings), world)
 
 
-@pytest.mark.parametrize("vision", ["tensor", "data"])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("qwen2_5_vl", dict(tensor_model_parallel_size=2, vision="tensor")),
+        ("qwen2_5_vl", dict(tensor_model_parallel_size=2, vision="data")),
+        ("qwen3_vl", dict(pipeline_model_parallel_size=2, layout="v*2|v,c,t*3,h")),
+    ],
+    ids=["TP2", "TP2 whole vision layers", "PP2 with DeepStack"],
+)
 def test_a_run_that_goes_on_is_the_same_bit_for_bit(
-    ranks: Pool, tmp_path: Path, vision: str
+    ranks: Pool, tmp_path: Path, name: str, layout: dict
 ) -> None:
     packs = tmp_path / "packs"
     make_packs(packs, 12, 240)
     # The packs' pixels are normalised as InternVL's.
     mean, std = PIXELS["imagenet"]
-    encoder = dataclasses.replace(MODEL.vision, pixel_mean=mean, pixel_std=std)
-    architecture = dataclasses.replace(MODEL, vision=encoder)
+    model = MODELS[name]
+    encoder = dataclasses.replace(model.vision, pixel_mean=mean, pixel_std=std)
+    architecture = dataclasses.replace(model, vision=encoder)
 
     def job(save: Path) -> Config:
-        layout = dict(tensor_model_parallel_size=2, vision=vision)
         made = make_job(packs, save, trainable=EVERYTHING, drop_path=0.0, **layout)
         return dataclasses.replace(made, architecture=architecture, recipe="qwen2_5_vl", stage="2")
 
