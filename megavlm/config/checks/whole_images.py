@@ -25,6 +25,11 @@ def model_problems(arch: Architecture) -> Iterator[str]:
         yield from (_spanning(arch) if arch.vision.spans_tiles else _others(arch))
     if arch.language.rotary_sections and arch.language.exists:
         yield from _sections(arch)
+    elif arch.language.rotary_interleaved:
+        yield (
+            f"--architecture.language.rotary_interleaved true has no effect without {_SECTIONS},"
+            " such as 24,20,20; use false"
+        )
 
 
 def _spanning(arch: Architecture) -> Iterator[str]:
@@ -37,6 +42,7 @@ def _spanning(arch: Architecture) -> Iterator[str]:
             f"--architecture.connector.kind {arch.connector.kind}: a vision encoder of {family}"
             f" gives the patches of whole images, which only {_CONNECTOR} reads; use it"
         )
+    yield from _deepstack(arch)
     if arch.cross_attention.every:
         yield (
             f"--architecture.cross_attention.every {arch.cross_attention.every}: a vision encoder"
@@ -62,6 +68,33 @@ def _spanning(arch: Architecture) -> Iterator[str]:
         wanted = "swiglu" if usual[1] else "quick_gelu, gelu or gelu_tanh"
         yield f"{_FLAG}.activation {vision.activation}: {family} needs {wanted}"
     yield from _windows(vision)
+
+
+def _deepstack(arch: Architecture) -> Iterator[str]:
+    """Yield what learned positions and features of several layers do not go with."""
+    vision = arch.vision
+    family = f"{_FLAG}.family {vision.family}"
+    is_third = vision.family == "qwen3_vl"
+    if is_third != (vision.position_side > 0):
+        wanted = "needs a number above 0, such as 48" if is_third else "has no table; use 0"
+        yield f"{_FLAG}.position_side {vision.position_side}: {family} {wanted}"
+    layers = ",".join(map(str, vision.deepstack_layers))
+    flag = f"{_FLAG}.deepstack_layers {layers}"
+    if layers and not is_third:
+        yield f"{flag}: {family} has features of its last layer alone; leave it out"
+    elif list(vision.deepstack_layers) != sorted(set(vision.deepstack_layers)):
+        yield f"{flag}: name each layer once, in their order"
+    for layer in vision.deepstack_layers:
+        if not 0 <= layer < vision.num_layers:
+            yield (
+                f"{flag}: there is no layer {layer}; the {vision.num_layers} of"
+                f" {_FLAG}.num_layers are counted from 0"
+            )
+    if len(vision.deepstack_layers) > arch.language.num_layers > 0:
+        yield (
+            f"{flag}: {len(vision.deepstack_layers)} levels are added behind as many layers of the"
+            f" language model, and --architecture.language.num_layers is {arch.language.num_layers}"
+        )
 
 
 def _windows(vision: Vision) -> Iterator[str]:
@@ -93,7 +126,13 @@ def _others(arch: Architecture) -> Iterator[str]:
     """Yield what only vision encoders have whose patches see all tiles of an image."""
     vision = arch.vision
     spanning = " and ".join(SPANNING_FAMILIES)
-    names = ("temporal_patch_size", "window_size", "full_attention_layers")
+    names = (
+        "temporal_patch_size",
+        "window_size",
+        "full_attention_layers",
+        "position_side",
+        "deepstack_layers",
+    )
     for name, value in changed(vision, *names).items():
         shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
         yield (
@@ -124,6 +163,12 @@ def _sections(arch: Architecture) -> Iterator[str]:
         yield (
             f"{flag}: together {sum(language.rotary_sections)}, and must be {rotations}, half of"
             f" the {language.head_size} of a head"
+        )
+    elif language.rotary_interleaved and 3 * max(language.rotary_sections[1:]) > rotations:
+        yield (
+            f"{flag}: rows and columns take turns with frames, so they can have {rotations // 3} of"
+            f" {rotations} at most; give frames more, or use"
+            " --architecture.language.rotary_interleaved false"
         )
     if not (arch.vision.exists and arch.vision.spans_tiles):
         yield (

@@ -16,6 +16,7 @@ from megavlm.config.recipes import (
     paligemma,
     qwen2_5_vl,
     qwen2_vl,
+    qwen3_vl,
     siglip,
 )
 from megavlm.config.recipes.recipe import Recipe
@@ -30,6 +31,7 @@ RECIPES: dict[str, Recipe] = {
         paligemma,
         qwen2_vl,
         qwen2_5_vl,
+        qwen3_vl,
         fuyu,
         blip2,
         instructblip,

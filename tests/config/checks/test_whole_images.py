@@ -14,6 +14,7 @@ from tests.config.checks.configs import facts
 
 RECIPE = ("--recipe", "qwen2_5_vl")
 OTHER = ("--recipe", "qwen2_vl")
+THIRD = ("--recipe", "qwen3_vl")
 INTERNVL = ("--recipe", "internvl", "--model", "internvl2_5-8b")
 ADAPTERS = (
     "--architecture.lora.rank 8 --architecture.lora.targets vision --training.trainable"
@@ -34,7 +35,7 @@ def found(recipe: tuple[str, ...], options: str = "") -> list[str]:
     return problems(run(recipe, options), 2)
 
 
-@pytest.mark.parametrize("recipe", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("recipe", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_the_recipes_have_no_problem(recipe: str) -> None:
     for stage in RECIPES[recipe].stages:
         saved = ["--data.train", ".", "--checkpoint.save", "x"]
@@ -68,6 +69,18 @@ def test_the_recipes_have_no_problem(recipe: str) -> None:
         (OTHER, "vision.window_size 112", "qwen2_vl has no windows, as qwen2_5_vl has; use 0"),
         (OTHER, "vision.normalization RMSNorm", "qwen2_vl has LayerNorm; use it"),
         (OTHER, "vision.activation swiglu", "needs quick_gelu, gelu or gelu_tanh"),
+        (
+            OTHER,
+            "vision.position_side 48",
+            "qwen2_vl has no table; use 0",
+        ),
+        (OTHER, "vision.deepstack_layers 1,2", "qwen2_vl has features of its last layer alone"),
+        (THIRD, "vision.position_side 0", "qwen3_vl needs a number above 0, such as 48"),
+        (THIRD, "vision.deepstack_layers 8,27", "8,27: there is no layer 27; the 27 of"),
+        (THIRD, "vision.deepstack_layers 9,8", "9,8: name each layer once, in their order"),
+        (THIRD, "language.num_layers 2", "3 levels are added behind as many layers"),
+        (THIRD, "vision.window_size 128", "qwen3_vl has no windows, as qwen2_5_vl has; use 0"),
+        (THIRD, "language.rotary_sections 16,24,24", "they can have 21 of 64 at most"),
         (RECIPE, "language.rotary_sections 16,48", "rotary_sections 16,48: needs three numbers"),
         (RECIPE, "language.rotary_sections 0,24,40", "0,24,40: needs three numbers above 0"),
         (RECIPE, "language.rotary_sections 16,24,23", "together 63, and must be 64, half of"),
@@ -75,6 +88,9 @@ def test_the_recipes_have_no_problem(recipe: str) -> None:
         (RECIPE, "language.rotary_dynamic_factor 2", "rotary_dynamic_factor 2.0: --architecture"),
         (RECIPE, "language.rotary_yarn_factor 4", "rotary_yarn_factor 4.0: --architecture.lang"),
         (INTERNVL, "vision.temporal_patch_size 2", "temporal_patch_size 2: a vision encoder of"),
+        (INTERNVL, "vision.deepstack_layers 2,4", "deepstack_layers 2,4: a vision encoder of"),
+        (INTERNVL, "vision.position_side 4", "position_side 4: a vision encoder of"),
+        (INTERNVL, "language.rotary_interleaved true", "interleaved true has no effect without"),
         (INTERNVL, "vision.window_size 112", "vision.window_size 112: a vision encoder of"),
         (INTERNVL, "vision.full_attention_layers 7,15", "full_attention_layers 7,15: a vision"),
         (INTERNVL, "connector.kind merger", "connector.kind merger: reads the patches of whole"),
