@@ -2,7 +2,7 @@
 
 Run as a process of its own by ``test_loaders.py``, with an old transformers in front of the path.
 Nothing of megavlm is imported. Input on stdin: ``{"folders": {name: path}, "texts": [...],
-"tokens": [...]}``.
+"tokens": [...]}``, or ``{"models": {name: path}}`` for folders whose classes transformers has.
 """
 
 import json
@@ -58,9 +58,38 @@ def language_of(folder, tokens):
     return {"values": logits.tolist()}
 
 
+def seeing(folder):
+    """Return logits of a Qwen2-VL or Qwen2.5-VL for an image of 10 x 6 patches in a text."""
+    settings = json.loads((Path(folder) / "config.json").read_text())
+    form = getattr(transformers, settings["architectures"][0])
+    options = {"torch_dtype": torch.float32, "output_loading_info": True}
+    model, info = form.from_pretrained(folder, **options)
+    vision = settings["vision_config"]
+    size = 3 * vision["temporal_patch_size"] * vision["patch_size"] ** 2
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(10, 100, (1, 30), generator=generator)
+    tokens[0, 3] = settings["vision_start_token_id"]
+    tokens[0, 4:19] = settings["image_token_id"]
+    inputs = {
+        "input_ids": tokens,
+        "attention_mask": torch.ones_like(tokens),
+        "pixel_values": torch.randn(60, size, generator=generator),
+        "image_grid_thw": torch.tensor([[1, 10, 6]]),
+    }
+    if transformers.__version__.startswith("5"):
+        inputs["mm_token_type_ids"] = (tokens == settings["image_token_id"]).int()
+    with torch.no_grad():
+        logits = model.eval()(**inputs).logits[0]
+    return {"values": logits.tolist(), "others": {name: len(info[name]) for name in info}}
+
+
 def main():
     """Read what to load, and print what was read."""
     job = json.load(sys.stdin)
+    if "models" in job:
+        found = {name: seeing(folder) for name, folder in job["models"].items()}
+        print(json.dumps({"version": transformers.__version__, "models": found}))
+        return
     found = {}
     for name, folder in job["folders"].items():
         found[name] = {

@@ -7,14 +7,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import InternVLForConditionalGeneration
 
 from megavlm.convert.hf import convert
-from megavlm.data.text.tokenizer import load_tokenizer
+from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS, load_tokenizer
 from tests.convert.models import KINDS, make_hf
+from tests.convert.part_folders import make_tokenizer
+from tests.convert.qwen_vl_models import KINDS as QWEN_VL
+from tests.convert.qwen_vl_models import make_qwen_vl
 from tests.convert.tokenizer_kinds import make_tokenizers
 
 VERSIONS = ("4.37.2", "4.49.0", "4.55.4")
@@ -53,17 +57,8 @@ def test_chat_exports_load_in_transformers(version: str, exported: dict[str, Pat
     if not (installs / version).is_dir():
         pytest.skip(f"transformers {version} is not installed apart; run bash tests/loaders.sh")
     folders = {name: str(path) for name, path in exported.items()}
-    job = json.dumps({"folders": folders, "texts": TEXTS, "tokens": TOKENS})
-    answer = subprocess.run(
-        [sys.executable, str(SCRIPT)],
-        input=job,
-        env=os.environ | {"PYTHONPATH": str(installs / version), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert answer.returncode == 0, answer.stderr[-3000:]
-    found = json.loads(answer.stdout.splitlines()[-1])
+    job = {"folders": folders, "texts": TEXTS, "tokens": TOKENS}
+    found = load_elsewhere(job, str(installs / version))
     assert found["version"] == version
     languages = 0
     for name, read in found["folders"].items():
@@ -85,6 +80,45 @@ def test_chat_exports_load_in_transformers(version: str, exported: dict[str, Pat
             languages += 1
     print(f"transformers {version}: {len(folders)} folders, {languages} language models")
     assert languages >= 4
+
+
+def load_elsewhere(job: dict[str, Any], path: str) -> dict[str, Any]:
+    """Return what another process reads, with ``path`` in front of others."""
+    answer = subprocess.run(
+        [sys.executable, str(SCRIPT)],
+        input=json.dumps(job),
+        env=os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    return json.loads(answer.stdout.splitlines()[-1])
+
+
+@pytest.mark.loaders
+def test_exports_of_qwen2_vl_load_in_transformers_4(tmp_path: Path) -> None:
+    installs = Path(os.environ.get("MEGAVLM_LOADERS", "/nowhere"))
+    if not (installs / VERSIONS[-1]).is_dir():
+        pytest.skip("transformers 4 is not installed apart; run bash tests/loaders.sh")
+    make_tokenizer(tmp_path / "words", IMAGE_TOKEN_SETS["qwen2_vl"].added)
+    token = load_tokenizer(tmp_path / "words").convert_tokens_to_ids("<|image_pad|>")
+    folders = {}
+    for kind, architecture in QWEN_VL.items():
+        if architecture.vision.grid != 2:  # the image has 10 x 6 patches
+            continue
+        source = make_qwen_vl(
+            tmp_path / f"{kind} hf", architecture, torch.float32, image_token_id=token
+        )
+        start = convert.import_(source, tmp_path / f"{kind} start", tokenizer=tmp_path / "words")
+        folders[kind] = str(convert.export(start, tmp_path / kind))
+    ours = load_elsewhere({"models": folders}, "")
+    theirs = load_elsewhere({"models": folders}, str(installs / VERSIONS[-1]))
+    assert theirs["version"] == VERSIONS[-1] != ours["version"]
+    for kind, found in theirs["models"].items():
+        assert not any(found["others"].values()), kind
+        expected = torch.tensor(ours["models"][kind]["values"])
+        assert (torch.tensor(found["values"]) - expected).abs().max() < 1e-4, kind
 
 
 def _logits(exported: Path) -> torch.Tensor:
