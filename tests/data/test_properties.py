@@ -64,7 +64,7 @@ def test_every_rule_of_packing_keeps_its_limits(sizes):
     aligned = -(-lengths // alignment) * alignment
     order = np.argsort(-aligned, kind="stable")
     rules = {
-        "ours": best_fit_python(aligned, tiles, order, capacity, cap),
+        "ours": best_fit_python(aligned, tiles, order, capacity, cap, 1),
         "next_fit": next_fit(aligned, capacity),
         "buffered": buffered(aligned, tiles, capacity, max(cap, 1), 3),
     }

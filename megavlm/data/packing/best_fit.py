@@ -3,7 +3,10 @@
 Samples are placed longest first (best fit decreasing), each into the open pack that it leaves least
 room in: the sum of the shares of tokens and of tiles that stay free. Open packs are kept by their
 free tiles and free tokens, one set of bits over the free tokens for each number of free tiles, so
-the best one is found without looking at the packs one by one.
+the best one is found without looking at the packs one by one. If packs have thousands of tiles, as
+those of images of any size, a few numbers of free tiles that follow each other share a set: what
+is looked at is the least of them, so no pack gets more than fits, and none is found for a sample
+that would fit by a few tiles alone.
 
 The tile cap is what makes the second dimension worth it: a pack with the mean number of tiles is a
 full share of the vision encoder's work, so a cap just above the mean keeps all ranks busy alike,
@@ -26,8 +29,12 @@ GOOD_FILL = 0.999
 # Caps are tried on this many samples; more do not change which cap is found, only how long it
 # takes.
 TRIAL_SAMPLES = 100_000
-# Numbers of free tokens times numbers of free tiles, each with a pack in 4 bytes: 16 GiB.
+# Numbers of free tokens times sets of numbers of free tiles, each with a pack in 4 bytes: sets get
+# so large that it is a quarter of a GiB, but no larger than leaves FEWEST_SETS of them; 16 GiB at
+# most.
+USUAL_STATES = 2**26
 MOST_STATES = 2**32
+FEWEST_SETS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +83,12 @@ def pack(tokens: np.ndarray, tiles: np.ndarray, *, capacity: int, tile_cap: int)
     tokens = np.asarray(tokens, np.int32)
     tiles = np.asarray(tiles, np.int32)
     check_sizes(tokens, tiles, capacity, tile_cap)
-    if (tile_cap + 1) * (capacity + 1) > MOST_STATES:
+    unit = tiles_of_set(capacity, tile_cap)
+    if (tile_cap // unit + 1) * (capacity + 1) > MOST_STATES:
         raise ValueError(
             f"--capacity {capacity} with up to {tile_cap} tiles (--tile_cap): a table of"
-            f" {4e-9 * tile_cap * capacity:.3g} GB to find places in packs; lower one of the two"
+            f" {4e-9 * (tile_cap // unit) * capacity:.3g} GB to find places in packs; lower one of"
+            " the two"
         )
     if len(tokens) == 0:
         return Packing(bin_of=np.zeros(0, np.int32), bins=0)
@@ -92,8 +101,16 @@ def pack(tokens: np.ndarray, tiles: np.ndarray, *, capacity: int, tile_cap: int)
         if error.name != "numba":
             raise
         best_fit = best_fit_python
-    bin_of, bins = best_fit(tokens, tiles, order, capacity, tile_cap)
+    bin_of, bins = best_fit(tokens, tiles, order, capacity, tile_cap, unit)
     return Packing(bin_of=bin_of, bins=int(bins))
+
+
+def tiles_of_set(capacity: int, tile_cap: int) -> int:
+    """Return how many numbers of free tiles share a set."""
+    if tile_cap >= 2**31:  # more than any pack has; scores would not fit into 64 bits
+        return 1
+    states = (tile_cap + 1) * (capacity + 1)
+    return max(1, min(-(-states // USUAL_STATES), tile_cap // FEWEST_SETS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,15 +227,20 @@ def check_sizes(tokens: np.ndarray, tiles: np.ndarray, capacity: int, tile_cap: 
 
 
 def best_fit_python(
-    tokens: np.ndarray, tiles: np.ndarray, order: np.ndarray, capacity: int, tile_cap: int
+    tokens: np.ndarray,
+    tiles: np.ndarray,
+    order: np.ndarray,
+    capacity: int,
+    tile_cap: int,
+    unit: int,
 ) -> tuple[np.ndarray, int]:
     """``best_fit_numba.best_fit`` in plain Python, with whole numbers of any size as sets of bits.
     The result is the same, bin for bin.
     """
-    free = [0] * (
-        tile_cap + 1
-    )  # for each number of free tiles: bit t is set where a bin with t free tokens is open
+    # For each set of free tiles: bit t is set where a bin with t free tokens is open.
+    free = [0] * (tile_cap // unit + 1)
     open_bins: dict[tuple[int, int], list[int]] = {}
+    free_tiles: list[int] = []
     bin_of = np.empty(len(tokens), np.int32)
     bins = 0
     tile_scale = max(tile_cap, 1)
@@ -228,8 +250,8 @@ def best_fit_python(
         best_row = -1
         best_left = 0
         best_score = 2**62
-        for row in range(need_tiles, tile_cap + 1):
-            spare = (row - need_tiles) * capacity
+        for row in range(-(-need_tiles // unit), len(free)):
+            spare = (row * unit - need_tiles) * capacity
             if spare >= best_score:
                 break
             fitting = free[row] >> need
@@ -241,18 +263,17 @@ def best_fit_python(
                     best_score = unused * tile_scale + spare
         if best_row < 0:
             chosen = bins
-            row = tile_cap
-            left = capacity
+            free_tiles.append(tile_cap)
+            best_left = capacity
             bins += 1
         else:
-            row = best_row
-            left = best_left
-            stack = open_bins[row, left]
+            stack = open_bins[best_row, best_left]
             chosen = stack.pop()
             if not stack:
-                free[row] ^= 1 << left
-        row = row - need_tiles
-        left = left - need
+                free[best_row] ^= 1 << best_left
+        free_tiles[chosen] -= need_tiles
+        row = free_tiles[chosen] // unit
+        left = best_left - need
         open_bins.setdefault((row, left), []).append(chosen)
         free[row] |= 1 << left
         bin_of[sample] = chosen

@@ -55,22 +55,25 @@ def _clear_bit(bits, summary, index):
 
 
 @numba.njit(cache=True)
-def best_fit(tokens, tiles, order, capacity, tile_cap):
-    """Pack by best fit in the given order: int32 bin of each sample, and the number of bins.
+def best_fit(tokens, tiles, order, capacity, tile_cap, unit):
+    """Pack by best fit in the given order: int32 bin of each sample, and the number of bins. A row
+    of tables is of bins with ``unit`` numbers of free tiles.
 
     Scores are whole numbers, so that every machine finds the same bins: free tokens x tile cap +
     free tiles x capacity. Among bins that leave the same room, the one that got there last is
     taken.
     """
     words = (capacity >> 6) + 1
-    bits = np.zeros((tile_cap + 1, words), np.uint64)
+    rows = tile_cap // unit + 1
+    bits = np.zeros((rows, words), np.uint64)
     # One word more than needed: the search may look one word past the last word.
-    summary = np.zeros((tile_cap + 1, (words >> 6) + 1), np.uint64)
-    newest = np.full((tile_cap + 1, capacity + 1), -1, np.int32)
+    summary = np.zeros((rows, (words >> 6) + 1), np.uint64)
+    newest = np.full((rows, capacity + 1), -1, np.int32)
     # Not below the most free tokens of a row's bins: most rows hold nothing large enough, and are
     # passed over by one comparison.
-    most_left = np.full(tile_cap + 1, -1, np.int64)
+    most_left = np.full(rows, -1, np.int64)
     before = np.empty(len(tokens), np.int32)
+    free_tiles = np.empty(len(tokens), np.int64)
     bin_of = np.empty(len(tokens), np.int32)
     bins = 0
     tile_scale = max(tile_cap, 1)
@@ -80,8 +83,8 @@ def best_fit(tokens, tiles, order, capacity, tile_cap):
         best_row = -1
         best_left = 0
         best_score = 2**62
-        for row in range(need_tiles, tile_cap + 1):
-            spare = (row - need_tiles) * capacity
+        for row in range((need_tiles + unit - 1) // unit, rows):
+            spare = (row * unit - need_tiles) * capacity
             if spare >= best_score:
                 break
             if most_left[row] < need:
@@ -95,18 +98,17 @@ def best_fit(tokens, tiles, order, capacity, tile_cap):
                 best_score = (left - need) * tile_scale + spare
         if best_row < 0:
             chosen = bins
-            row = tile_cap
-            left = capacity
+            free_tiles[chosen] = tile_cap
+            best_left = capacity
             bins += 1
         else:
             chosen = newest[best_row, best_left]
-            row = best_row
-            left = best_left
-            newest[row, left] = before[chosen]
+            newest[best_row, best_left] = before[chosen]
             if before[chosen] < 0:
-                _clear_bit(bits[row], summary[row], left)
-        row -= need_tiles
-        left -= need
+                _clear_bit(bits[best_row], summary[best_row], best_left)
+        free_tiles[chosen] -= need_tiles
+        row = free_tiles[chosen] // unit
+        left = best_left - need
         most_left[row] = max(most_left[row], left)
         before[chosen] = newest[row, left]
         newest[row, left] = chosen

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from megavlm.data.packing import plan
+from megavlm.data.packing import best_fit, plan
 from megavlm.data.packing.best_fit import (
     Packing,
     automatic_tile_cap,
@@ -54,17 +54,18 @@ def test_limits_and_fill():
 
 @pytest.mark.parametrize("case", range(12))
 def test_numba_and_python_agree(case):
-    best_fit = pytest.importorskip(
+    compiled = pytest.importorskip(
         "megavlm.data.packing.best_fit_numba", exc_type=ImportError
     ).best_fit
     rng = np.random.default_rng(case)
     capacity = int(rng.choice([7, 63, 64, 65, 128, 4095, 4096, 4097, CAPACITY]))
-    cap = int(rng.integers(0, 20))
+    unit = int(rng.choice([1, 1, 2, 7]))
+    cap = unit * int(rng.integers(0, 20)) + int(rng.integers(0, unit))
     tokens = rng.integers(1, max(2, capacity // int(rng.integers(1, 9))) + 1, 3000).astype(np.int32)
     tiles = np.minimum(rng.integers(0, cap + 1, 3000), cap).astype(np.int32)
     order = np.argsort(-tokens, kind="stable")
-    expected, bins = best_fit_python(tokens, tiles, order, capacity, cap)
-    found, found_bins = best_fit(tokens, tiles, order, capacity, cap)
+    expected, bins = best_fit_python(tokens, tiles, order, capacity, cap, unit)
+    found, found_bins = compiled(tokens, tiles, order, capacity, cap, unit)
     assert bins == found_bins
     assert np.array_equal(expected, found)
     check(Packing(bin_of=found, bins=bins), tokens, tiles, capacity, cap)
@@ -94,7 +95,7 @@ def test_python_matches_a_scan_of_all_bins():
         )
         best[0] -= tokens[sample]
         best[1] -= tiles[sample]
-    found, count = best_fit_python(tokens, tiles, order, capacity, cap)
+    found, count = best_fit_python(tokens, tiles, order, capacity, cap, 1)
     left = np.stack(
         [capacity - np.bincount(found, weights=tokens), cap - np.bincount(found, weights=tiles)],
         axis=1,
@@ -105,6 +106,29 @@ def test_python_matches_a_scan_of_all_bins():
     assert sorted(map(tuple, left.astype(int).tolist())) == sorted(
         (int(free), int(free_tiles)) for free, free_tiles in bins
     )
+
+
+def test_packs_of_thousands_of_tiles_are_as_full(monkeypatch):
+    """Images of any size, with a token for each tile."""
+    pytest.importorskip("numba")
+    rng = np.random.default_rng(0)
+    tiles = np.minimum(rng.lognormal(6, 0.9, 6000), 1280).astype(int)
+    tokens = tiles + rng.integers(30, 900, len(tiles))
+    sizes = dict(capacity=8192, tile_cap=5000)
+    assert best_fit.tiles_of_set(**sizes) == 1
+    exact = pack(tokens, tiles, **sizes)
+    monkeypatch.setattr(best_fit, "USUAL_STATES", 2**20)
+    assert best_fit.tiles_of_set(**sizes) == 5000 // 256
+    found = pack(tokens, tiles, **sizes)
+    check(found, tokens, tiles, 8192, 5000)
+    assert found.bins <= 1.002 * exact.bins
+
+
+def test_long_packs_need_no_large_table():
+    assert best_fit.tiles_of_set(16384, 60) == 1
+    for capacity, cap in ((32768, 20000), (131072, 80000)):
+        unit = best_fit.tiles_of_set(capacity, cap)
+        assert (cap // unit + 1) * (capacity + 1) <= 1.01 * best_fit.USUAL_STATES
 
 
 def test_small_sets():
