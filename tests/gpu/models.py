@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from megavlm.config.connectors import Connector
 from megavlm.config.schema import Architecture, Config, Language, Vision
 from tests.convert.models import EXPERTS, GEMMA2, GPT_OSS
 from tests.ranks.runs import config_for
@@ -34,6 +35,45 @@ SMALL = Architecture(
         max_position_embeddings=4096,
     ),
 )
+# Tiles of two by two patches in windows of two by two tiles, in all layers but the second.
+_WINDOWED = dataclasses.replace(
+    SMALL,
+    vision=dataclasses.replace(
+        SMALL.vision,
+        family="qwen2_5_vl",
+        image_size=16,
+        temporal_patch_size=2,
+        normalization="RMSNorm",
+        activation="swiglu",
+        window_size=32,
+        full_attention_layers=(1,),
+    ),
+    connector=Connector(kind="merger"),
+    language=dataclasses.replace(SMALL.language, rotary_sections=(8, 12, 12)),
+)
+_DEEP = dataclasses.replace(
+    _WINDOWED,
+    vision=dataclasses.replace(
+        _WINDOWED.vision,
+        family="qwen3_vl",
+        normalization="LayerNorm",
+        activation="gelu_tanh",
+        window_size=0,
+        full_attention_layers=(),
+        position_side=6,
+        deepstack_layers=(0, 2),
+    ),
+    language=dataclasses.replace(
+        _WINDOWED.language,
+        family="qwen3",
+        qkv_bias=False,
+        qk_norm=True,
+        rotary_sections=(12, 10, 10),
+        rotary_interleaved=True,
+    ),
+)
+NATIVE = {"Qwen2.5-VL": _WINDOWED, "Qwen3-VL": _DEEP}
+"""Models that read images of any size."""
 _WIDE = dict(ffn_hidden_size=768, expert_ffn_hidden_size=256)
 LANGUAGES: dict[str, dict[str, Any]] = {
     "Qwen2": {},

@@ -16,7 +16,6 @@ from typing import Any
 import torch.distributed as dist
 
 from megavlm.config.lora import Lora
-from megavlm.data.loading.batch import BatchOptions
 from tests.convert.models import EXPERTS, GEMMA2, GPT_OSS
 from tests.ranks.pool import models_in_memory
 from tests.te import torch_kernels
@@ -49,6 +48,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "GPT-OSS, routers and biases behind experts": dict(
         language=GPT_OSS, trainable=("language.*.router", "language.*.experts.*.linear_fc2.bias")
     ),
+    "Qwen2.5-VL": dict(native="Qwen2.5-VL"),
+    "Qwen2.5-VL, recompute full": dict(native="Qwen2.5-VL", recompute="full"),
+    "Qwen2.5-VL, vision": dict(native="Qwen2.5-VL", trainable=("vision", "connector")),
+    "Qwen3-VL": dict(native="Qwen3-VL"),
+    "Qwen3-VL, recompute full": dict(native="Qwen3-VL", recompute="full"),
+    "Qwen3-VL, recompute selective": dict(native="Qwen3-VL", recompute="selective"),
     "adapters on 4 bits": dict(
         adapters=True, nf4=("vision", "language"), trainable=("connector", "*.lora")
     ),
@@ -97,9 +102,31 @@ def make_packs(features_per_tile: int, alignment: int = 1, samples: int = 6) -> 
     return folder
 
 
+def make_native_packs(alignment: int = 1) -> Path:
+    """Write packs of images of any size for the small models that read them."""
+    from tests.data.native_packs import write_native
+    from tests.gpu.models import CAPACITY, NATIVE
+
+    folder = Path(tempfile.mkdtemp()) / "train"
+    model = NATIVE["Qwen3-VL"]
+    shown = [((120, 90),), (), ((50, 200), (16, 16)), ((33, 70),)]
+    write_native(
+        folder,
+        shown * 8,
+        per_pack=4,
+        capacity=CAPACITY,
+        alignment=alignment,
+        tile_size=model.vision.image_size,
+        vocab_size=model.language.vocab_size,
+        context_token_id=7,
+    )
+    return folder
+
+
 def configure(
     folder: Path,
     kernels: str,
+    native: str = "",
     qk_norm: bool = False,
     biases: bool = False,
     crosses: bool = False,
@@ -113,9 +140,11 @@ def configure(
     **settings: Any,
 ) -> Any:
     """Return a run in float32; Adam's eps is large, so that it does not blow up the last bits."""
-    from tests.gpu.models import small
+    from tests.gpu.models import NATIVE, small
 
     config = small(folder, precision="float32", lr=1e-3, adam_eps=1e-3, kernels=kernels, **settings)
+    if native:
+        return dataclasses.replace(config, architecture=NATIVE[native])
     if language:
         changed = dataclasses.replace(config.architecture.language, **language)
         model = dataclasses.replace(config.architecture, language=changed)
@@ -163,7 +192,6 @@ def crossed(architecture: Any) -> Any:
 
 def train(config: Any) -> tuple[list[tuple[float, float]], dict[str, Any], list[list[int]]]:
     """Return loss and gradient norm of each step, and in the end weights and answers."""
-    from megavlm.model.precision import tile_multiple
     from megavlm.model.weights import named_weights
     from megavlm.parallel import process_groups
     from megavlm.train.evaluate import evaluating
@@ -177,14 +205,10 @@ def train(config: Any) -> tuple[list[tuple[float, float]], dict[str, Any], list[
     job = build(config)
     packs = Path(config.data.train)
     task = random_questions(packs, packs.parent, config.architecture.table_rows)
-    multiple = tile_multiple(config)
     told = []
     try:
         for step in range(STEPS):
-            packs = [
-                job.train.batch(n, n, BatchOptions(vision_layers=3, tile_multiple=multiple))
-                for n in range(PACKS)
-            ]
+            packs = [job.train.batch(n, n, job.batch_options) for n in range(PACKS)]
             set_rates(job.optimizer, config, step + 1)
             weight = sum(pack.weight_sum for pack in packs)
             step = Microbatches(iter(packs), PACKS, weight)
@@ -232,11 +256,12 @@ def main() -> None:
     from tests.gpu.models import SMALL
 
     torch_kernels.install()
-    folders = [make_packs(SMALL.features_per_tile), make_packs(1)]
-    found = {
-        name: compare(folders["crosses" in settings], settings)
-        for name, settings in SETTINGS.items()
-    }
+    plain = make_packs(SMALL.features_per_tile)
+    others = {"crosses": make_packs(1), "native": make_native_packs()}
+    found = {}
+    for name in sys.argv[2:] or SETTINGS:
+        folder = next((others[kind] for kind in others if kind in SETTINGS[name]), plain)
+        found[name] = compare(folder, SETTINGS[name])
     json.dump(found, os.fdopen(int(sys.argv[1]), "w"))
     # Threads of all groups would be left running while the process ends.
     dist.destroy_process_group()

@@ -163,13 +163,16 @@ def add_branch_backward(
 
 def rotary(sign: int) -> Callable[..., Tensor]:
     """Turn heads [T, H, head] by angles that restart with each sample, of which a context-parallel
-    rank holds two of 2 * ranks parts.
+    rank holds two of 2 * ranks parts; or, without samples, heads [T, 1, H, head] by one of each
+    token.
     """
 
     def turn(t: Tensor, freqs: Tensor, *rest: Any) -> Tensor:
         (_, _, _, ends, ranks, rank) = rest
-        places = [_own_places(size, ranks, rank) for size in ends.diff().tolist()]
-        angles = freqs[torch.cat(places)].view(len(t), 1, -1)
+        angles = freqs
+        if ends is not None:
+            places = [_own_places(size, ranks, rank) for size in ends.diff().tolist()]
+            angles = freqs[torch.cat(places)].view(len(t), 1, -1)
         first, second = t.chunk(2, -1)
         turned = torch.cat([-second, first], -1)
         return (t * angles.cos() + sign * turned * angles.sin()).to(t.dtype)
