@@ -82,6 +82,16 @@ RUNS = {
     "CP2, all tokens in the head": Run(layout=CP2, model=dict(head_tokens="all")),
     "CP2, recompute full": Run(layout=CP2 | dict(recompute="full")),
     "CP2, cross-attention": Run(layout=CP2, model=dict(crosses=True)),
+    "TP2 with SP, Qwen2.5-VL": Run(layout=SP, model=dict(native="Qwen2.5-VL")),
+    "TP2 x CP2, Qwen2.5-VL, replicated vision encoder": Run(
+        ranks=4, layout=TP2 | CP2 | dict(vision="data"), model=dict(native="Qwen2.5-VL")
+    ),
+    "CP2, Qwen3-VL": Run(layout=CP2, model=dict(native="Qwen3-VL")),
+    "TP2 x PP2 with SP, Qwen3-VL": Run(
+        ranks=4,
+        layout=SP | PP2 | dict(layout="v*2|v,c,t*3,h"),
+        model=dict(native="Qwen3-VL"),
+    ),
     "TP2 x CP2 with SP": Run(ranks=4, layout=SP | CP2),
     "TP2 x PP2 with SP": Run(ranks=4, layout=SP | PP2 | dict(layout="v*2|v,c,t*3,h")),
     "EP2": Run(layout=EP2, model=dict(experts=6)),
@@ -109,9 +119,11 @@ def train(config: Any) -> Curve:
 
 @cache
 def packs(features_per_tile: int, samples: int) -> Path:
-    """Make packs once."""
-    from tests.te.numbers import make_packs
+    """Make packs once; of images of any size if a tile has no features."""
+    from tests.te.numbers import make_native_packs, make_packs
 
+    if not features_per_tile:
+        return make_native_packs(ALIGNMENT)
     return make_packs(features_per_tile, ALIGNMENT, samples)
 
 
@@ -120,7 +132,9 @@ def compare(pool: Pool, name: str) -> dict[str, Any]:
     from tests.gpu.models import SMALL
 
     row = RUNS[name]
-    folder = packs(1 if "crosses" in row.model else SMALL.features_per_tile, row.samples)
+    features = {"crosses": 1, "native": 0}
+    kind = next((one for one in features if one in row.model), "")
+    folder = packs(features.get(kind, SMALL.features_per_tile), row.samples)
     alone = configure(folder, "local", steps=STEPS, **row.model)
     engine = configure(folder, "transformer_engine", steps=STEPS, **row.model, **row.layout)
     (expected,) = pool.run(train, 1, alone)
