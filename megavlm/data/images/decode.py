@@ -2,7 +2,8 @@
 
 Pixels are those of InternVL: converted to RGB, resized to the grid with bicubic interpolation, or
 bilinear for encoders that were pretrained so (the shape is not kept), cut row by row, the thumbnail
-last; a rotation noted in EXIF is not applied. Resizing is along rows first, then along columns, as
+last; a rotation noted in EXIF is not applied, and transparency is dropped unless it is to be shown
+on white, as Qwen2-VL has it. Resizing is along rows first, then along columns, as
 in all Pillow up to version 12; later ones choose the order for each image, which changes a few
 pixels by a few levels. Unlike there, a truncated file is an error, not a picture that ends in grey.
 """
@@ -74,7 +75,12 @@ def read_header(source: bytes | Path | BinaryIO) -> Header:
     if not isinstance(source, bytes):
         source.seek(-len(head), io.SEEK_CUR)
     image = open_image(io.BytesIO(source) if isinstance(source, bytes) else source)
-    return Header(width=image.width, height=image.height, deep=image.mode[0] in "IF")
+    return Header(width=image.width, height=image.height, deep=_is_deep(image))
+
+
+def _is_deep(image: PillowImage.Image) -> bool:
+    """Tell whether an image has more than 8 bits a channel."""
+    return image.mode[0] in "IF"
 
 
 def read_size(source: bytes | Path | BinaryIO) -> tuple[int, int]:
@@ -123,6 +129,7 @@ def decode_tiles(
     thumbnail: bool,
     out: np.ndarray | None = None,
     resample: str = "bicubic",
+    on_white: bool = False,
 ) -> np.ndarray:
     """Decode the tiles of an image, uint8 [I, 3, S, S]: row by row, then the thumbnail if the grid
     has more than one tile.
@@ -135,19 +142,25 @@ def decode_tiles(
         thumbnail: whether a grid of several tiles is followed by the whole image as one tile.
         out: where the tiles go; None: a new array.
         resample: how the image is resized, ``bicubic`` or ``bilinear``.
+        on_white: as for ``decode_pixels``.
 
     Raises:
         ValueError: the image cannot be decoded, with the reason, or ``out`` has another shape.
     """
-    return cut_tiles(decode_pixels(encoded), columns, rows, tile_size, thumbnail, out, resample)
+    pixels = decode_pixels(encoded, on_white)
+    return cut_tiles(pixels, columns, rows, tile_size, thumbnail, out, resample)
 
 
-def decode_pixels(encoded: bytes) -> np.ndarray:
+def decode_pixels(encoded: bytes, on_white: bool = False) -> np.ndarray:
     """Decode the pixels of an image as RGB, uint8 [height, width, 3]; raise ValueError if that
     fails.
+
+    Args:
+        encoded: content of the image file.
+        on_white: whether what is transparent shows white; otherwise the colours below it.
     """
     pixels = decode_jpeg(encoded, MAX_PIXELS)
-    return np.asarray(_decode(encoded)) if pixels is None else pixels
+    return np.asarray(_decode(encoded, on_white)) if pixels is None else pixels
 
 
 def cut_tiles(
@@ -284,10 +297,14 @@ def open_image(file: BinaryIO) -> PillowImage.Image:
     return image
 
 
-def _decode(encoded: bytes) -> PillowImage.Image:
-    """Decode the pixels of an image, as RGB."""
+def _decode(encoded: bytes, on_white: bool) -> PillowImage.Image:
+    """Decode the pixels of an image, as RGB; ``on_white`` as for ``decode_pixels``."""
     image = open_image(io.BytesIO(encoded))
     try:
+        has_alpha = "A" in image.getbands() or image.info.get("transparency") is not None
+        if on_white and has_alpha and not _is_deep(image):
+            white = PillowImage.new("RGBA", image.size, "white")
+            image = PillowImage.alpha_composite(white, image.convert("RGBA"))
         return image.convert("RGB")
     except Exception as error:
         raise ValueError(f"an image that cannot be decoded: {describe(error)}") from None

@@ -49,6 +49,7 @@ class TileDecoder:
         self.crops = mode == "crop"
         self.has_grids = mode in WITH_GRIDS
         self.cut = {"patches": self._patches}.get(mode, self._fitted if self.has_grids else None)
+        self.on_white = mode == "native"
         # Whether an image is only resized to its grid.
         self.is_plain = mode in ("dynamic", "stretch", "native")
 
@@ -109,7 +110,9 @@ class TileDecoder:
         operations = self.augment if self._is_augmented(pack, index) else ()
         if (self.is_plain or is_frame) and not operations:
             encoded = pack.image(index)
-            decode_tiles(encoded, columns, rows, size, has_thumbnail, room, self.manifest.resample)
+            resample = self.manifest.resample
+            grid = columns, rows
+            decode_tiles(encoded, *grid, size, has_thumbnail, room, resample, self.on_white)
             return
         width = int(row["width"])
         height = int(row["height"])
@@ -140,6 +143,7 @@ class TileDecoder:
             ),
             out=room,
             resample=self.manifest.resample,
+            on_white=self.on_white,
         )
 
     def _patches(

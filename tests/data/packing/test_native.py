@@ -149,6 +149,17 @@ def test_an_augmented_image_keeps_its_tiles(data: Path) -> None:
     assert found == {False, True}
 
 
+@pytest.mark.parametrize("augment", [(), ("flip",)])
+def test_training_sees_what_is_transparent_as_white(data: Path, augment: tuple[str, ...]) -> None:
+    Image.new("RGBA", (56, 56), (9, 9, 9, 0)).save(data / "1.png")
+    pack(data, "--data_augment")
+    packs = PackedDataset(data / "packs", augment=augment)
+    sizes = packs.reader.read(0).images
+    white = np.flatnonzero((sizes["width"] == 56) & (sizes["height"] == 56))[0]
+    last = int(sizes["tiles"][: white + 1].sum())
+    assert (packs.batch(0, 0).tiles[last - 4 : last] == 255).all()
+
+
 def test_truncated_conversations_keep_whole_images(data: Path) -> None:
     turns = [("human", "<image>\na"), ("gpt", "b"), ("human", "<image>\nc"), ("gpt", "d")]
     record = {

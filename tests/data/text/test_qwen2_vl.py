@@ -100,6 +100,34 @@ def test_tokens_and_tiles_are_those_of_the_processor(
         torch.testing.assert_close(frames[:, :, :, :, frame], patches, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["RGBA", "LA", "P", "colour", "grey", "L", "1", "I;16"])
+def test_what_is_transparent_shows_white_as_with_the_processor(
+    processor: Processor, kind: str
+) -> None:
+    """``colour``, ``grey``: one value of a PNG without an alpha channel is transparent."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (56, 84, 4), dtype=np.uint8)
+    pixels[:, :, 3] *= rng.integers(0, 2, (56, 84), dtype=np.uint8)
+    modes = {"colour": "RGB", "grey": "L"}
+    if kind == "I;16":
+        image = Image.fromarray(pixels[:, :, 0].astype(np.uint16))
+    else:
+        image = Image.fromarray(pixels).convert(modes.get(kind, kind))
+    hidden = {"colour": image.getpixel((3, 5)), "grey": image.getpixel((3, 5)), "P": 7}.get(kind)
+    file = io.BytesIO()
+    image.save(file, "PNG", **({} if hidden is None else {"transparency": hidden}))
+    found = decode_tiles(file.getvalue(), 3, 2, 28, False, on_white=True)
+    with Image.open(file) as stored:
+        theirs = processor.image_processor(
+            images=[stored], do_normalize=False, do_rescale=False, return_tensors="np"
+        )["pixel_values"]
+    patches = found.reshape(6, 3, 2, 14, 2, 14).transpose(0, 2, 4, 1, 3, 5)
+    frames = theirs.reshape(6, 2, 2, 3, 2, 14, 14)
+    assert np.array_equal(frames[:, :, :, :, 0], patches)
+    plain = decode_tiles(file.getvalue(), 3, 2, 28, False)
+    assert np.array_equal(found, plain) == (kind in ("L", "1", "I;16"))
+
+
 @pytest.mark.parametrize(
     ("question", "shown"),
     [
