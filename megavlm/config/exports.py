@@ -195,6 +195,19 @@ _LLAVA = _ANSWERS | {
     **_NO_HEAD,
     **_PLAIN_VISION,
 }
+
+
+def _of_qwen3_vl_moe(arch: Architecture) -> Iterator[str]:
+    yield from _of_qwen_vl(arch)
+    width = arch.language.hidden_size
+    size = arch.language.expert_ffn_hidden_size
+    if width in (size, 2 * size):  # releases of transformers turn them around, or do not
+        yield (
+            "experts whose matrices are no squares; this model has"
+            f" --architecture.language.expert_ffn_hidden_size {size} and hidden_size {width}"
+        )
+
+
 _QWEN_VL = {
     **_OF_ANSWERS,
     **_USUAL,
@@ -206,7 +219,14 @@ _QWEN_VL = {
     "connector.kind": ("merger",),
     "image_tokens": ("qwen2_vl",),
     "language.family": ("qwen2",),
+    "language.rotary_interleaved": (False,),
     "language.rotary_dynamic_factor": (1.0,),
+}
+_QWEN3_VL = _QWEN_VL | {
+    "vision.family": ("qwen3_vl",),
+    "vision.normalization": ("LayerNorm",),
+    "vision.activation": ("quick_gelu", "gelu", "gelu_tanh"),
+    "language.rotary_interleaved": (True,),
 }
 _BLIP2 = {
     "vision.family": ("eva",),
@@ -292,6 +312,16 @@ HOLDS: dict[str, Holds] = {
             "vision.activation": ("swiglu",),
         },
         beyond=_of_qwen2_5_vl,
+    ),
+    "qwen3_vl": Holds(
+        name="Qwen3VLForConditionalGeneration",
+        fields=_QWEN3_VL | {"language.family": ("qwen3",)},
+        beyond=_of_qwen_vl,
+    ),
+    "qwen3_vl_moe": Holds(
+        name="Qwen3VLMoeForConditionalGeneration",
+        fields=_QWEN3_VL | {"language.family": ("qwen3_moe",), "language.norm_topk_prob": (True,)},
+        beyond=_of_qwen3_vl_moe,
     ),
     "clip": Holds(
         name="CLIPModel",

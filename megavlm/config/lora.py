@@ -38,7 +38,7 @@ _ADAPTABLE = re.compile(
 
 
 # Families whose files have one weight for queries, keys and values, or for gate and up.
-_ONE_QKV = ("eva", "persimmon", "phi3", "qwen2_vl", "qwen2_5_vl")
+_ONE_QKV = ("eva", "persimmon", "phi3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 _ONE_GATE_AND_UP = ("phi3",)
 
 

@@ -2,7 +2,7 @@
 
 They are InternVL 2.5 (arXiv 2412.05271), 3 (arXiv 2504.10479) and 3.5 (arXiv 2508.18265), and
 those of recipes: LLaVA-NeXT and LLaVA-OneVision, for ``--recipe llava_next`` and
-``llava_onevision``, PaliGemma, Qwen2-VL and Qwen2.5-VL.
+``llava_onevision``, PaliGemma, Qwen2-VL, Qwen2.5-VL and Qwen3-VL.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from megavlm.config.recipes import (
     paligemma,
     qwen2_5_vl,
     qwen2_vl,
+    qwen3_vl,
 )
 from megavlm.config.schema import NO_LANGUAGE, Architecture, Init, Language, Vision
 
@@ -221,6 +222,7 @@ MODELS: dict[str, Architecture] = {
     **paligemma.MODELS,
     **qwen2_vl.MODELS,
     **qwen2_5_vl.MODELS,
+    **qwen3_vl.MODELS,
 }
 
 

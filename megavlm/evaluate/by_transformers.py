@@ -29,7 +29,7 @@ from megavlm.io import atomic
 # Dialects whose classes take the prompt and the pixels of its images, as below.
 _ANSWERING = (
     *("native", "llava", "llava_next", "llava_onevision", "paligemma", "fuyu"),
-    *("qwen2_vl", "qwen2_5_vl"),
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
 )
 
 

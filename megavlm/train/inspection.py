@@ -92,7 +92,7 @@ def _check_tokenizer(config: Config) -> None:
     folder = first_with_images(config.data.train_folders)  # whose tokenizer checkpoints hold
     if is_remote(folder):
         return
-    row = HUB_FORMATS[recipe(config.recipe).format_for(config.architecture.objective)]
+    row = HUB_FORMATS[recipe(config.recipe).format_for(config.architecture)]
     tokenizer = Path(folder) / "tokenizer"
     if not tokenizer.is_dir():
         raise ValueError(

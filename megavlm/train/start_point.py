@@ -79,7 +79,7 @@ def _check_parts(config: Config) -> None:
 
 def exports_unused(config: Config) -> bool:
     """Tell whether exports hold more of a vision encoder than the model uses."""
-    dialect = recipe(config.recipe).format_for(config.architecture.objective)
+    dialect = recipe(config.recipe).format_for(config.architecture)
     arch = config.architecture
     return not any(HOLDS[dialect](arch)) and bool(unused_rows(arch, dialect))
 

@@ -171,7 +171,7 @@ def test_unknown_names_are_refused_with_the_known_ones():
 def test_stages_of_qwen_train_what_their_reports_say():
     trained = {
         name: {stage: row.training.trainable for stage, row in recipe(name).stages.items()}
-        for name in ("qwen2_vl", "qwen2_5_vl")
+        for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
     }
     everything = ("vision", "connector", "language")
     assert trained["qwen2_vl"] == {
@@ -188,6 +188,21 @@ def test_stages_of_qwen_train_what_their_reports_say():
         "dpo": everything[1:],
         "finetune": everything[1:],
     }
+
+    assert trained["qwen3_vl"] == {
+        "0": everything[1:2],
+        **dict.fromkeys(("1", "2", "3", "sft"), everything),
+        "finetune": everything[1:],
+    }
+    tokens = {
+        stage: row.training.steps * row.training.global_batch_size * length
+        for (stage, row), length in zip(
+            recipe("qwen3_vl").stages.items(), (8192, 8192, 32768, 262144), strict=False
+        )
+    }
+    published = {"0": 67e9, "1": 1e12, "2": 1e12, "3": 100e9}
+    assert tokens == {stage: pytest.approx(count, rel=0.01) for stage, count in published.items()}
+    assert {recipe("qwen3_vl").stage(stage).loss_reduction for stage in published} == {"square"}
 
 
 def test_a_stage_may_set_the_losses_of_preferences():

@@ -147,10 +147,15 @@ def make_gemma(folder: Path) -> Path:
 
 
 def make_language(
-    folder: Path, *, rows: int = 300, tied: bool = False, spread: float = 0.5
+    folder: Path,
+    *,
+    rows: int = 300,
+    tied: bool = False,
+    spread: float = 0.5,
+    kind: str = "qwen2",
 ) -> Path:
-    """Make a language model whose tokenizer has ``WORDS`` tokens and whose embedding has ``rows``
-    rows; ``spread`` is the standard deviation of its fresh weights.
+    """Make a language model of a kind, whose tokenizer has ``WORDS`` tokens and whose embedding has
+    ``rows`` rows; ``spread`` is the standard deviation of its fresh weights.
     """
     torch.manual_seed(12)
     sizes = dict(
@@ -162,8 +167,9 @@ def make_language(
         vocab_size=rows,
     )
     config = AutoConfig.for_model(
-        "qwen2",
+        kind,
         **sizes,
+        **({"head_dim": 8} if kind == "qwen3" else {}),
         tie_word_embeddings=tied,
         max_position_embeddings=256,
         initializer_range=spread,

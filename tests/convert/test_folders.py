@@ -94,9 +94,9 @@ def test_a_whole_model_of_another_kind_is_no_part(tmp_path: Path, part: str, tol
     folders = dict(zip(("vision", "language"), parts, strict=True))
     folders[part] = str(tmp_path / "whole")
     Path(folders[part]).mkdir()
-    kind = {"model_type": "qwen3_vl", "vision_config": {}}
+    kind = {"model_type": "mllama", "vision_config": {}}
     (Path(folders[part]) / "config.json").write_text(json.dumps(kind))
-    with pytest.raises(ValueError, match=f"qwen3_vl', must be one of {told}.*; no part of a") as e:
+    with pytest.raises(ValueError, match=f"mllama', must be one of {told}.*; no part of a") as e:
         read_model("", Init(**folders))
     assert f"--init.{part} {folders[part]}" in str(e.value)
 

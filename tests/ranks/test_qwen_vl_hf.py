@@ -1,5 +1,5 @@
-"""Qwen2-VL and Qwen2.5-VL against ``transformers``: logits and losses of packs with images of
-several sizes, and the tool that compares an export with its checkpoint.
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL against ``transformers``: logits and losses of packs with
+images of several sizes, and the tool that compares an export with its checkpoint.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from megavlm.convert.hf import convert
 from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS, load_tokenizer
 from tests.convert.hf.test_peft import checkpoint_of
 from tests.convert.part_folders import make_tokenizer
-from tests.convert.qwen_vl_models import KINDS, SMALL, SMALL_2, make_qwen_vl
+from tests.convert.qwen_vl_models import (
+    KINDS,
+    SMALL,
+    SMALL_2,
+    SMALL_3,
+    SMALL_3_MOE,
+    kind_of,
+    make_qwen_vl,
+)
 from tests.data.native_packs import Size, native_image, write_native
 from tests.ranks.model_checks import (
     CONTEXT,
@@ -82,7 +90,9 @@ def difference(checkpoint: Path, hf: Path, packs: Path) -> float:
     return compare(str(checkpoint), hf, packs, packs=1).max_abs_difference
 
 
-@pytest.mark.parametrize("architecture", [SMALL, SMALL_2], ids=["2.5", "2"])
+@pytest.mark.parametrize(
+    "architecture", [SMALL, SMALL_2, SMALL_3, SMALL_3_MOE], ids=["2.5", "2", "3", "experts"]
+)
 def test_an_export_is_verified_with_its_packs(
     ranks: Pool, tmp_path: Path, architecture: Architecture
 ) -> None:
@@ -95,7 +105,8 @@ def test_an_export_is_verified_with_its_packs(
     packs = tmp_path / "packs"
     records = write_records(tmp_path, architecture.vision.image_size)
     bounds = dict(min_pixels=64, max_pixels=4096)
-    pack_records(records, words, packs, architecture, template="qwen2_vl", mode="native", **bounds)
+    facts = dict(template=kind_of(architecture).template, mode="native", **bounds)
+    pack_records(records, words, packs, architecture, **facts)
     start = convert.import_(source, tmp_path / "start", tokenizer=words)
     out = convert.export(start, tmp_path / "out", dtype=torch.float32)
     [found] = ranks.run(difference, 1, start, out, packs)

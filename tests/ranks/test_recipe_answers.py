@@ -50,6 +50,8 @@ TEMPLATES = {
     "llava_onevision": "llava_v1",
     "qwen2_vl": "qwen2_vl",
     "qwen2_5_vl": "qwen2_vl",
+    "qwen3_vl": "qwen3_vl",
+    "qwen3_vl experts": "qwen3_vl",
 }
 _QWEN_TOKENS = IMAGE_TOKEN_SETS["qwen2_vl"].added
 CASES: dict[str, tuple[Architecture, Callable, Callable, str, tuple[str, ...]]] = {
@@ -97,6 +99,20 @@ CASES: dict[str, tuple[Architecture, Callable, Callable, str, tuple[str, ...]]] 
     ),
     "qwen2_vl": (
         qwen_vl_models.SMALL_2,
+        make_qwen_vl,
+        partial(make_tokenizer, extra=_QWEN_TOKENS),
+        "native",
+        ("vision", "connector", "language"),
+    ),
+    "qwen3_vl": (
+        qwen_vl_models.SMALL_3,
+        make_qwen_vl,
+        partial(make_tokenizer, extra=_QWEN_TOKENS),
+        "native",
+        ("vision", "connector", "language"),
+    ),
+    "qwen3_vl experts": (
+        qwen_vl_models.SMALL_3_MOE,
         make_qwen_vl,
         partial(make_tokenizer, extra=_QWEN_TOKENS),
         "native",

@@ -33,6 +33,6 @@ def problems(config: Config) -> Iterator[str]:
                 " from; give one of them"
             )
     if export:
-        form = recipe(config.recipe).format_for(config.architecture.objective)
+        form = recipe(config.recipe).format_for(config.architecture)
         for reason in HOLDS[form](config.architecture):
             yield f"--checkpoint.export_hf {export}: {reason}"

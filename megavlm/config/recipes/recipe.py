@@ -67,7 +67,8 @@ class Recipe:
             name another.
         hub_format: row of ``HUB_FORMATS`` (``megavlm/convert/hf/hub_formats.py``) that a trained
             model is exported in, unless another one is asked for.
-        other_formats: rows for models of other objectives than the last stage's, by objective.
+        other_formats: rows for models of other objectives than the last stage's, by objective, and
+            with language models of other families than the architecture's, by family.
     """
 
     name: str
@@ -104,9 +105,12 @@ class Recipe:
         preference = row.preference or found.preference
         return replace(found, vision=vision, contrastive=contrastive, preference=preference)
 
-    def format_for(self, objective: str) -> str:
-        """Return the format that a model of an objective is exported in."""
-        return self.other_formats.get(objective, self.hub_format)
+    def format_for(self, model: Architecture) -> str:
+        """Return the format that a model is exported in."""
+        kinds = (model.objective, model.language.family)
+        return next(
+            (self.other_formats[one] for one in kinds if one in self.other_formats), self.hub_format
+        )
 
     def data(self, stage: str) -> Data:
         """Return what the stage ``stage`` sets of the data; raises as ``stage``."""

@@ -143,6 +143,8 @@ EXAMPLES: dict[Dialect, Example] = {
     "fuyu": Example(text=_READING_PATCHES),
     "qwen2_vl": Example(text=_CHATTING + _OF_VIDEOS),
     "qwen2_5_vl": Example(text=_CHATTING + _OF_VIDEOS),
+    "qwen3_vl": Example(text=_CHATTING + _OF_VIDEOS),
+    "qwen3_vl_moe": Example(text=_CHATTING + _OF_VIDEOS),
     "clip": _comparing(
         "CLIPModel",
         "True",

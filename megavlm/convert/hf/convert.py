@@ -34,7 +34,6 @@ from megavlm.convert.hf.safetensors_files import SHARD_BYTES, SafetensorsFolder
 from megavlm.convert.hf.unused_weights import WithUnused
 from megavlm.convert.weights.adapters import MergedAdapters
 from megavlm.convert.weights.fused_experts import separate_experts
-from megavlm.convert.weights.joined_experts import JoinedExperts
 from megavlm.convert.weights.tables import Dialect
 from megavlm.convert.weights.upcycle import Upcycled, Upcycling
 from megavlm.convert.weights.views import HuggingFaceView, MegatronView, Tensors
@@ -143,15 +142,14 @@ def export(
     folder = found.folder
     out = Path(out)
     architecture = found.config.architecture
-    dialect = dialect or recipe(found.config.recipe).format_for(architecture.objective)
+    dialect = dialect or recipe(found.config.recipe).format_for(architecture)
+    form = HUB_FORMATS[dialect]
     source = _merged(ShardsFolder(folder / SHARDS, averages=averages), architecture, dialect, dtype)
     used = HuggingFaceView(source, architecture, dtype, dialect=dialect)
-    unused = (
-        unused_weights.of_export(Path(vision), architecture, dialect)
-        if vision
-        else unused_weights.read(folder)
-    )
-    view = JoinedExperts(WithUnused(used, architecture, dialect, unused, dtype))
+    unused = unused_weights.read(folder)
+    if vision:
+        unused = unused_weights.of_export(Path(vision), architecture, dialect)
+    view = form.gather_experts(WithUnused(used, architecture, dialect, unused, dtype))
     words = Path(tokenizer) if tokenizer else folder / TOKENIZER
     if not words.is_dir():
         raise FileNotFoundError(
@@ -159,9 +157,9 @@ def export(
         )
     with new_folder(out, flag) as growing, Progress("export", "B", _bytes(view)) as progress:
         usage = preprocessing.of_checkpoint(folder)
-        HUB_FORMATS[dialect].write_files(growing, words, architecture, usage, _main_dtype(view))
+        form.write_files(growing, words, architecture, usage, _main_dtype(view))
         model_card.write(growing, out.name, found, usage, dialect, view.headers, licenses or {})
-        write_parts(view, growing, HUB_FORMATS[dialect].folders, shard_bytes, done=progress.add)
+        write_parts(view, growing, form.folders, shard_bytes, done=progress.add)
         before_named()
     return out
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megavlm.checkpoint import directory, train_state
 from megavlm.config.connectors import LLAVA, Connector
@@ -68,11 +68,20 @@ def read_model(folder: str, init: Init, default: Architecture | None = None) -> 
     language = known.language
     if init.language:
         read = language_from_hf(init, known.image_tokens)
-        language = replace(read, rotary_sections=known.language.rotary_sections)
+        language = replace(read, **_positions(known.language))
     if default is not None:
         found = replace(default, vision=vision, language=language)
         return _with_connector(found, init) if init.connector else found
     return _compose(vision, language)
+
+
+def _positions(language: Language) -> dict[str, Any]:
+    """Return the fields of a language model that say how positions are rotated in sections, which
+    no language model alone has.
+    """
+    return dict(
+        rotary_sections=language.rotary_sections, rotary_interleaved=language.rotary_interleaved
+    )
 
 
 def _check_folders(model: str, init: Init) -> None:
@@ -265,10 +274,7 @@ def _found(init: Init, part: str, wanted: Architecture) -> Architecture:
     are rotated in sections and the number of CLIP's layers may differ and are kept.
     """
     if part == "language":
-        kept = dict(
-            vocab_size=wanted.language.vocab_size,
-            rotary_sections=wanted.language.rotary_sections,
-        )
+        kept = dict(vocab_size=wanted.language.vocab_size, **_positions(wanted.language))
         return replace(wanted, language=replace(_language(Path(init.language)), **kept))
     if part in ("connector", "text"):
         return _with_connector(wanted, init)

@@ -34,17 +34,21 @@ from megavlm.convert.hf import (
     preprocessing,
     processor,
     qwen_vl_config,
+    qwen_vl_kinds,
     qwen_vl_processor,
 )
 from megavlm.convert.hf.json_files import FILE_NAME, is_whole_model, read_config
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.weights import pairs
+from megavlm.convert.weights.fused_experts import FusedExperts
+from megavlm.convert.weights.joined_experts import JoinedExperts
 from megavlm.convert.weights.tables import (
     Dialect,
     llava_name_on_disk,
     name_on_disk,
     qwen_vl_name_on_disk,
 )
+from megavlm.convert.weights.views import Tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,6 +89,7 @@ class HubFormat:
         write_files: see ``processor.write_native``.
         name_on_disk: gives the name of a weight in files of the format for a name in the folder;
             None: it is no weight.
+        gather_experts: shows the tensors of each expert of a layer as files hold them together.
         folders: folders of the parts, by what the names of their weights begin with; none: the
             model is one folder.
         check_tokenizer: raises ValueError for the folder of a tokenizer whose texts the class would
@@ -100,6 +105,7 @@ class HubFormat:
     read_usage: Callable[[Path], Usage]
     write_files: WriteFiles
     name_on_disk: Callable[[str], str | None] = str
+    gather_experts: Callable[[Tensors], Tensors] = JoinedExperts
     folders: Mapping[str, str] = field(default_factory=dict)
     check_tokenizer: Callable[[Path], object] | None = None
     end_problems: Callable[[Mapping[str, Any], PreTrainedTokenizerBase], Iterator[str]] | None = (
@@ -107,15 +113,16 @@ class HubFormat:
     )
 
 
-def _qwen_vl(kind: qwen_vl_config.Kind) -> HubFormat:
-    """Return the row of one of the two classes."""
+def _qwen_vl(kind: qwen_vl_kinds.Kind) -> HubFormat:
+    """Return the row of one of the classes."""
     return HubFormat(
         class_name=kind.class_name,
         model_type=kind.model_type,
         read_architecture=partial(qwen_vl_config.read, kind=kind),
         read_usage=partial(qwen_vl_processor.read_usage, kind=kind),
         write_files=partial(qwen_vl_processor.write, kind=kind),
-        name_on_disk=qwen_vl_name_on_disk,
+        name_on_disk=str if kind.is_third else qwen_vl_name_on_disk,
+        gather_experts=FusedExperts if kind is qwen_vl_kinds.QWEN3_VL_MOE else JoinedExperts,
     )
 
 
@@ -178,8 +185,7 @@ HUB_FORMATS: dict[Dialect, HubFormat] = {
         name_on_disk=name_on_disk,
         check_tokenizer=fuyu_config.check_tokenizer,
     ),
-    "qwen2_vl": _qwen_vl(qwen_vl_config.QWEN2_VL),
-    "qwen2_5_vl": _qwen_vl(qwen_vl_config.QWEN2_5_VL),
+    **{name: _qwen_vl(kind) for name, kind in qwen_vl_kinds.KINDS.items()},
     "clip": HubFormat(
         class_name="CLIPModel",
         model_type="clip",

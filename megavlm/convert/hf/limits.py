@@ -36,7 +36,7 @@ _IMAGES: Mapping[Dialect, _Images] = {
     "llava_onevision": _Images(needs=("anyres_max_9", "It also makes a grid of tiles")),
     "fuyu": _Images(needs=("patches", "It makes patches of images of any size")),
     **dict.fromkeys(
-        ("qwen2_vl", "qwen2_5_vl"),
+        ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
         _Images(
             needs=("native", "It resizes an image to whole tiles, as many as are near its size")
         ),

@@ -1,6 +1,4 @@
-"""Everything in a folder of ``Qwen2VLForConditionalGeneration`` or
-``Qwen2_5_VLForConditionalGeneration`` but the weights.
-"""
+"""Everything in a folder of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL but the weights."""
 
 from __future__ import annotations
 
@@ -22,11 +20,9 @@ from megavlm.convert.hf.json_files import (
 )
 from megavlm.convert.hf.preprocessing import Usage, without_grid
 from megavlm.convert.hf.processor import chat_template, pixel_settings, write_generation
-from megavlm.convert.hf.qwen_vl_config import Kind
-from megavlm.data.images.native import QWEN2_VL_PIXELS
+from megavlm.convert.hf.qwen_vl_kinds import Kind
 from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS, QWEN_VIDEO, load_tokenizer
 
-_TEMPLATE = "qwen2_vl"
 # What its settings call the fewest and the most pixels of an image, as of 2025 and before.
 _BOUNDS = (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels"))
 
@@ -45,11 +41,11 @@ def read_usage(folder: Path, *, kind: Kind) -> Usage:
     shared.refuse(path, [*wrong, *_other_images(found, folder, kind)])
     least, most = (
         found.get(old) or size.get(new) or size.get(old) or usual
-        for (new, old), usual in zip(_BOUNDS, QWEN2_VL_PIXELS, strict=True)
+        for (new, old), usual in zip(_BOUNDS, kind.bounds, strict=True)
     )
     if least > most:
         shared.refuse(path, [f"an image has at least {least} pixels and at most {most}"])
-    return without_grid(_TEMPLATE, tiling="native", min_pixels=least, max_pixels=most)
+    return without_grid(kind.template, tiling="native", min_pixels=least, max_pixels=most)
 
 
 def _other_images(found: Mapping[str, Any], folder: Path, kind: Kind) -> Iterator[str]:

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megavlm.convert.hf import qwen_vl_config
 from megavlm.convert.hf.hub_formats import hub_format_of
 from megavlm.convert.hf.json_files import class_of_transformers
 from megavlm.convert.hf.model_config import architecture_from_hf
+from megavlm.convert.hf.qwen_vl_kinds import KINDS
 from megavlm.data.images.anyres import grids_text
 from megavlm.data.images.feature_layout import (
     FeatureLayout,
@@ -52,7 +52,7 @@ def tile_inputs(
     """
     if not len(pixels):
         return {}
-    if model.config.model_type in qwen_vl_config.KINDS:
+    if model.config.model_type in KINDS:
         return _patch_inputs(model.config, pixels, images, tokens)
     return {"pixel_values": pixels} | _size_inputs(model, images)
 
@@ -60,7 +60,7 @@ def tile_inputs(
 def _patch_inputs(
     config: Any, pixels: Tensor, images: Sequence[Tiled], tokens: Tensor
 ) -> dict[str, Tensor]:
-    """Return what the classes of Qwen2-VL and Qwen2.5-VL read of tiles: their patches [patches,
+    """Return what the classes of Qwen2-VL and its successors read of tiles: their patches [patches,
     3 f p p], as their image processor makes them for f frames of patches of p pixels, the patches
     along the sides of each image, and which tokens are of images.
     """

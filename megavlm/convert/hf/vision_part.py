@@ -1,5 +1,5 @@
 """Vision encoders to start from: folders of an InternViT, a CLIP, a SigLIP, an EVA, or a whole
-Qwen2-VL or Qwen2.5-VL.
+Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from megavlm.convert.hf import (
     chat_config,
     clip_vision,
     json_files,
-    qwen_vl_config,
+    qwen_vl_vision,
 )
+from megavlm.convert.hf.qwen_vl_kinds import KINDS
 from megavlm.convert.hf.safetensors_files import SafetensorsFolder
 from megavlm.convert.weights.families import clip, eva, internvit, qwen_vl
 from megavlm.convert.weights.mapping import Row
@@ -49,7 +50,7 @@ def is_encoder(folder: str) -> bool:
 
 def vision_from_hf(folder: str | Path, like: Vision | None = None) -> Vision:
     """Read the vision encoder in a folder: an InternViT as OpenGVLab publishes it, a CLIP, a SigLIP
-    or an EVA, alone or in a BLIP-2, or that of a whole Qwen2-VL or Qwen2.5-VL.
+    or an EVA, alone or in a BLIP-2, or that of a whole Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
 
     Args:
         folder: the folder.
@@ -70,13 +71,13 @@ def vision_from_hf(folder: str | Path, like: Vision | None = None) -> Vision:
         settings = blip2_config.vision_settings(raw)
         json_files.refuse(path, list(blip2_config.vision_problems(settings, "")))
         return blip2_config.read_vision(settings, Path(folder))
-    if kind in qwen_vl_config.KINDS:
+    if kind in KINDS:
         return _of_qwen_vl(raw, Path(folder))
     if kind not in _CLIP_KINDS:
         whole = "; no part of another vision-language model is read: name a vision encoder alone"
         raise ValueError(
             f"--init.vision {path}: model_type is {kind!r}, must be one of"
-            f" {', '.join((_INTERNVIT, *_CLIP_KINDS, *_EVA_KINDS, *qwen_vl_config.KINDS))}"
+            f" {', '.join((_INTERNVIT, *_CLIP_KINDS, *_EVA_KINDS, *KINDS))}"
             f"{whole if json_files.is_whole_model(raw) else ''}"
         )
     family, form = _CLIP_KINDS[kind]
@@ -96,12 +97,14 @@ def vision_from_hf(folder: str | Path, like: Vision | None = None) -> Vision:
 
 
 def _of_qwen_vl(raw: dict[str, Any], folder: Path) -> Vision:
-    """Read the vision encoder of a Qwen2-VL or Qwen2.5-VL; errors as of ``vision_from_hf``."""
-    kind = qwen_vl_config.KINDS[raw["model_type"]]
+    """Read the vision encoder of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL; errors as of
+    ``vision_from_hf``.
+    """
+    kind = KINDS[raw["model_type"]]
     path = folder / json_files.FILE_NAME
     settings = json_files.complete(kind.form, raw, path)["vision_config"]
-    json_files.refuse(path, list(qwen_vl_config.vision_problems(settings, kind)))
-    return qwen_vl_config.read_vision(settings, folder, kind)
+    json_files.refuse(path, list(qwen_vl_vision.problems(settings, kind)))
+    return qwen_vl_vision.read(settings, folder, kind)
 
 
 def _clip_problems(found: dict[str, Any], unused: int) -> Iterator[str]:
@@ -121,7 +124,7 @@ def open_encoder(folder: Path, vision: Vision) -> tuple[SafetensorsFolder, list[
         return SafetensorsFolder(folder), internvit.rows(vision, internvit.CHAT)
     if vision.family == "eva":
         return SafetensorsFolder(folder, rename=_used_by_eva(folder)), eva.rows(vision)
-    if vision.family in qwen_vl_config.KINDS:
+    if vision.family in KINDS:
         return SafetensorsFolder(folder, rename=_used_by_qwen_vl), qwen_vl.rows(vision)
     return SafetensorsFolder(folder, rename=_used_by(vision)), clip.rows(vision)
 
@@ -161,10 +164,11 @@ def _used_by_eva(folder: Path) -> Callable[[str], str | None]:
 
 
 def _used_by_qwen_vl(name: str) -> str | None:
-    """Rename the tensors of the vision encoder of a Qwen2-VL or Qwen2.5-VL, and leave out the
-    others.
+    """Rename the tensors of the vision encoder of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL, and leave out
+    the others.
     """
     start = "visual."
     found = qwen_vl_name_on_disk(name)
-    is_other = not found.startswith(start) or found.startswith(f"{start}merger.")
+    mergers = (f"{start}merger.", f"{start}deepstack_merger_list.")
+    is_other = not found.startswith(start) or found.startswith(mergers)
     return None if is_other else found.removeprefix(start)

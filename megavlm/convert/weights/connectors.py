@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megavlm.config.schema import Architecture
-from megavlm.convert.weights.mapping import Row, linear, norm, within
+from megavlm.convert.weights.mapping import Row, layers, linear, norm, within
 from megavlm.convert.weights.transforms import BesideIdentity
 
 
@@ -51,11 +51,36 @@ def llava_next_rows(architecture: Architecture) -> list[Row]:
 
 def merger_rows(architecture: Architecture) -> list[Row]:
     """List the weights of the connector ``merger``, as files of Qwen2-VL name them."""
+    width = architecture.vision.hidden_size
+    return _merger(architecture, width, ("ln_q", "mlp.0", "mlp.2"))
+
+
+def deep_merger_rows(architecture: Architecture) -> list[Row]:
+    """List the weights of the connector ``merger`` and of those for DeepStack, as files of Qwen3-VL
+    name them.
+    """
+    names = ("norm", "linear_fc1", "linear_fc2")
     vision = architecture.vision
+    joined = architecture.connector_sizes.feature_size
+    return [
+        *within(_merger(architecture, vision.hidden_size, names), "", "merger."),
+        *layers(
+            _merger(architecture, joined, names),
+            "deep.{}.",
+            "deepstack_merger_list.{}.",
+            len(vision.deepstack_layers),
+        ),
+    ]
+
+
+def _merger(architecture: Architecture, normed: int, names: tuple[str, str, str]) -> list[Row]:
+    """List the weights of a merger whose norm is ``normed`` wide; ``names`` are those of its norm
+    and of its two linear layers.
+    """
     inner = architecture.connector_sizes.feature_size
     output = architecture.language.hidden_size
     return [
-        *norm("norm.", "ln_q", vision.hidden_size, vision.normalization),
-        *linear("mlp.linear_fc1", ("mlp.0",), (inner, inner)),
-        *linear("mlp.linear_fc2", ("mlp.2",), (output, inner)),
+        *norm("norm.", names[0], normed, architecture.vision.normalization),
+        *linear("mlp.linear_fc1", (names[1],), (inner, inner)),
+        *linear("mlp.linear_fc2", (names[2],), (output, inner)),
     ]

@@ -17,13 +17,22 @@ from megavlm.config.exports import HOLDS
 from megavlm.config.schema import Architecture, Language, Vision
 from megavlm.convert.weights import idefics, pairs, qformer, resampler
 from megavlm.convert.weights.connectors import (
+    deep_merger_rows,
     linear_rows,
     llava_next_rows,
     llava_rows,
     merger_rows,
     mlp_rows,
 )
-from megavlm.convert.weights.families import FAMILIES, clip, eva, internvit, qwen_vl, written_as
+from megavlm.convert.weights.families import (
+    FAMILIES,
+    clip,
+    eva,
+    family_of,
+    internvit,
+    qwen_vl,
+    written_as,
+)
 from megavlm.convert.weights.mapping import Row, within
 
 Dialect = Literal[
@@ -36,6 +45,8 @@ Dialect = Literal[
     "fuyu",
     "qwen2_vl",
     "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
     "clip",
     "siglip",
     "internvl_c",
@@ -88,6 +99,30 @@ _QWEN_VL = _Names(
     connector_rows=merger_rows,
     language="",
 )
+
+
+def _within_model(architecture: Architecture) -> list[Row]:
+    """List the weights of a language model, with names as in a whole model that is one with its
+    language model in memory.
+    """
+    language = architecture.language
+    found = family_of(language).rows(language)
+    return [
+        replace(
+            row, names=tuple(re.sub(r"^model\.", "model.language_model.", one) for one in row.names)
+        )
+        for row in found
+    ]
+
+
+_QWEN3_VL = _Names(
+    vision="model.visual.",
+    vision_rows=qwen_vl.rows,
+    connector="model.visual.",
+    connector_rows=deep_merger_rows,
+    language="",
+    language_rows=_within_model,
+)
 _NAMES: dict[Dialect, _Names] = {
     "native": _Names(
         vision="vision_tower.",
@@ -125,6 +160,8 @@ _NAMES: dict[Dialect, _Names] = {
     ),
     "qwen2_vl": _QWEN_VL,
     "qwen2_5_vl": _QWEN_VL,
+    "qwen3_vl": _QWEN3_VL,
+    "qwen3_vl_moe": _QWEN3_VL,
     "blip2": _Names(
         vision="vision_model.",
         vision_rows=eva.rows,

@@ -12,6 +12,8 @@ from megavlm.data.records.reject import RejectError
 
 # Fewest and most pixels of a resized image, of that image processor.
 QWEN2_VL_PIXELS = (56 * 56, 1280 * 28 * 28)
+# Of the image processor of Qwen3-VL's published models.
+QWEN3_VL_PIXELS = (256 * 256, 4096 * 4096)
 # Of which the longer side has so many times the pixels of the shorter.
 LONGEST_SHAPE = 200
 

@@ -11,6 +11,7 @@ from megavlm.config.tiling import NOTHING_STATED, StatedTiles
 from megavlm.config.vision import PIXELS
 from megavlm.data.images.anyres import LLAVA_GRIDS, USUAL_GRIDS, Grid, read_grids
 from megavlm.data.images.frame_sampling import FrameChoice
+from megavlm.data.images.native import QWEN2_VL_PIXELS, QWEN3_VL_PIXELS
 from megavlm.data.images.tiling import FUYU_LIMIT, Tiling
 from megavlm.data.packing.settings import Job
 from megavlm.data.packing.windows import Windows
@@ -81,7 +82,7 @@ def make_job(
             or stated.grids
             or USUAL_GRIDS.get(args.tiling, LLAVA_GRIDS),
             **_of_dynamic_tiling(args),
-            **_pixels(args, stated),
+            **_pixels(args, stated, model.vision.family),
         ),
         pixel_std=std,
         frames=FrameChoice(
@@ -127,14 +128,16 @@ def _of_dynamic_tiling(args: argparse.Namespace) -> dict[str, int | bool]:
     return given
 
 
-def _pixels(args: argparse.Namespace, stated: StatedTiles) -> dict[str, int]:
-    """Return the bounds of the pixels of an image that are given or stated. Raises ValueError:
+def _pixels(args: argparse.Namespace, stated: StatedTiles, family: str) -> dict[str, int]:
+    """Return the bounds of the pixels of an image that are given or stated, or usual for vision
+    encoders of a family. Raises ValueError:
     those that are given would have no effect.
     """
     asked = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
     given = {name: value for name, value in asked.items() if value is not None}
     if args.tiling == "native":
-        return dict(zip(asked, stated.pixels or (), strict=False)) | given
+        usual = QWEN3_VL_PIXELS if family == "qwen3_vl" else QWEN2_VL_PIXELS
+        return dict(zip(asked, stated.pixels or usual, strict=True)) | given
     if given:
         flags = ", ".join(f"--{name} {value}" for name, value in given.items())
         raise ValueError(f"{flags}: goes with --tiling native; leave it out")

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 
 from megavlm.data.images.anyres import LLAVA_GRIDS, grids_text
-from megavlm.data.images.native import QWEN2_VL_PIXELS
+from megavlm.data.images.native import QWEN2_VL_PIXELS, QWEN3_VL_PIXELS
 from megavlm.data.images.tiling import FUYU_LIMIT
 from megavlm.data.text.templates import FORMATS
 
@@ -93,14 +93,16 @@ IMAGES = (
         name="min_pixels",
         text=(
             "for --tiling native: smaller images are made larger, to so many pixels in all"
-            f" (default: that of the folder that --model names, or {QWEN2_VL_PIXELS[0]})"
+            f" (default: that of the folder that --model names, or {QWEN2_VL_PIXELS[0]}, for"
+            f" Qwen3-VL {QWEN3_VL_PIXELS[0]})"
         ),
     ),
     Option(
         name="max_pixels",
         text=(
             "for --tiling native: larger images are made smaller, to so many pixels in all"
-            f" (default: that of the folder that --model names, or {QWEN2_VL_PIXELS[1]})"
+            f" (default: that of the folder that --model names, or {QWEN2_VL_PIXELS[1]}, for"
+            f" Qwen3-VL {QWEN3_VL_PIXELS[1]})"
         ),
     ),
     Option(

@@ -2,9 +2,9 @@
 texts become tokens.
 
 All but ``plain``, ``blip2``, ``blip2_pairs``, ``instructblip``, ``paligemma``, ``fuyu``,
-``qwen2_vl``, ``clip``, ``siglip`` and those that begin with ``llava`` or ``flamingo`` are
-InternVL's. Those of ``llava`` are LLaVA's (Liu et al., arXiv 2304.08485 and 2310.03744), with its
-image tokens: ``llava_plain`` is what LLaVA pretrains its connector with (images and answers),
+``qwen2_vl``, ``qwen3_vl``, ``clip``, ``siglip`` and those that begin with ``llava`` or ``flamingo``
+are InternVL's. Those of ``llava`` are LLaVA's (Liu et al., arXiv 2304.08485 and 2310.03744), with
+its image tokens: ``llava_plain`` is what LLaVA pretrains its connector with (images and answers),
 ``llava_v1`` its conversations, ``llava_chatml`` the same for language models that end an answer
 with ``<|im_end|>``, and ``llava_mistral`` LLaVA-NeXT's for Mistral's instructions. ``blip2`` is a
 caption behind its image, as BLIP-2 (arXiv 2301.12597) reads it: the image stands before the token
@@ -18,7 +18,8 @@ and ``internvl_c`` are pairs of an image and its text, as those models read text
 ``paligemma`` is PaliGemma's (Beyer et al., arXiv 2407.07726): images, one question, a line break
 and its answer, without roles. ``fuyu`` is Fuyu's: the same, with a token of its own before the
 answer. ``qwen2_vl`` is that of Qwen2-VL and Qwen2.5-VL (arXiv 2409.12191 and 2502.13923), which is
-Qwen2.5's, with images in the line of their text.
+Qwen2.5's, with images in the line of their text; ``qwen3_vl``, Qwen3-VL's (arXiv 2511.21631), is
+the same without a system message.
 """
 
 from __future__ import annotations
@@ -76,6 +77,19 @@ _PLAIN_ROW = ChatFormat(
     answer="{}\n",
     markers=(),
     questions=False,
+)
+
+_QWEN2_VL_ROW = ChatFormat(
+    name="qwen2_vl",
+    system_message="You are a helpful assistant.",
+    system="<|im_start|>system\n{}<|im_end|>\n",
+    human="<|im_start|>user\n{}<|im_end|>\n",
+    opening="<|im_start|>assistant\n",
+    answer="{}<|im_end|>",
+    closing="\n",
+    markers=("<|im_start|>", "<|im_end|>"),
+    joint=False,
+    image_tokens="qwen2_vl",
 )
 
 _FLAMINGO_ROW = ChatFormat(
@@ -244,18 +258,8 @@ FORMATS: dict[str, ChatFormat] = {
             first_token="<s>",
             is_single=True,
         ),
-        ChatFormat(
-            name="qwen2_vl",
-            system_message="You are a helpful assistant.",
-            system="<|im_start|>system\n{}<|im_end|>\n",
-            human="<|im_start|>user\n{}<|im_end|>\n",
-            opening="<|im_start|>assistant\n",
-            answer="{}<|im_end|>",
-            closing="\n",
-            markers=("<|im_start|>", "<|im_end|>"),
-            joint=False,
-            image_tokens="qwen2_vl",
-        ),
+        _QWEN2_VL_ROW,
+        replace(_QWEN2_VL_ROW, name="qwen3_vl", system_message=""),
         ChatFormat(name="clip", pair_length=77, **_PAIR),
         ChatFormat(name="blip2_pairs", pair_length=32, **_PAIR),
         ChatFormat(name="siglip", pair_length=64, fills_pair=True, **_PAIR),

@@ -49,6 +49,9 @@ def test_every_dialect_of_the_weights_has_a_row() -> None:
         ("qwen2_vl", "vision.layernorm_epsilon", 1e-5),
         ("qwen2_5_vl", "language.rotary_dynamic_factor", 2.0),
         ("qwen2_5_vl", "vision.activation", "gelu"),
+        ("qwen3_vl", "vision.activation", "swiglu"),
+        ("qwen3_vl", "language.rotary_interleaved", False),
+        ("qwen3_vl", "language.family", "qwen2"),
     ],
 )
 def test_what_config_json_cannot_say_is_refused(recipe: str, field: str, value: object) -> None:

@@ -105,7 +105,9 @@ def test_exports_of_qwen2_vl_load_in_transformers_4(tmp_path: Path) -> None:
     token = load_tokenizer(tmp_path / "words").convert_tokens_to_ids("<|image_pad|>")
     folders = {}
     for kind, architecture in QWEN_VL.items():
-        if architecture.vision.grid != 2:  # the image has 10 x 6 patches
+        vision = architecture.vision
+        # The image has 10 x 6 patches, and the release has no Qwen3-VL.
+        if vision.grid != 2 or vision.family == "qwen3_vl":
             continue
         source = make_qwen_vl(
             tmp_path / f"{kind} hf", architecture, torch.float32, image_token_id=token

@@ -160,7 +160,7 @@ def test_what_other_models_of_phi3s_kind_have_is_refused(
         ('{"model_type": "internvl_chat"}', r"ps_version is missing(.|\n)*llm_config is missing"),
         ('{"model_type": "qwen2"}', "must be 'internvl' or 'internvl_chat'.*; a language model or"),
         (
-            '{"model_type": "qwen3_vl", "vision_config": {}}',
+            '{"model_type": "mllama", "vision_config": {}}',
             "must be 'internvl' or .*; no other vision-language model can be trained here; one",
         ),
         (

@@ -61,6 +61,9 @@ def test_every_class_that_names_a_token_of_images_is_compared(tmp_path: Path) ->
     golden_words(tmp_path, "qwen2_vl")
     with pytest.raises(ValueError, match=r"image_token_id is 7, and the tokenizer's <\|image_pad"):
         named_tokens.check(tmp_path, tmp_path, "qwen2_vl")
+    write_json(tmp_path / "config.json", {"model_type": "qwen3_vl_moe", "image_token_id": 7})
+    with pytest.raises(ValueError, match=r"image_token_id is 7, and the tokenizer's <\|image_pad"):
+        named_tokens.check(tmp_path, tmp_path, "qwen2_vl")
 
 
 @pytest.mark.parametrize(

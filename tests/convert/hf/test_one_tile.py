@@ -220,6 +220,8 @@ GRID = Usage(thumbnail=False)
         ("llava_onevision", Usage(tiling="anyres_max_9"), ""),
         ("fuyu", Usage(tiling="patches"), ""),
         ("qwen2_vl", Usage(tiling="native"), ""),
+        ("qwen3_vl", Usage(tiling="native"), ""),
+        ("qwen3_vl_moe", Usage(tiling="pad"), "to whole tiles, as many as are near its size; tr"),
         ("qwen2_5_vl", Usage(tiling="stretch"), "to whole tiles, as many as are near its size; tr"),
     ],
 )

@@ -35,7 +35,7 @@ from tests.convert.llava_next_models import make_llava_next, make_llava_onevisio
 from tests.convert.models import NATIVE_KINDS, SMALL, make_hf
 from tests.convert.pair_models import make_pair_model
 from tests.convert.paligemma_models import make_paligemma
-from tests.convert.qwen_vl_models import make_qwen2_5_vl, make_qwen2_vl
+from tests.convert.qwen_vl_models import make_qwen2_5_vl, make_qwen2_vl, make_qwen3_vl
 from tests.ranks.layouts import asks_for_all
 
 TARGETS = ("language", "vision.*.self_attention", "vision.encoder.layers.1.mlp")
@@ -292,6 +292,7 @@ CLASSES: dict[str, tuple[Callable[..., Path], str, str]] = {
     "fuyu": (make_fuyu, "connector.linear.weight", "model.vision_embed_tokens"),
     "qwen2_vl": (make_qwen2_vl, CONNECTOR, "model.visual.merger"),
     "qwen2_5_vl": (make_qwen2_5_vl, CONNECTOR, "model.visual.merger"),
+    "qwen3_vl": (make_qwen3_vl, CONNECTOR, "model.visual.merger"),
     "blip2": (make_blip2, "connector.output.weight", "language_projection"),
     "instructblip": (make_instructblip, "connector.output.weight", "language_projection"),
     "clip": (

@@ -1,4 +1,4 @@
-"""Qwen2-VL and Qwen2.5-VL models, there and back, and in the hands of transformers."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL models, there and back, and in the hands of transformers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedModel
 
-from megavlm.config.recipes import qwen2_5_vl, qwen2_vl
+from megavlm.config.recipes import RECIPES
 from megavlm.config.schema import Architecture, Config, Init, Training
 from megavlm.convert.hf import convert, from_parts, preprocessing, qwen_vl_config
 from megavlm.convert.hf.hub_formats import hub_format_of
@@ -26,15 +26,26 @@ from megavlm.data.images.native import QWEN2_VL_PIXELS, native_grid
 from megavlm.data.records.record import Turn
 from megavlm.data.text.chat_tokens import ChatTemplate
 from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS, load_tokenizer
-from megavlm.planner.flops import pieces
 from tests.convert.card import counted_parts, run_example
 from tests.convert.models import ids_with, load_all
 from tests.convert.part_folders import make_language, make_tokenizer
-from tests.convert.qwen_vl_models import KINDS, MARKS, SMALL, SMALL_2, kind_of, make_qwen_vl
+from tests.convert.qwen_vl_models import (
+    KINDS,
+    MARKS,
+    SMALL,
+    SMALL_2,
+    SMALL_3,
+    SMALL_3_MOE,
+    kind_of,
+    make_qwen_vl,
+    refuse,
+)
 from tests.convert.round_trip import assert_round_trip
 from tests.data.native_packs import write_native
 
-MODELS = qwen2_vl.MODELS | qwen2_5_vl.MODELS
+_OF_ALL = pytest.mark.parametrize(
+    "architecture", [SMALL, SMALL_2, SMALL_3, SMALL_3_MOE], ids=["2.5", "2", "3", "experts"]
+)
 # A wide one, a tall one, a square one, one that is made smaller and one that is made larger.
 SIZES = ((90, 30), (20, 75), (48, 48), (300, 200), (5, 9))
 BOUNDS = (1024, 8192)
@@ -65,13 +76,14 @@ def test_import_then_export_is_bit_identical(tmp_path: Path, words: Path, kind: 
     source = make_qwen_vl(tmp_path / "hf", architecture, image_token_id=image_token(words))
     bound(source)
     recipe = architecture.vision.family
+    template = kind_of(architecture).template
     tensors = assert_round_trip(source, tmp_path, words, architecture, recipe)
     assert ("lm_head.weight" in tensors) != architecture.language.tied_head
     for found in (
         hub_format_of(tmp_path / "out").read_usage(tmp_path / "out"),
         preprocessing.of_checkpoint(tmp_path / "checkpoint"),
     ):
-        assert (found.template, found.tiling) == ("qwen2_vl", "native")
+        assert (found.template, found.tiling) == (template, "native")
         assert (found.min_pixels, found.max_pixels) == BOUNDS
     assert not any(part.changed for part in convert.check(source))
 
@@ -123,6 +135,8 @@ def test_transformers_reads_and_writes_the_same_settings(tmp_path: Path, kind: s
     ours = qwen_vl_config.write(row, architecture, MARKS, ids_with(7), torch.bfloat16)
     getattr(transformers, row.form).from_dict(ours).save_pretrained(tmp_path)
     theirs = read_json(tmp_path / "config.json")
+    if architecture.language.num_experts:
+        theirs["text_config"]["num_experts"] = theirs["text_config"].pop("num_local_experts")
     pixels = {"image_mean": list(architecture.vision.pixel_mean), "image_std": [0.5, 0.5, 0.5]}
     write_json(tmp_path / "preprocessor_config.json", pixels)
     found = architecture_from_hf(tmp_path)
@@ -165,12 +179,7 @@ def test_transformers_reads_and_writes_the_same_settings(tmp_path: Path, kind: s
     ],
 )
 def test_other_models_are_refused(tmp_path: Path, section: str, change: dict, told: str) -> None:
-    source = make_qwen_vl(tmp_path / "hf", SMALL)
-    settings = read_json(source / "config.json")
-    settings[section] |= change
-    write_json(source / "config.json", settings)
-    with pytest.raises(ValueError, match=told):
-        architecture_from_hf(source)
+    refuse(tmp_path / "hf", SMALL, section, change, told)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +245,7 @@ def load_processor(folder: Path) -> Any:
     return WithoutVideos(image_processor, words, chat_template=template)
 
 
-@pytest.mark.parametrize("architecture", [SMALL, SMALL_2], ids=["2.5", "2"])
+@_OF_ALL
 def test_transformers_loads_an_export_and_its_processor(
     tmp_path: Path,
     words: Path,
@@ -262,7 +271,7 @@ def test_transformers_loads_an_export_and_its_processor(
         assert getattr(model.config, name) == known[token]
     assert model.generation_config.eos_token_id == known["<|im_end|>"]
     processor = load_processor(out)
-    template = ChatTemplate(load_tokenizer(out), 1, name="qwen2_vl")
+    template = ChatTemplate(load_tokenizer(out), 1, name=kind_of(architecture).template)
     side = architecture.vision.image_size
     for size in SIZES:
         columns, rows = native_grid(*size, side, *BOUNDS)
@@ -292,53 +301,21 @@ def test_transformers_loads_an_export_and_its_processor(
     assert sum(counted.values()) == sum(tensor.numel() for tensor in load_all(out).values())
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_published_models_are_those_of_transformers(name: str) -> None:
-    architecture = MODELS[name]
-    kind = kind_of(architecture)
-    settings = qwen_vl_config.write(kind, architecture, MARKS, ids_with(7), torch.bfloat16)
-    form: Any = getattr(transformers, kind.class_name)
-    with torch.device("meta"):
-        model = form(form.config_class.from_dict(settings))
-    theirs = {
-        qwen_vl_name_on_disk(name): tuple(tensor.shape)
-        for name, tensor in model.state_dict().items()
-    }
-    if architecture.language.tied_head:
-        del theirs["lm_head.weight"]
-    table = rows(architecture, kind.model_type)
-    pairs = [pair for row in table for pair in zip(row.names, row.part_shapes, strict=True)]
-    assert dict(pairs) == theirs and len(pairs) == len(theirs)
-    elements = sum(torch.Size(shape).numel() for shape in theirs.values())
-    assert elements == sum(piece.elements for piece in pieces(architecture))
-    assert (
-        f"{elements:,}"
-        == {
-            "qwen2-vl-2b": "2,208,985,600",
-            "qwen2-vl-7b": "8,291,375,616",
-            "qwen2-vl-72b": "73,405,560,320",
-            "qwen2_5-vl-3b": "3,754,622,976",
-            "qwen2_5-vl-7b": "8,292,166,656",
-            "qwen2_5-vl-32b": "33,452,718,336",
-            "qwen2_5-vl-72b": "73,410,777,344",
-        }[name]
-    )
-    assert architecture.placeholders_per_tile == 1
-
-
-@pytest.mark.parametrize("architecture", [SMALL, SMALL_2], ids=["2.5", "2"])
+@pytest.mark.parametrize("architecture", [SMALL, SMALL_2, SMALL_3], ids=["2.5", "2", "3"])
 def test_parts_are_those_of_their_folders(tmp_path: Path, architecture: Architecture) -> None:
     vision = make_qwen_vl(tmp_path / "vision", architecture)
-    language = make_language(tmp_path / "language")
+    language = make_language(tmp_path / "language", kind=architecture.language.family)
     init = Init(vision=str(vision), language=str(language))
-    default = qwen2_5_vl.ARCHITECTURE
+    default = RECIPES[architecture.vision.family].architecture
+    positions = dict(rotary_sections=(1, 2, 1))
     default = dataclasses.replace(
-        default, language=dataclasses.replace(default.language, rotary_sections=(1, 2, 1))
+        default, language=dataclasses.replace(default.language, **positions)
     )
     found = from_parts.read_model("", init, default)
     assert found.vision == architecture.vision
     assert found.connector == default.connector and found.image_tokens == "qwen2_vl"
     assert found.language.rotary_sections == (1, 2, 1) and found.language.num_layers == 2
+    assert found.language.rotary_interleaved == (architecture is SMALL_3)
     words = load_tokenizer(language).get_vocab()
     added = IMAGE_TOKEN_SETS["qwen2_vl"].added
     assert found.language.vocab_size == len(words) + len(added)

@@ -28,6 +28,7 @@ from tests.convert.fuyu_models import SMALL as FUYU
 from tests.convert.models import KINDS, NATIVE_KINDS, language
 from tests.convert.qwen_vl_models import SMALL as QWEN2_5_VL
 from tests.convert.qwen_vl_models import SMALL_2 as QWEN2_VL
+from tests.convert.qwen_vl_models import SMALL_3 as QWEN3_VL
 
 INTERNVL = {name: one for name, one in MODELS.items() if one.image_tokens == "internvl"}
 
@@ -138,8 +139,9 @@ def test_operations_and_tables_need_neither_megatron_nor_transformers() -> None:
         (FUYU, "fuyu"),
         (QWEN2_VL, "qwen2_vl"),
         (QWEN2_5_VL, "qwen2_5_vl"),
+        (QWEN3_VL, "qwen3_vl"),
     ],
-    ids=[*NATIVE_KINDS, "BLIP-2 with OPT", "Fuyu", "Qwen2-VL", "Qwen2.5-VL"],
+    ids=[*NATIVE_KINDS, "BLIP-2 with OPT", "Fuyu", "Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL"],
 )
 def test_each_weight_of_the_files_has_an_adapter(
     architecture: Architecture, dialect: Dialect

@@ -181,6 +181,39 @@ def test_truncated_conversations_keep_whole_images(data: Path) -> None:
         pack(data, "--truncate", str(second + 1), out="inside")
 
 
+def asked_job(data: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> Job:
+    """Return the job that a command line asks for, without doing it."""
+    jobs: list[Job] = []
+
+    def stop(job: Job) -> None:
+        jobs.append(job)
+        raise ValueError
+
+    monkeypatch.setattr("megavlm.data.packing.job.pack_dataset", stop)
+    files = ["--jsonl", str(data / "records.jsonl"), "--tokenizer", str(data / "words")]
+    assert run_tool(*files, *options, "--out", str(data / "x"), tool="pack_dataset") == 2
+    [job] = jobs
+    return job
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given", "facts"),
+    [
+        ("qwen3_vl", [], (32, 65536, 16777216, "qwen3_vl")),
+        ("qwen3_vl", ["--model", "qwen3-vl-2b"], (32, 65536, 16777216, "qwen3_vl")),
+        ("qwen3_vl", ["--max_pixels", "8388608"], (32, 65536, 8388608, "qwen3_vl")),
+        ("qwen2_5_vl", [], (28, 3136, 1003520, "qwen2_vl")),
+    ],
+)
+def test_packs_have_the_bounds_of_the_recipe(
+    data: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, given: list[str], facts: tuple
+) -> None:
+    job = asked_job(data, monkeypatch, "--recipe", recipe, "--stage", "1", *given)
+    tiling = job.tiling
+    found = (tiling.tile_size, tiling.min_pixels, tiling.max_pixels, job.template)
+    assert found == facts
+
+
 @pytest.mark.parametrize(
     ("given", "bounds"),
     [
@@ -196,17 +229,8 @@ def test_packs_have_the_bounds_of_the_model(
     path = folder / "preprocessor_config.json"
     size = {"shortest_edge": 1024, "longest_edge": 8192}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"size": size}))
-    jobs: list[Job] = []
-
-    def stop(job: Job) -> None:
-        jobs.append(job)
-        raise ValueError
-
-    monkeypatch.setattr("megavlm.data.packing.job.pack_dataset", stop)
-    files = ["--jsonl", str(data / "records.jsonl"), "--tokenizer", str(data / "words")]
     form = ["--template", "qwen2_vl", "--tiling", "native", "--model", str(folder)]
-    assert run_tool(*files, *form, *given, "--out", str(data / "x"), tool="pack_dataset") == 2
-    [job] = jobs
+    job = asked_job(data, monkeypatch, *form, *given)
     assert (job.tiling.min_pixels, job.tiling.max_pixels) == bounds
     assert job.tiling.tile_size == SMALL.vision.image_size
     assert stated_tiles("qwen2_5_vl") == NOTHING_STATED

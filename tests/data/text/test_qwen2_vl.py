@@ -1,5 +1,5 @@
-"""The samples and tiles of Qwen2-VL and Qwen2.5-VL against the processor of ``transformers``, and
-texts written down by hand as their chat template makes them.
+"""The samples and tiles of Qwen2-VL, Qwen2.5-VL and Qwen3-VL against their processors of
+``transformers``, and texts written down by hand as their chat templates make them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
-from megavlm.config.recipes.qwen2_5_vl import ARCHITECTURE
+from megavlm.config.recipes import qwen2_5_vl, qwen3_vl
+from megavlm.config.schema import Vision
 from megavlm.data.images.decode import decode_tiles
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.records.record import Turn
@@ -37,6 +39,13 @@ SIZES = [(17, 23), (56, 84), (70, 98), (301, 205), (900, 700), (5, 900), (1399, 
 
 class Processor(Qwen2_5_VLProcessor):
     """The processor, which needs no torchvision as long as there is no video."""
+
+    def check_argument_for_proper_class(self, *given: object) -> None:
+        pass
+
+
+class Third(Qwen3VLProcessor):
+    """Qwen3-VL's processor, likewise."""
 
     def check_argument_for_proper_class(self, *given: object) -> None:
         pass
@@ -75,11 +84,40 @@ def test_tokens_and_tiles_are_those_of_the_processor(
     size: tuple[int, int],
 ) -> None:
     resize_along_rows_first(monkeypatch)
+    compare(template, processor, START, BOUNDS, qwen2_5_vl.ARCHITECTURE.vision, size)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_tokens_and_tiles_are_those_of_the_processor_of_the_third(
+    monkeypatch: pytest.MonkeyPatch, template: ChatTemplate, size: tuple[int, int]
+) -> None:
+    resize_along_rows_first(monkeypatch)
+    vision = qwen3_vl.ARCHITECTURE.vision
+    # Of the published image processor, but for the bounds.
+    facts = dict(patch_size=16, image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5])
+    bounds = (64 * 64, 200 * 32 * 32)
+    edges = dict(zip(("shortest_edge", "longest_edge"), bounds, strict=True))
+    images = Qwen2VLImageProcessorPil(size=edges, merge_size=2, temporal_patch_size=2, **facts)
+    processor = Third(images, template.tokenizer, None)
+    third = ChatTemplate(template.tokenizer, 1, name="qwen3_vl")
+    compare(third, processor, "<|im_start|>user\n", bounds, vision, size)
+
+
+def compare(
+    template: ChatTemplate,
+    processor: Processor | Third,
+    start: str,
+    bounds: tuple[int, int],
+    vision: Vision,
+    size: tuple[int, int],
+) -> None:
+    """Compare tokens and tiles of an image of a size and its question with those of a processor."""
+    side = vision.image_size
     image = picture(*size)
-    text = f"{START}{IMAGE}what is it{ASKS}"
+    text = f"{start}{IMAGE}what is it{ASKS}"
     theirs = processor(images=[image], text=text, return_tensors="pt")
     tiling = Tiling(
-        tile_size=28, mode="native", min_pixels=BOUNDS[0], max_pixels=BOUNDS[1], thumbnail=True
+        tile_size=side, mode="native", min_pixels=bounds[0], max_pixels=bounds[1], thumbnail=True
     )
     columns, rows = tiling.grid(*size)
     assert theirs["image_grid_thw"].tolist() == [[1, 2 * rows, 2 * columns]]
@@ -89,13 +127,12 @@ def test_tokens_and_tiles_are_those_of_the_processor(
     assert asked.tolist() == theirs["input_ids"][0].tolist()
     file = io.BytesIO()
     image.save(file, "PNG")
-    found = torch.from_numpy(decode_tiles(file.getvalue(), columns, rows, 28, False))
-    vision = ARCHITECTURE.vision
+    found = torch.from_numpy(decode_tiles(file.getvalue(), columns, rows, side, False))
     mean, std = (torch.tensor(values) for values in (vision.pixel_mean, vision.pixel_std))
     pixels = (found / 255 - mean[:, None, None]) / std[:, None, None]
     # Four patches of a tile, of which each shows an image to both frames.
-    patches = pixels.unflatten(3, (2, 14)).unflatten(2, (2, 14)).permute(0, 2, 4, 1, 3, 5)
-    frames = theirs["pixel_values"].view(tiles, 2, 2, 3, 2, 14, 14)
+    patches = pixels.unflatten(3, (2, -1)).unflatten(2, (2, -1)).permute(0, 2, 4, 1, 3, 5)
+    frames = theirs["pixel_values"].view(tiles, 2, 2, 3, 2, side // 2, side // 2)
     for frame in (0, 1):
         torch.testing.assert_close(frames[:, :, :, :, frame], patches, rtol=0, atol=1e-5)
 
@@ -190,6 +227,30 @@ def test_the_chat_template_of_an_export_gives_the_same_tokens(template: ChatTemp
         tokenize=False,
     )
     assert shown == f"{START}<|vision_start|><|video_pad|><|vision_end|>a{ASKS}"
+
+
+def test_the_third_has_no_usual_system_message(template: ChatTemplate) -> None:
+    third = ChatTemplate(template.tokenizer, 1, name="qwen3_vl")
+    conversation = turns("<image>\na", "b", "c", "d")
+    text = (
+        f"<|im_start|>user\n{IMAGE}a<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\nd<|im_end|>\n"
+    )
+    tokens, _ = third.encode(conversation, [1])
+    assert tokens.tolist() == template.tokenizer(text)["input_ids"]
+    told = [Turn(role="system", text="be brief"), *conversation]
+    tokens, _ = third.encode(told, [1])
+    system = "<|im_start|>system\nbe brief<|im_end|>\n"
+    assert tokens.tolist() == template.tokenizer(system + text)["input_ids"]
+    image = {"type": "image"}
+    asked = [{"role": "user", "content": [image, {"type": "text", "text": "a"}]}]
+    shown = template.tokenizer.apply_chat_template(
+        asked,
+        chat_template=chat_format("qwen3_vl").hf_template(),
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    assert shown == f"<|im_start|>user\n{IMAGE}a{ASKS}"
 
 
 def test_tokens_of_images_in_a_text_are_refused(template: ChatTemplate) -> None:

@@ -1,8 +1,8 @@
 """Qwen3-MoE (arXiv 2505.09388): Qwen3 with experts in the place of the MLP of every layer.
 
 Files of transformers 4 and 5 hold three matrices of each expert; a file that holds the experts of a
-layer as one tensor, as transformers 5 does in memory, is read too
-(``megavlm/convert/weights/fused_experts.py``).
+layer as two tensors, as transformers 5 does in memory, is read too, and files of Qwen3-VL hold them
+so (``megavlm/convert/weights/fused_experts.py``).
 """
 
 from __future__ import annotations

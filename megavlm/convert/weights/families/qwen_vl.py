@@ -1,6 +1,6 @@
-"""The vision encoders of Qwen2-VL (arXiv 2409.12191) and Qwen2.5-VL (arXiv 2502.13923), as
-``transformers`` names their weights. No table of positions, no class token, no norm behind the
-layers.
+"""The vision encoders of Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (arXiv 2502.13923) and Qwen3-VL
+(arXiv 2511.21631), as ``transformers`` names their weights. Qwen3-VL alone has a table of
+positions; none has a class token, or a norm behind the layers.
 
 Shape letters: D hidden size, M hidden size of the MLP, p pixels along a patch, f frames of a patch.
 """
@@ -9,17 +9,29 @@ from __future__ import annotations
 
 from megavlm.config.schema import Vision
 from megavlm.convert.weights.mapping import Row, layers, linear, norm
-from megavlm.convert.weights.transforms import Fused, GroupedQKV, Padded, Stacked
+from megavlm.convert.weights.transforms import Fused, GroupedQKV, Padded, Reshaped, Stacked
 
 
 def rows(vision: Vision) -> list[Row]:
     """Build the table, with keys and names as in a folder of the vision encoder alone."""
     side = vision.patch_size
-    patch = (vision.hidden_size, 3, vision.temporal_patch_size, side, side)
+    width = vision.hidden_size
+    patch = (width, 3, vision.temporal_patch_size, side, side)
     return [
-        Row("patch_embedding.weight", ("patch_embed.proj.weight",), patch),
+        *linear("patch_embedding", ("patch_embed.proj",), patch, bias=vision.has_patch_bias),
+        *_positions(vision),
         *layers(_layer(vision), "encoder.layers.{}.", "blocks.{}.", vision.num_layers),
     ]
+
+
+def _positions(vision: Vision) -> list[Row]:
+    """List the table of positions, if there is one."""
+    if not vision.has_learned_positions:
+        return []
+    table = (vision.position_rows, vision.hidden_size)
+    whole = (1, *table)
+    names = ("pos_embed.weight",)
+    return [Row("position_embedding", names, whole, Reshaped(table, whole))]
 
 
 def _layer(vision: Vision) -> list[Row]:
@@ -50,9 +62,10 @@ def _mlp(vision: Vision) -> list[Row]:
     width = vision.hidden_size
     inner = vision.ffn_hidden_size
     if not vision.is_gated:
+        stem = "mlp.linear_" if vision.family == "qwen3_vl" else "mlp."
         return [
-            *linear("mlp.linear_fc1", ("mlp.fc1",), (inner, width)),
-            *linear("mlp.linear_fc2", ("mlp.fc2",), (width, inner)),
+            *linear("mlp.linear_fc1", (f"{stem}fc1",), (inner, width)),
+            *linear("mlp.linear_fc2", (f"{stem}fc2",), (width, inner)),
         ]
     first = ("mlp.gate_proj", "mlp.up_proj")
     return [
