@@ -14,6 +14,7 @@ from torch.distributed.run import get_args_parser
 
 from megavlm.config.checks.rules import ConfigError, check
 from megavlm.config.cli import parse
+from megavlm.config.recipes import RECIPES
 from megavlm.config.schema import Config, Init
 from megavlm.model_source import image_model
 from tools import pack_dataset
@@ -306,6 +307,33 @@ def test_fuyus_script_names_options_that_exist(shell: dict[str, str], tmp_path: 
     assert (args.template, args.tiling, args.model) == ("fuyu", "patches", str(tmp_path))
 
 
+@pytest.mark.parametrize("recipe", ["qwen2_vl", "qwen2_5_vl"])
+def test_qwens_script_names_options_that_exist(shell: dict[str, str], tmp_path: Path, recipe: str):
+    runs = tmp_path / "runs"
+    parts = {"MODEL": str(tmp_path), "VISION": "eyes", "LANGUAGE": "words", "RECIPE": recipe}
+    parts |= {"RUNS": str(runs), "PACKS": str(tmp_path / "packs"), "MAX_PIXELS": "784000"}
+    parts |= {"JSONL": "chats.jsonl", "ROOT": "images"}
+    before = {"2": "1", "3": "2", "sft": "3", "dpo": "sft"}
+    if recipe == "qwen2_vl":
+        before = {"2": "1", "sft": "2"}
+    command = ["bash", str(ROOT / "examples" / "qwen2_5_vl" / "run.sh")]
+    for stage in RECIPES[recipe].stages:
+        (runs / f"{stage}-hf").mkdir(parents=True)
+        subprocess.run([*command, stage, "--training.seed", "9"], env=shell | parts, check=True)
+        run = get_args_parser().parse_args(asked(shell))
+        config = parse(run.training_script_args, lambda folder, init, default: default)
+        assert (config.recipe, config.stage, config.training.seed) == (recipe, stage, 9)
+        start = str(runs / before[stage]) if stage in before else ""
+        assert config.checkpoint.load == (str(tmp_path) if stage == "finetune" else start)
+        assert config.init == (Init(vision="eyes", language="words") if stage == "1" else Init())
+        assert fits(config, ranks=8)
+        subprocess.run([*command, "pack", stage], env=shell | parts, check=True)
+        args = asked_packing(shell)
+        assert (args.template, args.tiling) == ("qwen2_vl", "native")
+        assert args.capacity == (32768 if stage == "3" else 8192)
+        assert (args.max_pixels, args.preferences) == (784000, stage == "dpo")
+
+
 @pytest.mark.parametrize(("given", "load"), [({}, "model"), ({"LOAD": "stage2"}, "stage2")])
 def test_the_script_for_preferences_names_options_that_exist(
     shell: dict[str, str], tmp_path: Path, given: dict[str, str], load: str
@@ -328,7 +356,11 @@ def test_the_script_for_preferences_names_options_that_exist(
 
 
 @pytest.mark.parametrize(
-    "recipe", ["llava", "paligemma", "fuyu", "contrastive", "blip2", "instructblip", "preference"]
+    "recipe",
+    [
+        *("llava", "paligemma", "qwen2_5_vl", "fuyu", "contrastive", "blip2", "instructblip"),
+        "preference",
+    ],
 )
 def test_slurm_starts_a_recipes_stage(shell: dict[str, str], tmp_path: Path, recipe: str):
     job = {

@@ -11,10 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from megavlm.config.lora import Lora
-from megavlm.config.schema import Architecture
+from megavlm.config.schema import Architecture, Config
 from megavlm.convert.hf import convert
+from megavlm.convert.hf.reference import load_reference, tile_inputs
+from megavlm.data.images.feature_layout import as_tiled
+from megavlm.data.loading.dataset import PackedDataset
+from megavlm.data.store.reader import Reader
 from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS, load_tokenizer
 from tests.convert.hf.test_peft import checkpoint_of
 from tests.convert.part_folders import make_tokenizer
@@ -63,6 +68,67 @@ def test_logits_and_losses_equal_those_of_transformers(
     recipe = architecture.vision.family
     configure = partial(recipe_config, recipe, architecture, packs, trainable=EVERYTHING)
     assert_equals_transformers(ranks, configure, folder, expected)
+
+
+# Names in transformers of weights at the beginning and the end of each part.
+GRADIENTS = {
+    "vision.patch_embedding.weight": "model.visual.patch_embed.proj.weight",
+    "vision.encoder.layers.0.self_attention.linear_proj.weight": (
+        "model.visual.blocks.0.attn.proj.weight"
+    ),
+    "connector.norm.weight": "model.visual.merger.ln_q.weight",
+    "connector.mlp.linear_fc2.weight": "model.visual.merger.mlp.2.weight",
+    "language.decoder.layers.0.mlp.linear_fc2.weight": (
+        "model.language_model.layers.0.mlp.down_proj.weight"
+    ),
+}
+
+
+def gradients(config: Config, folder: Path) -> dict[str, torch.Tensor]:
+    """Return those of the first pack, in float32."""
+    from megavlm.model import weights
+    from megavlm.train.microbatches import Microbatches
+    from megavlm.train.step import run_packs
+    from tests.ranks.runs import build
+
+    job = build(config)
+    weights.fill(job.chunks, convert.full_tensors(folder, config.architecture))
+    batch = job.train.batch(0, 0, job.batch_options)
+    run_packs(job.ddp_chunks, Microbatches(iter([batch]), 1, batch.weight_sum), job.backend)
+    named = weights.named_weights(job.chunks[0])
+    return {name: named[name].main_grad.clone() for name in GRADIENTS}
+
+
+@pytest.mark.parametrize("architecture", [SMALL, SMALL_2], ids=["2.5", "2"])
+def test_gradients_equal_those_of_transformers(
+    ranks: Pool, tmp_path: Path, architecture: Architecture
+) -> None:
+    packs = tmp_path / "packs"
+    tile = architecture.vision.image_size
+    facts = dict(vocab_size=architecture.language.vocab_size, context_token_id=CONTEXT)
+    write_native(packs, [((5 * tile, 3 * tile),)], tile_size=tile, **facts)
+    folder = make_qwen_vl(tmp_path / "hf", architecture, torch.float32)
+    config = recipe_config(architecture.vision.family, architecture, packs, trainable=EVERYTHING)
+    [found] = ranks.run(gradients, 1, config, folder)
+    model = load_reference(folder)
+    batch = PackedDataset(packs).batch(0, 0)
+    mean, std = (
+        torch.tensor(values)[:, None, None]
+        for values in (architecture.vision.pixel_mean, architecture.vision.pixel_std)
+    )
+    count = int(batch.sample_ends[1])
+    pixels = (batch.tiles.float() / 255 - mean) / std
+    images = as_tiled(Reader(packs).read(0).images)
+    inputs = tile_inputs(model, pixels, images, batch.tokens[:count])
+    logits = model(input_ids=batch.tokens[None, :count], **inputs).logits[0]
+    losses = cross_entropy(logits, batch.labels[:count], reduction="none")
+    weights = batch.loss_weights[:count]
+    (losses * weights).sum().div(weights.sum()).backward()
+    theirs = dict(model.named_parameters())
+    for name, other in GRADIENTS.items():
+        expected = theirs[other].grad
+        assert expected.abs().max() > 1e-3, name
+        torch.testing.assert_close(found[name].view_as(expected), expected, rtol=1e-4, atol=1e-6)
 
 
 def write_records(folder: Path, tile: int) -> Path:

@@ -21,6 +21,9 @@ from tests.convert.llava_next_models import ONEVISION, make_anyres_packs, make_o
 from tests.convert.llava_next_models import SMALL as LLAVA_NEXT
 from tests.convert.paligemma_models import PALIGEMMA2
 from tests.convert.paligemma_models import SMALL as PALIGEMMA
+from tests.convert.qwen_vl_models import SMALL as QWEN2_5_VL
+from tests.convert.qwen_vl_models import SMALL_2 as QWEN2_VL
+from tests.data.native_packs import write_native
 from tests.data.preference_packs import make_preferences, make_reference
 from tests.data.samples import make_dataset, write_packs
 from tests.ranks import test_contrastive as contrastive
@@ -34,6 +37,7 @@ from tests.ranks.test_flamingo import documents
 from tests.ranks.test_instructblip import LONGEST
 from tests.ranks.test_instructblip import MODEL as INSTRUCTBLIP
 from tests.ranks.test_internvl_c import SMALL as INTERNVL_C
+from tests.ranks.test_qwen_vl import DEEP as QWEN3_VL
 
 STEPS = dict(steps=3, drop_path=0.0)  # the first one's learning rate is 0
 PARTS = ("vision", "connector", "language")
@@ -53,6 +57,14 @@ def _of_grids(
 ) -> Config:
     """Configure a run on images of several tiles."""
     make(folder, 4, 384, alignment=4, **sizes_of(model))
+    return recipe_config(recipe, model, folder, trainable=PARTS, **settings)
+
+
+def _of_whole_images(recipe: str, model: Architecture, folder: Path, **settings: Any) -> Config:
+    """Configure a run on images of any size."""
+    facts = dict(vocab_size=model.language.vocab_size, tile_size=model.vision.image_size)
+    shown = [((32, 32),), ((40, 24), (25, 57)), ()] * 4
+    write_native(folder, shown, per_pack=3, alignment=4, context_token_id=7, **facts)
     return recipe_config(recipe, model, folder, trainable=PARTS, **settings)
 
 
@@ -106,6 +118,9 @@ CASES: dict[str, Callable[..., Config]] = {
     "llava_onevision": partial(_of_grids, "llava_onevision", ONEVISION, make_onevision_packs),
     "paligemma": partial(_of_samples, "paligemma", PALIGEMMA),
     "paligemma, Gemma 2": partial(_of_samples, "paligemma", PALIGEMMA2),
+    "qwen2_vl": partial(_of_whole_images, "qwen2_vl", QWEN2_VL),
+    "qwen2_5_vl": partial(_of_whole_images, "qwen2_5_vl", QWEN2_5_VL),
+    "qwen3_vl": partial(_of_whole_images, "qwen3_vl", QWEN3_VL),
     "fuyu": partial(_of_samples, "fuyu", FUYU),
     "blip2, stage 1": _of_queries,
     "blip2": partial(_of_samples, "blip2", OPT),
