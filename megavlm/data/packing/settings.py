@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megavlm.config.tiling import MOST_TILES
+from megavlm.config.tiling import ANY_SIZE, MOST_TILES
 from megavlm.data.images.feature_layout import feature_layout
 from megavlm.data.images.frame_sampling import FrameChoice
 from megavlm.data.images.tiling import Tiling
@@ -244,8 +244,8 @@ class Job:
                 f"--tiling {self.tiling.mode}: {flag} has a token behind each row of patches; use"
                 " --tiling patches"
             )
-        if self.tiling.has_grids:
-            self._check_anyres()
+        if self.tiling.has_grids or self.tiling.mode in ANY_SIZE:
+            self._check_layout()
         least = 0 if form.is_of_pairs else 1
         if self.features_per_tile < least or (form.is_of_pairs and self.features_per_tile):
             raise ValueError(
@@ -253,8 +253,10 @@ class Job:
                 f" {'0: ' + flag + ' has none' if form.is_of_pairs else 'at least 1'}"
             )
 
-    def _check_anyres(self) -> None:
-        """Raise ValueError for images of one placeholder token, or features that fill no square."""
+    def _check_layout(self) -> None:
+        """Raise ValueError for images of one placeholder token or none, or features that fill no
+        square.
+        """
         form = chat_format(self.template)
         if form.is_of_pairs or form.images.is_single:
             raise ValueError(

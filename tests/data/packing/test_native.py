@@ -247,6 +247,11 @@ def test_packs_have_the_bounds_of_the_model(
         ),
         (["--max_tiles", "4"], "--max_tiles 4: goes with --tiling dynamic"),
         (["--no_thumbnail"], "--no_thumbnail: goes with --tiling dynamic"),
+        (
+            ["--template", "clip", "--alignment", "1"],
+            "--tiling native: --template clip has no placeholder token for each feature",
+        ),
+        (["--template", "flamingo"], "--tiling native: --template flamingo has no placeholder"),
         (["--image_limit", "100x90"], "--image_limit 100x90: goes with --tiling patches"),
         (["--grids", "1x2"], "--grids 1x2: goes with --tiling anyres"),
     ],
