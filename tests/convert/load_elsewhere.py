@@ -59,7 +59,7 @@ def language_of(folder, tokens):
 
 
 def seeing(folder):
-    """Return logits of a Qwen2-VL or Qwen2.5-VL for an image of 10 x 6 patches in a text."""
+    """Return logits of a Qwen2-VL or a successor for an image of 10 x 6 patches in a text."""
     settings = json.loads((Path(folder) / "config.json").read_text())
     form = getattr(transformers, settings["architectures"][0])
     options = {"torch_dtype": torch.float32, "output_loading_info": True}

@@ -78,6 +78,17 @@ DEEP = dataclasses.replace(
         rotary_interleaved=True,
     ),
 )
+# Experts in every layer, also in those behind which features are added.
+DEEP_EXPERTS = dataclasses.replace(
+    DEEP,
+    language=dataclasses.replace(
+        DEEP.language,
+        family="qwen3_moe",
+        num_experts=4,
+        experts_per_token=2,
+        expert_ffn_hidden_size=24,
+    ),
+)
 MODELS = {"qwen2_5_vl": MODEL, "qwen3_vl": DEEP}
 TILE = MODEL.vision.image_size
 FACTS = dict(tile_size=TILE, vocab_size=199, context_token_id=7)
@@ -150,6 +161,34 @@ def test_a_layout_trains_like_one_process(
     expected = train_alone(_config(architecture, packs, **settings))
     settings |= layout.settings
     curves = ranks.run(train_curve, layout.ranks, _config(architecture, packs, **settings))
+    assert max(compare(curves, expected).values()) <= LIMIT
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        (2, dict(expert_model_parallel_size=2)),
+        (
+            4,
+            dict(
+                expert_model_parallel_size=2,
+                pipeline_model_parallel_size=2,
+                layout="v*3,c,t|t*2,h",
+            ),
+        ),
+    ],
+    ids=["EP2", "EP2 PP2"],
+)
+def test_experts_train_like_one_process(
+    ranks: Pool,
+    train_alone: Callable[[Config], Curve],
+    packs: Path,
+    world: int,
+    layout: dict,
+) -> None:
+    settings = dict(adam_eps=1e-3, steps=3, global_batch_size=4)
+    expected = train_alone(_config(DEEP_EXPERTS, packs, **settings))
+    curves = ranks.run(train_curve, world, _config(DEEP_EXPERTS, packs, **settings | layout))
     assert max(compare(curves, expected).values()) <= LIMIT
 
 

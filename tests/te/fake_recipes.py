@@ -73,6 +73,8 @@ CASES: dict[str, Case] = {
     "Fuyu": Case(recipe="fuyu", stage="1"),
     "Qwen2-VL": Case(recipe="qwen2_vl", stage="2"),
     "Qwen2.5-VL": Case(recipe="qwen2_5_vl", stage="2"),
+    "Qwen3-VL": Case(recipe="qwen3_vl", stage="2"),
+    "Qwen3-VL, experts": Case(recipe="qwen3_vl", stage="2", model="qwen3-vl-30b-a3b"),
     "Qwen2-VL, FP8": Case(recipe="qwen2_vl", stage="2", options=FP8),
     "Qwen2.5-VL, local": Case(recipe="qwen2_5_vl", stage="2", options=LOCAL),
     "BLIP-2, stage 1": Case(recipe="blip2", stage="1"),
@@ -103,6 +105,7 @@ CASES: dict[str, Case] = {
     "Fuyu, CP2": Case(recipe="fuyu", stage="1", options=CP2, ranks=2),
     "Qwen2.5-VL, TP2 with SP": Case(recipe="qwen2_5_vl", stage="2", options=SP, ranks=2),
     "Qwen2.5-VL, CP2": Case(recipe="qwen2_5_vl", stage="2", options=CP2, ranks=2),
+    "Qwen3-VL, CP2": Case(recipe="qwen3_vl", stage="2", options=CP2, ranks=2),
     "BLIP-2, stage 1, DP2": Case(recipe="blip2", stage="1", ranks=2),
     "InstructBLIP, TP2 with SP": Case(recipe="instructblip", stage="1", options=SP, ranks=2),
     "Flamingo, TP2 with SP": Case(recipe="flamingo", stage="1", options=SP, ranks=2),
@@ -140,6 +143,8 @@ def configure(case: Case, folder: Path) -> Any:
         for name, part in {"vision": model.vision, "language": model.language}.items()
         if part.exists
     }
+    if model.vision.deepstack_layers:
+        parts["vision"] = dataclasses.replace(parts["vision"], deepstack_layers=(0, LAYERS - 1))
     config = dataclasses.replace(config, architecture=dataclasses.replace(model, **parts))
     make_packs(config, folder)
     return config

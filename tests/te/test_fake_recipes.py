@@ -23,6 +23,7 @@ MASKS = ("masked_select(routing_map)",) if version("megatron-core").startswith("
 WAITS = {
     "PaliGemma 2, local": LOCAL,
     "experts": EXPERTS,
+    "Qwen3-VL, experts": EXPERTS,
     "experts beside a shared one, FP8": EXPERTS,
     "GPT-OSS": EXPERTS,
     "GPT-OSS, FP8": EXPERTS,
