@@ -80,6 +80,7 @@ def pack_dataset(job: Job) -> Report:
     """
     start = time.monotonic()
     job.check()
+    _tell_unused(job)
     tokenizer = load_own(job)
     words = load_qformer(job)
     identity = job.identity(fingerprint(tokenizer), fingerprint(words) if words else "")
@@ -127,6 +128,7 @@ def plan_dataset(job: Job) -> Report:
     """
     start = time.monotonic()
     job.check()
+    _tell_unused(job)
     job = dataclasses.replace(job, out="")
     tokenizer = load_own(job)
     with tempfile.TemporaryDirectory(prefix="megavlm-") as temporary:
@@ -135,6 +137,18 @@ def plan_dataset(job: Job) -> Report:
         scan = _scan(job, _settings(job, tokenizer, folder / TOKENIZER_NAME), folder)
         samples = _gather(job, scan)
         return _report(job, scan, samples, _plan(job, samples), [], None, None, start)
+
+
+def _tell_unused(job: Job) -> None:
+    """Say that a limit of tiles that sources have is for another tiling."""
+    names = sorted({source.name for source in job.sources if source.max_tiles is not None})
+    if names and job.tiling.mode != "dynamic":
+        others = f" and {len(names) - 1} other sources" if len(names) > 1 else ""
+        print(
+            f"max_dynamic_patch of {names[0]}{others} has no effect: it is for --tiling dynamic,"
+            f" and this is {job.tiling.mode}",
+            file=sys.stderr,
+        )
 
 
 def _settings(job: Job, tokenizer: Any, folder: Path) -> EncoderSettings:

@@ -17,7 +17,7 @@ from megavlm.data.loading.batch import BatchOptions
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.packing.asked_job import make_job
 from megavlm.data.packing.command_line import parse
-from megavlm.data.packing.job import pack_dataset
+from megavlm.data.packing.job import pack_dataset, plan_dataset
 from megavlm.data.packing.settings import Job
 from megavlm.data.text.tokenizer import add_special_tokens, load_tokenizer
 from megavlm.evaluate.packs import tiling_of
@@ -289,3 +289,17 @@ def test_a_video_is_rejected(data: Path) -> None:
     assert packs.manifest.rejects == {"unsupported": 1}
     [reject] = (data / "packs/rejects.jsonl").read_text().splitlines()
     assert "a video, but --tiling native takes images alone" in reject
+
+
+def test_a_limit_of_tiles_that_has_no_effect_is_told(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = {"root": str(data), "annotation": str(data / "records.jsonl")}
+    meta = {"boards": source | {"max_dynamic_patch": 6}, "others": source}
+    (data / "meta.json").write_text(json.dumps(meta))
+    words = ["--meta", str(data / "meta.json"), "--tokenizer", str(data / "words")]
+    args = parse([*RECIPE, *words, "--capacity", "256", "--workers", "0", "--dry_run"])
+    plan_dataset(make_job(args, ARCHITECTURE))
+    assert "max_dynamic_patch of boards has no effect: it is for --tiling dynamic, and this is" in (
+        capsys.readouterr().err
+    )
