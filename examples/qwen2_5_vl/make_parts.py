@@ -1,6 +1,5 @@
 """Make what the try-out of Qwen2.5-VL starts from: boards of one or two handwritten digits with a
-question about each, and a small Qwen2.5-VL whose vision encoder has learned to read such boards and
-whose language model has learned nothing, with a tokenizer as Qwen's.
+question about each, and a small Qwen2.5-VL that has learned nothing, with a tokenizer as Qwen's.
 
 python examples/qwen2_5_vl/make_parts.py OUT
 """
@@ -13,9 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import (
-    AutoImageProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -24,9 +21,9 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "llava"))
-from boards import Board, Scans, make_board, split_scans
+from boards import split_scans
 from make_data import HELD_OUT_SCANS, train_tokenizer, write_lines
-from make_parts import EMPTY, SHAPES, one_question_each, write_records
+from make_parts import one_question_each, write_records
 from try_out import parse_parts
 
 PATCH = 5  # pixels; boards have two or four columns and rows of tiles of two by two patches
@@ -54,8 +51,6 @@ LANGUAGE = dict(
 )
 LEAST_PIXELS = 4 * (MERGE * PATCH) ** 2
 MOST_PIXELS = 64 * (MERGE * PATCH) ** 2
-TILES = 2  # along a side of a board's cell
-BOARDS = 32  # of a step in which the vision encoder learns
 
 
 def make_qwen(texts: list[str], folder: Path) -> None:
@@ -85,51 +80,8 @@ def make_qwen(texts: list[str], folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(pixels, indent=2) + "\n")
 
 
-def cells_of(boards: list[Board], features: torch.Tensor) -> torch.Tensor:
-    """Return the mean of the features of each cell of boards of one shape [cells, width]."""
-    first = boards[0]
-    tiles = features.view(len(boards), first.rows, TILES, first.columns, TILES, -1)
-    return tiles.mean((2, 4)).flatten(0, 2)
-
-
-def train_vision(folder: Path, scans: Scans, held_out: Scans, steps: int) -> float:
-    """Teach the vision encoder of a model, and its connector, to say what the cells of boards hold;
-    return the share of held-out cells that they read right.
-    """
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    images = AutoImageProcessor.from_pretrained(folder, backend="pil")
-    head = nn.Linear(VISION["out_hidden_size"], EMPTY + 1)
-    vision = model.model.visual
-    optimizer = torch.optim.AdamW([*vision.parameters(), *head.parameters()], lr=1e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
-    rng = np.random.default_rng(3)
-
-    def read(scans: Scans) -> tuple[torch.Tensor, torch.Tensor]:
-        shape = SHAPES[int(rng.integers(len(SHAPES)))]
-        boards = [make_board(rng, scans, shape) for _ in range(BOARDS)]
-        inputs = images(images=[board.picture for board in boards], return_tensors="pt")
-        found = vision(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
-        digits = [EMPTY if one is None else one for board in boards for one in board.digits]
-        return head(cells_of(boards, found)), torch.tensor(digits)
-
-    for _ in range(steps):
-        logits, digits = read(scans)
-        nn.functional.cross_entropy(logits, digits).backward()
-        nn.utils.clip_grad_norm_(vision.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    with torch.no_grad():
-        right = [
-            (logits.argmax(1) == digits).float().mean()
-            for logits, digits in map(read, [held_out] * 8)
-        ]
-    model.save_pretrained(folder)
-    return float(torch.stack(right).mean())
-
-
 def main() -> None:
-    options = parse_parts(__doc__, records=4000, exam=100, vision_steps=400)
+    options = parse_parts(__doc__, records=4000, exam=100)
     images = options.out / "images"
     images.mkdir(parents=True)
     train, held_out = split_scans(HELD_OUT_SCANS, 0)
@@ -153,11 +105,7 @@ def main() -> None:
     ]
     write_lines(options.out / "questions.jsonl", questions)
     make_qwen([text.replace("<image>", "") for text in texts], options.out / "qwen")
-    share = train_vision(options.out / "qwen", train, held_out, options.vision_steps)
-    print(
-        f"{options.records} boards, {options.exam} for the exam; the vision encoder reads"
-        f" {share:.0%} of the cells"
-    )
+    print(f"{options.records} boards, {options.exam} for the exam")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ train() {
         --checkpoint.save "$out/runs/$name" --checkpoint.export_hf "$out/exported/$name" "$@"
 }
 train 2 start "$out/data/qwen" "$out/data/qwen" 20 1e-3
-train 2 stage2 "$out/exported/start" "$out/exported/start" 200 1e-3
+train 2 stage2 "$out/exported/start" "$out/exported/start" 250 1e-3
 train sft sft "$out/exported/stage2" "$out/runs/stage2" 40 5e-4 --eval.tasks "$out/data/questions.jsonl" --training.eval_interval 40 --eval.max_new_tokens 4
 
 step "the exported model against the trained one"
