@@ -98,7 +98,7 @@ def main() -> None:
     questions = [
         {
             "image": f"images/{record['image']}",
-            "question": record["conversations"][0]["value"],
+            "question": record["conversations"][0]["value"].strip(),
             "answer": record["conversations"][1]["value"],
         }
         for record in asked
