@@ -199,6 +199,8 @@ class BatchOptions:
         with_preferences: whether to say which tokens are whose answer, of packs of preferences.
         seed: of the run; with a pack's position in its order it fixes all draws.
         with_tiles: whether to decode the images.
+        image_size: side in pixels of the black tiles of packs without images, which may have been
+            packed for tiles of another; 0: as they were packed.
         spans_tiles: whether patches see all tiles of an image, see ``Batch.images``.
         window_tiles: for spans_tiles: tiles along a side of a window; 0: there are none.
         tile_grid: for spans_tiles: patches along a side of a tile.
@@ -215,6 +217,7 @@ class BatchOptions:
     with_preferences: bool = False
     seed: int = 0
     with_tiles: bool = True
+    image_size: int = 0
     spans_tiles: bool = False
     window_tiles: int = 0
     tile_grid: int = 1
@@ -232,6 +235,7 @@ def options_of(architecture: Architecture) -> BatchOptions:
     vision = architecture.vision
     return BatchOptions(
         vision_layers=vision.num_layers,
+        image_size=vision.image_size,
         spans_tiles=vision.spans_tiles,
         window_tiles=vision.window_tiles,
         tile_grid=vision.grid,

@@ -198,7 +198,9 @@ class PackedDataset:
             prefixes=find_prefixes(pack.supervised, positions, ends),
             media=self._media(pack, local[positions], options.seed, position),
             instructions=find_instructions(pack, manifest, chosen),
-            tiles=self._decoder.decode(pack, decoded, options.seed, position),
+            tiles=self._decoder.decode(
+                pack, decoded, options.seed, position, black=options.image_size
+            ),
             images=None if share is None else share.images,
             **feature_places(self.folder, pack, manifest, self.layout, positions, local, share),
             rotary_positions=np.stack([on_rank(axis) for axis in self._rotary(pack)])

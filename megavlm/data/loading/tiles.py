@@ -53,7 +53,9 @@ class TileDecoder:
         # Whether an image is only resized to its grid.
         self.is_plain = mode in ("dynamic", "stretch", "native")
 
-    def decode(self, pack: Pack, chosen: ArrayLike, seed: int, position: int) -> np.ndarray:
+    def decode(
+        self, pack: Pack, chosen: ArrayLike, seed: int, position: int, black: int = 0
+    ) -> np.ndarray:
         """Decode the chosen tiles of a pack, uint8 [I, 3, S, S], black for indices beyond its own.
         Other images are not decoded.
 
@@ -62,11 +64,14 @@ class TileDecoder:
             chosen: indices of tiles, each once; those of an image side by side.
             seed: the run's; with the position it fixes the random changes of images.
             position: of the pack in the run's order.
+            black: side of the tiles of a pack without images; 0: that which it was packed for.
 
         Raises:
             ReadError: an image that cannot be decoded.
         """
         size = self.manifest.image_size
+        if black and not len(pack.images):
+            size = black
         chosen = np.asarray(chosen, np.int64)
         tiles = np.zeros((len(chosen), 3, size, size), np.uint8)
         ends = np.cumsum(pack.images["tiles"], dtype=np.int64)

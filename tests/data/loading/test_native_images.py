@@ -19,9 +19,10 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
+from megavlm.config.recipes.qwen2_5_vl import ARCHITECTURE
 from megavlm.data.images.decode import decode_tiles
 from megavlm.data.images.native import native_grid
-from megavlm.data.loading.batch import BatchOptions
+from megavlm.data.loading.batch import BatchOptions, options_of
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.native_images import EVEN_TILES, deal
 from megavlm.data.loading.rank_slice import RankSlice
@@ -218,6 +219,17 @@ def test_a_pack_of_texts_has_one_padding_tile(tmp_path: Path) -> None:
         length = int((~batch.is_padding[start:end]).sum())
         expected = torch.arange(length).expand(3, -1)
         assert torch.equal(batch.rotary_positions[:, start : start + length], expected)
+
+
+def test_texts_that_were_packed_for_other_tiles_have_a_padding_tile_of_the_model(
+    tmp_path: Path,
+) -> None:
+    make_dataset(tmp_path, packs=1, image_share=0, tile_size=4 * TILE)
+    dataset = PackedDataset(tmp_path)
+    options = options_of(ARCHITECTURE)
+    for batch in (dataset.batch(0, 0, options), dataset.blank(0, 0, options)):
+        assert batch.tiles.shape == (1, 3, TILE, TILE) and not batch.tiles.any()
+        assert batch.images.places.shape == (2, 4)
 
 
 def test_context_parallel_ranks_have_the_positions_of_their_tokens(
