@@ -9,13 +9,21 @@ import pytest
 import torch
 
 from megavlm.config.schema import Architecture
-from megavlm.convert.hf import convert
+from megavlm.convert.hf import convert, qwen_vl_config
 from megavlm.convert.hf.json_files import read_json, write_json
 from megavlm.convert.hf.model_config import architecture_from_hf
 from megavlm.convert.hf.reference import load_reference
 from megavlm.convert.weights.tables import rows
-from tests.convert.models import load_all
-from tests.convert.qwen_vl_models import SMALL_3, SMALL_3_MOE, make_qwen_vl, refuse, turn_experts
+from tests.convert.models import ids_with, load_all
+from tests.convert.qwen_vl_models import (
+    MARKS,
+    SMALL_3,
+    SMALL_3_MOE,
+    kind_of,
+    make_qwen_vl,
+    refuse,
+    turn_experts,
+)
 
 
 def test_experts_as_transformers_has_them_in_memory_are_read(tmp_path: Path) -> None:
@@ -38,9 +46,13 @@ def test_a_config_of_transformers_4_is_read(tmp_path: Path, architecture: Archit
     settings = read_json(source / "config.json")
     text = settings["text_config"]
     rotary = text.pop("rope_parameters")
+    assert rotary["mrope_interleaved"] is True
     text |= {"rope_theta": rotary.pop("rope_theta"), "rope_scaling": rotary}
     if architecture.language.num_experts:
-        text |= {"num_experts": text.pop("num_local_experts"), "norm_topk_prob": True}
+        text |= {
+            "num_experts": text.pop("num_local_experts"),
+            "norm_topk_prob": False,
+        }  # which the class does not read
     settings["vision_config"]["model_type"] = settings["model_type"]
     del settings["vision_config"]["rope_parameters"]
     write_json(source / "config.json", settings)
@@ -75,6 +87,14 @@ def test_other_models_of_the_third_are_refused(
     tmp_path: Path, section: str, change: dict, told: str
 ) -> None:
     refuse(tmp_path / "hf", SMALL_3_MOE, section, change, told)
+
+
+def test_other_programs_are_told_that_rotations_take_turns() -> None:
+    kind = kind_of(SMALL_3)
+    settings = qwen_vl_config.write(kind, SMALL_3, MARKS, ids_with(7), torch.bfloat16)
+    for name in ("rope_scaling", "rope_parameters"):
+        found = settings["text_config"][name]
+        assert found["mrope_interleaved"] is True and found["mrope_section"] == [2, 2, 2]
 
 
 @pytest.mark.parametrize("size", [24, 48])
