@@ -21,6 +21,7 @@ from tests.ranks.runs import TINY, config_for
 from tests.ranks.test_flamingo import OPEN
 from tests.ranks.test_gemma2 import MODEL as GEMMA2
 from tests.ranks.test_gpt_oss import MODEL as GPT_OSS
+from tests.ranks.test_qwen_vl import DEEP_EXPERTS
 from tests.ranks.test_qwen_vl import MODEL as QWEN_VL
 from tools.benchmark import answering
 
@@ -63,6 +64,7 @@ MODELS = {
     "cross-attention": _sized(OPEN),
     "learned positions behind a Q-Former": _sized(BLIP2["opt"]),
     "frames, rows and columns": _sized(QWEN_VL),
+    "features behind several layers, and experts": _sized(DEEP_EXPERTS),
 }
 EVERYDAY = {
     "real heads": ("one",),
@@ -71,6 +73,7 @@ EVERYDAY = {
     "cross-attention": ("TP2 SP", "PP2"),
     "learned positions behind a Q-Former": ("CP2",),
     "frames, rows and columns": ("one", "TP2 SP", "CP2"),
+    "features behind several layers, and experts": ("PP2",),
 }
 CASES = [
     (name, layout)
