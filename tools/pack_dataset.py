@@ -8,7 +8,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from megavlm.data.packing.asked_job import make_job
-from megavlm.data.packing.asked_stage import form_warnings, other_templates, taken_settings
+from megavlm.data.packing.asked_stage import (
+    form_warnings,
+    model_warnings,
+    other_templates,
+    taken_settings,
+)
 from megavlm.data.packing.command_line import parse
 from megavlm.io.early_end import allow_early_end
 from megavlm.io.full_disk import in_words
@@ -25,7 +30,7 @@ def main() -> int:
             others = " or ".join(other_templates(options))
             more = f"; it also takes --template {others}" if others else ""
             print(f"pack_dataset: packs as the stage has them: {settings}{more}", file=sys.stderr)
-        for warning in form_warnings(options):
+        for warning in (*form_warnings(options), *model_warnings(options, model)):
             print(f"pack_dataset: warning: {warning}", file=sys.stderr)
         # Only now: help and mistakes on the command line should not wait for transformers.
         from megavlm.data.packing.job import pack_dataset, plan_dataset

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 
+from megavlm.config.architecture import Architecture
 from megavlm.config.objectives import needs_of
 from megavlm.config.recipes import RECIPES, recipe
 from megavlm.config.recipes.recipe import Recipe
@@ -122,3 +123,24 @@ def _settings(chosen: Recipe, stage: str) -> dict[str, str | int]:
         "preferences": needs_of(row.objective).is_of_preferences or None,
     }
     return {name: value for name, value in given.items() if value not in (ANY, None)}
+
+
+def model_warnings(args: argparse.Namespace, model: Architecture) -> Iterator[str]:
+    """Warn of tiles that the model does not read, whose packs training refuses: a command line
+    that names a Qwen2.5-VL but no recipe has InternVL's tiles and template.
+    """
+    spans = model.vision.exists and model.vision.spans_tiles
+    if spans == (args.tiling == "native"):
+        return
+    name = f"--model {args.model}" if args.model else "InternVL2.5, which no --model means,"
+    if spans:
+        yield (
+            f"--tiling {args.tiling}: {name} reads images of any size, and its training refuses"
+            " such images; give --tiling native and its --template, or --recipe and --stage, which"
+            " set both"
+        )
+    else:
+        yield (
+            f"--tiling native: {name} reads each tile by itself, and its training refuses such"
+            " images; name a model that reads images of any size, or give another --tiling"
+        )

@@ -14,7 +14,12 @@ from megavlm.config.schema import ANY
 from megavlm.config.vision import PIXELS
 from megavlm.data.images.frame_sampling import FrameChoice
 from megavlm.data.packing.asked_job import make_job
-from megavlm.data.packing.asked_stage import form_warnings, other_templates, taken_settings
+from megavlm.data.packing.asked_stage import (
+    form_warnings,
+    model_warnings,
+    other_templates,
+    taken_settings,
+)
 from megavlm.data.packing.command_line import parse
 from megavlm.model_source import image_model
 
@@ -205,6 +210,24 @@ def test_packs_as_a_stage_has_them_are_what_it_is_trained_on(
         assert make_job(options, image_model(options.model)).tiling.tile_size == (
             size or image_model(options.model).vision.image_size
         )
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("--model qwen2_5-vl-3b", "--tiling dynamic: --model qwen2_5-vl-3b reads images of any"),
+        ("--tiling native", "--tiling native: InternVL2.5, which no --model means, reads each"),
+        ("--model llava --tiling native", "--tiling native: --model llava reads each tile"),
+        ("--model qwen2_5-vl-3b --recipe qwen2_5_vl --stage sft", ""),
+        ("--model internvl2_5-1b", ""),
+    ],
+)
+def test_tiles_that_the_model_does_not_read_are_warned_of(
+    arguments: list[str], given: str, told: str
+) -> None:
+    options = parse([*arguments, *given.split()])
+    found = list(model_warnings(options, image_model(options.model)))
+    assert len(found) == bool(told) and all(told in text for text in found)
 
 
 @pytest.mark.parametrize(
