@@ -17,7 +17,8 @@
 # VISION      folder of such a model, whose vision encoder stage 1 starts from
 # LANGUAGE    folder of the language model with its tokenizer, for stage 1
 # JSONL ROOT  records of conversations, and the folder of their images, for `pack`; for dpo records of a preferred and a rejected answer
-# MAX_PIXELS  pixels of an image in all its tiles, at most, for `pack` (default: what the model's image processor says; 784 pixels are a token)
+# MAX_PIXELS  pixels of an image in all its tiles, at most, for `pack` (default: what the model's image processor says; 784 pixels are a token;
+#             published models say 12845056, 16384 tokens, and an image that is longer than a pack is rejected)
 # PACKS RUNS  where packs and checkpoints go
 # NNODES MASTER_ADDR MASTER_PORT JOB_ID GPUS_PER_NODE  as in examples/internvl2_5_8b/run.sh
 #
