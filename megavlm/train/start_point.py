@@ -10,9 +10,9 @@ from megavlm.config.checks.rules import ConfigError
 from megavlm.config.exports import HOLDS
 from megavlm.config.recipes import recipe
 from megavlm.config.schema import Config, Init
-from megavlm.convert.hf import convert, from_parts, unused_weights
+from megavlm.convert.hf import convert, from_parts, named_tokens, unused_weights
 from megavlm.convert.weights.tables import unused_rows
-from megavlm.data.store.manifest import read_manifest
+from megavlm.data.store.manifest import first_with_images, read_manifest
 from megavlm.data.text.tokenizer import fingerprint
 from megavlm.train import resume
 from megavlm.train.resume import Start
@@ -49,6 +49,7 @@ def _named(config: Config) -> Start:
                 f"--checkpoint.moments keep: {config.checkpoint.load} is of Hugging Face and has"
                 " none; use fresh"
             )
+        _check_image_token(config)
         return Path(config.checkpoint.load)
     loaded = step_folder.find(config.checkpoint.load)
     if loaded is None:
@@ -57,6 +58,23 @@ def _named(config: Config) -> Start:
             f" is there{step_folder.runs_inside(config.checkpoint.load)}"
         )
     return resume.check_fits(config, loaded)
+
+
+def _check_image_token(config: Config) -> None:
+    """Refuse packs whose token for images is not the one of the folder that a run starts from: a
+    tokenizer that lacks it gets it as a new row.
+    """
+    if not resume.has_packs(config):
+        return
+    named = named_tokens.image_token_id(Path(config.checkpoint.load))
+    packs = first_with_images(config.data.train_folders)
+    found = read_manifest(packs)
+    if named is not None and found.totals.tiles and found.context_token_id != named:
+        raise ConfigError(
+            f"--data.train {packs}: its token for images is {found.context_token_id}, and that of"
+            f" --checkpoint.load {config.checkpoint.load} is {named}, as its config.json says; pack"
+            " with the tokenizer of that folder (--tokenizer)"
+        )
 
 
 def _check_parts(config: Config) -> None:

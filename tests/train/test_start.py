@@ -4,6 +4,7 @@ and nothing is written.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -13,14 +14,18 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megavlm.config.checks.rules import ConfigError
 from megavlm.config.cli import from_yaml, to_yaml
-from megavlm.config.schema import Config, Init
+from megavlm.config.schema import Checkpoint, Config, Init
 from megavlm.config.stages import parse_stages
 from megavlm.data.store.reader import Reader
 from megavlm.pack_first import problems
 from megavlm.start_check import check_start
 from megavlm.train.inspection import inspect
 from megavlm.train.resume import index_sums
+from megavlm.train.start_point import find_named
+from tests.convert.qwen_vl_models import SMALL, make_qwen_vl
+from tests.data.native_packs import write_native
 from tests.ranks.runs import config_for, make_packs
 from tests.train.test_launch import _fake_checkpoint, dataset  # noqa: F401
 
@@ -321,3 +326,19 @@ finally:
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert told.returncode == 0 and told.stderr == ""
     assert "new is new or empty" in told.stdout
+
+
+def test_packs_with_another_token_for_images_than_the_folder_are_refused(tmp_path: Path) -> None:
+    folder = make_qwen_vl(tmp_path / "hf", SMALL)
+    facts = dict(tile_size=SMALL.vision.image_size, vocab_size=461)
+    config = dataclasses.replace(config_for(tmp_path / "packs"), architecture=SMALL)
+    config = dataclasses.replace(config, checkpoint=Checkpoint(load=str(folder)))
+    write_native(tmp_path / "packs", [((16, 8),)], context_token_id=7, **facts)
+    assert find_named(config) == folder
+    shutil.rmtree(tmp_path / "packs")
+    write_native(tmp_path / "packs", [((16, 8),)], context_token_id=9, **facts)
+    with pytest.raises(ConfigError, match="its token for images is 9, and that of .* is 7, as its"):
+        find_named(config)
+    shutil.rmtree(tmp_path / "packs")
+    write_native(tmp_path / "packs", [()], context_token_id=9, **facts)  # which no text has
+    assert find_named(config) == folder

@@ -36,6 +36,14 @@ def check(folder: Path, copy: Path, image_tokens: str) -> None:
         )
 
 
+def image_token_id(folder: Path) -> int | None:
+    """Return the id of the token that stands for images, as config.json names it; none: it does not
+    name one.
+    """
+    settings = read_complete(folder / FILE_NAME)
+    return next((settings[name] for name in _IMAGE if settings.get(name) is not None), None)
+
+
 def _problems(folder: Path, words: Path, image_tokens: str) -> Iterator[str]:
     settings = read_complete(folder / FILE_NAME)
     tokenizer = load_tokenizer(words)
