@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from typing import Any, Self
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -46,6 +47,30 @@ class PackedSamples(PackedSeqParams):
     cached: Prefill | Decode | None = None
 
     @classmethod
+    def inside(
+        cls, ends: Tensor, lengths: tuple[int, ...], longest: int | None = None, **others: Any
+    ) -> Self:
+        """Describe attention of tokens to those of the same span.
+
+        Args:
+            ends: int32 [N + 1], where the spans start and end.
+            lengths: of each span.
+            longest: of the spans; none: that of ``lengths``.
+            others: further fields.
+        """
+        most = max(lengths) if longest is None else longest
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=ends,
+            cu_seqlens_kv=ends,
+            max_seqlen_q=most,
+            max_seqlen_kv=most,
+            query_lengths=lengths,
+            key_lengths=lengths,
+            **others,
+        )
+
+    @classmethod
     def of(cls, batch: Batch, *, has_prefixes: bool, context_ranks: int) -> PackedSamples:
         """Describe the samples of a pack.
 
@@ -58,16 +83,12 @@ class PackedSamples(PackedSeqParams):
         # Transformer Engine cuts samples at the ends with padding. There is none between ours: what
         # aligns a sample is part of it.
         padded = ends if context_ranks > 1 else None
-        return cls(
-            qkv_format="thd",
-            cu_seqlens_q=ends,
-            cu_seqlens_kv=ends,
+        return cls.inside(
+            ends,
+            batch.sample_lengths,
+            batch.longest_sample,
             cu_seqlens_q_padded=padded,
             cu_seqlens_kv_padded=padded,
-            max_seqlen_q=batch.longest_sample,
-            max_seqlen_kv=batch.longest_sample,
-            query_lengths=batch.sample_lengths,
-            key_lengths=batch.sample_lengths,
             prefixes=batch.prefixes if has_prefixes else None,
             media=batch.media,
             cached=batch.cached,
@@ -75,17 +96,7 @@ class PackedSamples(PackedSeqParams):
 
     def of_prefixes(self) -> PackedSamples:
         """Describe attention inside prefixes."""
-        ends = self.prefixes.ends
-        lengths = self.prefixes.lengths
-        return PackedSamples(
-            qkv_format=self.qkv_format,
-            cu_seqlens_q=ends,
-            cu_seqlens_kv=ends,
-            max_seqlen_q=max(lengths),
-            max_seqlen_kv=max(lengths),
-            query_lengths=lengths,
-            key_lengths=lengths,
-        )
+        return PackedSamples.inside(self.prefixes.ends, self.prefixes.lengths)
 
     def of_rest(self) -> PackedSamples:
         """Describe attention of the other tokens to their whole samples."""

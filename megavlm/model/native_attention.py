@@ -26,24 +26,12 @@ class PackedImages(PackedSamples):
     windows: PackedSamples | None = None
 
     @classmethod
-    def of(cls, images: Images) -> PackedImages:
+    def of_images(cls, images: Images) -> PackedImages:
         """Describe the images of a batch."""
         windows = None
         if images.window_ends is not None:
-            windows = PackedSamples(**_ends(images.window_ends, images.window_lengths))
-        return cls(**_ends(images.ends, images.lengths), windows=windows)
-
-
-def _ends(ends: Tensor, lengths: tuple[int, ...]) -> dict[str, Any]:
-    return dict(
-        qkv_format="thd",
-        cu_seqlens_q=ends,
-        cu_seqlens_kv=ends,
-        max_seqlen_q=max(lengths),
-        max_seqlen_kv=max(lengths),
-        query_lengths=lengths,
-        key_lengths=lengths,
-    )
+            windows = PackedSamples.inside(images.window_ends, images.window_lengths)
+        return cls.inside(images.ends, images.lengths, windows=windows)
 
 
 class NativeVisionAttention(turning(VisionAttention)):

@@ -1,5 +1,5 @@
 """A vision encoder that reads images of any size, one piece of it for each pipeline chunk: that of
-Qwen2-VL (arXiv 2409.12191) and Qwen2.5-VL (arXiv 2502.13923).
+Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (arXiv 2502.13923) and Qwen3-VL (arXiv 2511.21631).
 
 Shape letters: I tiles, S pixels along a tile, N patches of a tile, D hidden size, K outputs of
 layers that become features.
@@ -23,6 +23,7 @@ from megavlm.model.recompute import ask_for_gradient
 from megavlm.model.rotary import patch_angles
 from megavlm.model.specs import vision_spec
 from megavlm.model.standardise import standardise
+from megavlm.model.vision import flat_patches
 from megavlm.planner.layout import Chunk
 
 
@@ -33,9 +34,7 @@ class FramePatchEmbedding(nn.Conv3d):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[I, 3, S, S] -> [I * N, D]: every frame that it reads is the same image."""
-        size = self.kernel_size[-1]
-        squares = pixels.unflatten(3, (-1, size)).unflatten(2, (-1, size))
-        flat = squares.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
+        flat = flat_patches(pixels, self.kernel_size[-1]).flatten(0, 1)
         return linear(flat, self.weight.sum(2).flatten(1), self.bias)
 
 
@@ -133,5 +132,5 @@ class NativeVisionEncoder(MegatronModule):
             attention_mask=None,
             context=deep,
             rotary_pos_emb=patch_angles(images.places, self.vision.head_size),
-            packed_seq_params=PackedImages.of(images),
+            packed_seq_params=PackedImages.of_images(images),
         )

@@ -23,6 +23,14 @@ from megavlm.model.vision_layer import drop_path_rate
 from megavlm.planner.layout import Chunk
 
 
+def flat_patches(pixels: Tensor, size: int) -> Tensor:
+    """Cut tiles [I, 3, S, S] into patches of ``size`` pixels a side, row by row: [I, patches, 3 *
+    size * size].
+    """
+    squares = pixels.unflatten(3, (-1, size)).unflatten(2, (-1, size))
+    return squares.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
 class PatchEmbedding(nn.Conv2d):
     """A convolution whose patches do not overlap, as one matrix product: cuDNN takes a slow kernel
     for three channels. It is a module of its own, since megatron-core's ``DistributedDataParallel``
@@ -34,9 +42,7 @@ class PatchEmbedding(nn.Conv2d):
         size = self.kernel_size[0]
         whole = pixels.shape[-1] // size * size  # SigLIP's 384 pixels are 27 patches of 14, and 6
         pixels = pixels[..., :whole, :whole]
-        squares = pixels.unflatten(3, (-1, size)).unflatten(2, (-1, size))
-        flat = squares.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        return linear(flat, self.weight.flatten(1), self.bias)
+        return linear(flat_patches(pixels, size), self.weight.flatten(1), self.bias)
 
 
 class VisionEncoder(MegatronModule):

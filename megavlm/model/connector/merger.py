@@ -90,7 +90,7 @@ class MergerConnector(Merger):
         Returns:
             [I, 1, K * D of language]
         """
-        last, *deep = hidden.chunk(1 + len(list(self.deep.children())))
-        mergers = self.deep.children()
+        mergers = list(self.deep.children())
+        last, *deep = hidden.chunk(1 + len(mergers))
         found = [merger(one) for merger, one in zip(mergers, deep, strict=True)]
         return torch.cat([super().forward(last), *found], dim=-1)
