@@ -129,10 +129,11 @@ class Vision:
 
     @property
     def spans_tiles(self) -> bool:
-        """Whether the patches of all tiles of an image see each other, and know their rows and
-        columns by rotation (RoPE of two dimensions); else a tile is an image of its own.
+        """Whether there is a vision encoder in which the patches of all tiles of an image see each
+        other, and know their rows and columns by rotation (RoPE of two dimensions); else a tile is
+        an image of its own.
         """
-        return self.family in SPANNING_FAMILIES
+        return self.exists and self.family in SPANNING_FAMILIES
 
     @property
     def window_tiles(self) -> int:

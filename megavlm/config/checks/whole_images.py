@@ -170,7 +170,7 @@ def _sections(arch: Architecture) -> Iterator[str]:
             f" {rotations} at most; give frames more, or use"
             " --architecture.language.rotary_interleaved false"
         )
-    if not (arch.vision.exists and arch.vision.spans_tiles):
+    if not arch.vision.spans_tiles:
         yield (
             f"{flag}: places in an image are known of tiles of packs of --tiling {_TILING}, which"
             f" {_FLAG}.family {' and '.join(SPANNING_FAMILIES)} read; leave it out"
@@ -183,7 +183,7 @@ def _sections(arch: Architecture) -> Iterator[str]:
 def run_problems(config: Config) -> Iterator[str]:
     """Yield settings of a run that such a vision encoder cannot follow."""
     arch = config.architecture
-    if not (arch.vision.exists and arch.vision.spans_tiles):
+    if not arch.vision.spans_tiles:
         return
     family = f"{_FLAG}.family {arch.vision.family}"
     for name in ("drop_path", "end_drop_path"):
@@ -198,7 +198,7 @@ def layout_problems(config: Config) -> Iterator[str]:
     """Yield layouts that such a vision encoder cannot have."""
     arch = config.architecture
     vision = arch.vision
-    if not (vision.exists and vision.spans_tiles and config.parallel.vision == "data"):
+    if not (vision.spans_tiles and config.parallel.vision == "data"):
         return
     family = f"{_FLAG}.family {vision.family}"
     if arch.lora.dropout and arch.lora.adapts(_FIRST_LINEAR):
@@ -217,7 +217,7 @@ def packs_problems(arch: Architecture, tiling: str, where: str) -> Iterator[str]
         tiling: of packs that have images.
         where: flag and folder of the packs, for the message.
     """
-    spans = arch.vision.exists and arch.vision.spans_tiles
+    spans = arch.vision.spans_tiles
     if spans == (tiling == _TILING):
         return
     family = f"{_FLAG}.family {arch.vision.family}"

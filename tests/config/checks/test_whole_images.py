@@ -146,3 +146,9 @@ def test_packs_that_are_cut_otherwise_are_refused() -> None:
         [problem] = facts_problems(config, [packed], 1)
         assert told in problem
         assert not facts_problems(config, [dataclasses.replace(packed, has_images=False)], 1)
+
+
+def test_a_model_without_a_vision_encoder_reads_no_whole_images() -> None:
+    vision = RECIPES["qwen2_5_vl"].architecture.vision
+    assert vision.spans_tiles
+    assert not dataclasses.replace(vision, num_layers=0).spans_tiles
