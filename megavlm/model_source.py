@@ -55,10 +55,11 @@ def stated_tiles(name: str | None) -> StatedTiles:
     """
     if not name or name in RECIPES or name in MODELS or not Path(name).is_dir():
         return NOTHING_STATED
-    from megavlm.convert.hf import hub_formats, vision_part
+    from megavlm.convert.hf import hub_formats, json_files, vision_part
 
     if vision_part.is_encoder(name):
         return NOTHING_STATED
     usage = hub_formats.hub_format_of(name).read_usage(Path(name))
     pixels = (usage.min_pixels, usage.max_pixels) if usage.tiling == "native" else None
-    return StatedTiles(grids=usage.grids, pixels=pixels)
+    file = json_files.image_processor_file(Path(name))
+    return StatedTiles(grids=usage.grids, pixels=pixels, file=str(file) if file.is_file() else name)

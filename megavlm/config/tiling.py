@@ -27,10 +27,12 @@ class StatedTiles:
     Args:
         grids: columns and rows of the grids that images may have; none: nothing.
         pixels: fewest and most pixels of an image of any size; none: nothing.
+        file: which states them.
     """
 
     grids: tuple[tuple[int, int], ...] = ()
     pixels: tuple[int, int] | None = None
+    file: str = ""
 
 
 NOTHING_STATED = StatedTiles()

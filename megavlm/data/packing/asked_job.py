@@ -130,14 +130,26 @@ def _of_dynamic_tiling(args: argparse.Namespace) -> dict[str, int | bool]:
 
 def _pixels(args: argparse.Namespace, stated: StatedTiles, family: str) -> dict[str, int]:
     """Return the bounds of the pixels of an image that are given or stated, or usual for vision
-    encoders of a family. Raises ValueError:
-    those that are given would have no effect.
+    encoders of a family.
+
+    Raises:
+        ValueError: those that are given would have no effect, or one contradicts what is not given.
     """
     asked = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
     given = {name: value for name, value in asked.items() if value is not None}
     if args.tiling == "native":
         usual = QWEN3_VL_PIXELS if family == "qwen3_vl" else QWEN2_VL_PIXELS
-        return dict(zip(asked, stated.pixels or usual, strict=True)) | given
+        others = dict(zip(asked, stated.pixels or usual, strict=True))
+        bounds = others | given
+        if len(given) == 1 and bounds["min_pixels"] > bounds["max_pixels"]:
+            [name] = given
+            [other] = others.keys() - given
+            by = stated.file if stated.pixels else "default"
+            raise ValueError(
+                f"--{name} {given[name]}: --{other} is {bounds[other]} by {by}, and must be 1 <="
+                f" min <= max; give --{other} too"
+            )
+        return bounds
     if given:
         flags = ", ".join(f"--{name} {value}" for name, value in given.items())
         raise ValueError(f"{flags}: goes with --tiling native; leave it out")

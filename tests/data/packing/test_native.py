@@ -21,7 +21,7 @@ from megavlm.data.packing.job import pack_dataset, plan_dataset
 from megavlm.data.packing.settings import Job
 from megavlm.data.text.tokenizer import add_special_tokens, load_tokenizer
 from megavlm.evaluate.packs import tiling_of
-from megavlm.model_source import stated_tiles
+from megavlm.model_source import image_model, stated_tiles
 from tests.convert.qwen_vl_models import SMALL, make_qwen_vl
 from tests.convert.tool import run_tool
 
@@ -214,6 +214,15 @@ def test_packs_have_the_bounds_of_the_recipe(
     assert found == facts
 
 
+def folder_with_bounds(folder: Path) -> Path:
+    """Write a small Qwen2.5-VL whose images have 1,024 to 8,192 pixels."""
+    make_qwen_vl(folder, SMALL)
+    path = folder / "preprocessor_config.json"
+    size = {"shortest_edge": 1024, "longest_edge": 8192}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"size": size}))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("given", "bounds"),
     [
@@ -225,15 +234,40 @@ def test_packs_have_the_bounds_of_the_recipe(
 def test_packs_have_the_bounds_of_the_model(
     data: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], bounds: tuple[int, int]
 ) -> None:
-    folder = make_qwen_vl(data / "hf", SMALL)
-    path = folder / "preprocessor_config.json"
-    size = {"shortest_edge": 1024, "longest_edge": 8192}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"size": size}))
+    folder = folder_with_bounds(data / "hf")
     form = ["--template", "qwen2_vl", "--tiling", "native", "--model", str(folder)]
     job = asked_job(data, monkeypatch, *form, *given)
     assert (job.tiling.min_pixels, job.tiling.max_pixels) == bounds
     assert job.tiling.tile_size == SMALL.vision.image_size
     assert stated_tiles("qwen2_5_vl") == NOTHING_STATED
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("--max_pixels 1000", "--max_pixels 1000: --min_pixels is 1024 by {file}, and must be"),
+        ("--min_pixels 9000", "--min_pixels 9000: --max_pixels is 8192 by {file}, and must be"),
+    ],
+)
+def test_a_bound_that_the_model_crosses_is_told_with_the_file_of_the_other(
+    data: Path, given: str, told: str
+) -> None:
+    folder = folder_with_bounds(data / "hf")
+    files = [
+        "--jsonl",
+        str(data / "records.jsonl"),
+        "--tokenizer",
+        str(data / "words"),
+        "--dry_run",
+    ]
+    form = ["--template", "qwen2_vl", "--tiling", "native", "--model", str(folder)]
+    args = parse([*files, *form, *given.split()])
+    file = folder / "preprocessor_config.json"
+    with pytest.raises(ValueError, match="give --") as raised:
+        make_job(args, image_model(args.model), stated_tiles(args.model))
+    assert str(raised.value).startswith(told.format(file=file))
+    with pytest.raises(ValueError, match="--max_pixels 3000: --min_pixels is 3136 by default"):
+        make_job(parse([*files, *form[:4], "--max_pixels", "3000"]), ARCHITECTURE)
 
 
 @pytest.mark.parametrize(
