@@ -21,6 +21,7 @@ from megavlm.data.records.readers import is_annotation
 from megavlm.data.store.manifest import read_manifest
 from megavlm.data.store.reader import Reader
 from megavlm.io.remote import is_remote
+from megavlm.model_source import recipe_problems
 from megavlm.planner.parameter_table import parameter_keys
 
 
@@ -28,7 +29,8 @@ def problems(config: Config, world_size: int) -> list[str]:
     """Return everything in a configuration, and in the packed datasets that it names, that cannot
     run on ``world_size`` ranks; each problem names the flag to change.
     """
-    found = with_parameter_problems(config, rules.problems(config, world_size))
+    found = [*recipe_problems(config), *rules.problems(config, world_size)]
+    found = with_parameter_problems(config, found)
     facts = []
     for flag, folder in _datasets(config):
         try:

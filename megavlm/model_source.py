@@ -4,11 +4,12 @@ imported late, since it takes seconds.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from megavlm.config.models import MODELS, architecture, refuse_doubt
-from megavlm.config.recipes import RECIPES
-from megavlm.config.schema import Architecture, Init
+from megavlm.config.recipes import RECIPES, recipe_of
+from megavlm.config.schema import Architecture, Config, Init
 from megavlm.config.tiling import NOTHING_STATED, StatedTiles
 
 
@@ -23,6 +24,27 @@ def read_model(folder: str, init: Init, default: Architecture | None = None) -> 
     from megavlm.convert.hf import from_parts
 
     return from_parts.read_model(folder, init, default)
+
+
+def recipe_problems(config: Config) -> Iterator[str]:
+    """Yield that the folder of a run's model is of a class that another recipe trains: the stages
+    are made for another model, and the recipe's exports could not hold this one.
+    """
+    folder = Path(config.model)
+    if not config.model or config.model in MODELS or not (folder / "config.json").is_file():
+        return
+    from megavlm.convert.hf import hub_formats, json_files, vision_part
+
+    if config.init.language and vision_part.is_encoder(config.model):
+        return
+    kind = json_files.read_config(folder / json_files.FILE_NAME).get("model_type")
+    rows = hub_formats.HUB_FORMATS.items()
+    of_kind = {recipe_of(dialect).name for dialect, row in rows if row.model_type == kind}
+    if of_kind and config.recipe not in of_kind:
+        yield (
+            f"--recipe {config.recipe}: --model {config.model} is another model, of model_type"
+            f" {kind!r} in its config.json; use --recipe {' or '.join(sorted(of_kind))}"
+        )
 
 
 def image_model(name: str | None) -> Architecture:

@@ -18,9 +18,12 @@ from megavlm.convert.hf.from_parts import extend_tokenizer
 from megavlm.data.store.manifest import read_manifest
 from megavlm.data.text.tokenizer import fingerprint, load_tokenizer
 from megavlm.evaluate.packs import usage_of
-from megavlm.model_source import image_model, read_model
+from megavlm.job_checks import problems
+from megavlm.model_source import image_model, read_model, recipe_problems
 from tests.convert.models import KINDS, SMALL, TOKENIZER, make_hf
 from tests.convert.part_folders import WORDS, make_parts, make_tokenizer, make_vision
+from tests.convert.qwen_vl_models import SMALL as SMALL_QWEN
+from tests.convert.qwen_vl_models import make_qwen_vl
 
 ROOT = Path(__file__).parents[2]
 
@@ -116,6 +119,33 @@ def test_what_is_wrong_with_a_language_model_is_told_without_a_section(
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=f"\n  {told}"):
         read_model("", Init(vision=str(vision), language=str(words)))
+
+
+def test_a_folder_of_a_model_that_another_recipe_trains_is_refused(tmp_path: Path) -> None:
+    qwen = make_qwen_vl(tmp_path / "qwen", SMALL_QWEN)
+    internvl = make_hf(tmp_path / "internvl", SMALL)
+
+    def found(recipe: str, stage: str, *options: str) -> list[str]:
+        return list(
+            recipe_problems(parse(["--recipe", recipe, "--stage", stage, *options], read_model))
+        )
+
+    told = f"--model {qwen} is another model, of model_type 'qwen2_5_vl' in its config.json; use"
+    for recipe, stage in (("qwen2_vl", "finetune"), ("internvl", "2"), ("qwen3_vl", "sft")):
+        problem = f"--recipe {recipe}: {told} --recipe qwen2_5_vl"
+        assert found(recipe, stage, "--model", str(qwen)) == [problem]
+    config = parse(
+        ["--recipe", "qwen2_vl", "--stage", "finetune", "--model", str(qwen)], read_model
+    )
+    assert any(told in problem for problem in problems(config, 1))
+    assert found("llava", "2", "--model", str(internvl))[0].endswith("; use --recipe internvl")
+    assert found("qwen2_5_vl", "sft", "--model", str(qwen)) == []
+    assert found("internvl", "2", "--model", str(internvl)) == []
+    assert found("internvl", "2", "--model", "tiny") == found("qwen2_vl", "1") == []
+    encoder = make_vision(tmp_path / "siglip", "siglip")
+    make_parts(tmp_path, SMALL)
+    parts = ["--model", str(encoder), "--init.language", str(tmp_path / "language")]
+    assert found("internvl", "1", *parts) == []
 
 
 @pytest.mark.slow
