@@ -143,8 +143,9 @@ def arrange(requests: Sequence[Request], manifest: Manifest) -> list[list[int]]:
         if length > manifest.capacity or one.tiles > manifest.tile_cap:
             raise ValueError(
                 f"--eval.tasks {one.where}: {length} tokens and {one.tiles} tiles, but the packs of"
-                f" --data.train hold {manifest.capacity} tokens and {manifest.tile_cap} tiles; pack"
-                " with larger --capacity and --tile_cap"
+                f" --data.train hold {manifest.capacity} tokens and {manifest.tile_cap} tiles; ask"
+                " with less text, fewer or smaller images or fewer frames, or name packs of larger"
+                " --capacity and --tile_cap (--packs of tools/chat.py and tools/evaluate.py)"
             )
         if tokens + length > manifest.capacity or tiles + one.tiles > manifest.tile_cap:
             packs.append([])

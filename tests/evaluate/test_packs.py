@@ -64,8 +64,10 @@ def test_a_pack_holds_no_more_tokens_and_tiles_than_those_of_training() -> None:
     assert arranged((3, 3), (3, 2), (3, 2)) == [[0], [1, 2]]
     with pytest.raises(ValueError, match="jsonl:1: 20 tokens and 1 tiles"):
         arranged((16, 1))
-    with pytest.raises(ValueError, match="8 tokens and 5 tiles"):
+    with pytest.raises(ValueError, match="8 tokens and 5 tiles") as raised:
         arranged((7, 5))
+    assert "fewer frames, or name packs of larger --capacity" in str(raised.value)
+    assert "(--packs of tools/chat.py" in str(raised.value)
 
 
 def test_what_stands_for_an_answer_is_neither_an_end_nor_an_image(tmp_path: Path) -> None:
