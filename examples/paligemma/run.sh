@@ -18,7 +18,9 @@
 # PACKS RUNS  where packs and checkpoints go
 # NNODES MASTER_ADDR MASTER_PORT JOB_ID GPUS_PER_NODE  as in examples/internvl2_5_8b/run.sh
 #
-# A run that is started again goes on from its last checkpoint. Nothing here was measured on a GPU.
+# Nothing here was measured on a GPU.
+# A run that is started again goes on from its last checkpoint. With more steps (--training.steps) than its export has, it needs another folder for that:
+#   --checkpoint.export_hf DIR
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$here/../.."
