@@ -24,6 +24,7 @@ from typing import IO, TYPE_CHECKING, NoReturn
 
 from megavlm import job_checks
 from megavlm.config import torchrun
+from megavlm.config.recipes import recipe
 from megavlm.config.schema import ANY, Config
 from megavlm.config.stages import is_of_start, starting_like
 from megavlm.data.records.readers import is_annotation
@@ -231,6 +232,8 @@ def _job(config: Config, name: str) -> Job:
         first += ["--alignment", str(2 * context)]
     if config.architecture.needs.is_of_preferences:
         first.append("--preferences")
+    if capacity := recipe(config.recipe).stage(config.stage).capacity:
+        first += ["--capacity", str(capacity)]
     form = {"--template": config.data.template[:1], "--tiling": (config.data.tiling,)}
     for flag, values in form.items():
         for value in values:

@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         if wrong := [*number_problems(options), *unread(options)]:
             raise ValueError("\n  ".join(wrong))
         config = read_config(options, others)
-        packs = read_packs(options)
+        packs = read_packs(options, config)
         hardware = read_hardware(options)
         print(
             f"{options.model or config.recipe}, stage {options.stage}, {options.gpus} GPUs,"

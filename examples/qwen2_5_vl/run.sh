@@ -22,7 +22,9 @@
 # PACKS RUNS  where packs and checkpoints go
 # NNODES MASTER_ADDR MASTER_PORT JOB_ID GPUS_PER_NODE  as in examples/internvl2_5_8b/run.sh
 #
-# A run that is started again goes on from its last checkpoint. Nothing here was measured on a GPU.
+# Nothing here was measured on a GPU.
+# A run that is started again goes on from its last checkpoint. With more steps (--training.steps) than its export has, it needs another folder for that:
+#   --checkpoint.export_hf DIR
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$here/../.."
@@ -34,15 +36,14 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 stage="${1:-}"
 shift || true
 
-# pack STAGE OPTION...: packs of 8,192 tokens, of stage 3 of 32,768.
+# pack STAGE OPTION...: packs of as many tokens as the stage has, 8,192 or 32,768 (stage 3).
 pack() {
-    local stage="$1" capacity=8192
+    local stage="$1"
     shift
-    [[ "$stage" == 3 ]] && capacity=32768
     if [[ ! -f "$PACKS/$stage/manifest.json" ]]; then
         python "$root/tools/pack_dataset.py" --recipe "$RECIPE" --stage "$stage" --model "${MODEL:-${VISION:?name the folder of the model as MODEL, or VISION}}" \
             --tokenizer "${MODEL:-${LANGUAGE:?name the folder of the model as MODEL, or LANGUAGE}}" --jsonl "${JSONL:?name the records}" \
-            --root "${ROOT:?name the folder of the images}" ${MAX_PIXELS:+--max_pixels "$MAX_PIXELS"} --capacity "$capacity" --out "$PACKS/$stage" "$@"
+            --root "${ROOT:?name the folder of the images}" ${MAX_PIXELS:+--max_pixels "$MAX_PIXELS"} --out "$PACKS/$stage" "$@"
     fi
 }
 

@@ -29,6 +29,21 @@ def test_a_recipe_with_a_model_of_its_own_needs_no_model(
     assert told.rstrip().splitlines()[-1].startswith(("--parallel.", "no option of --parallel"))
 
 
+@pytest.mark.parametrize(
+    ("words", "tokens"),
+    [
+        ("--recipe qwen3_vl --model qwen3-vl-2b --stage 2", 32768),
+        ("--recipe qwen3_vl --model qwen3-vl-2b --stage 2 --capacity 4096", 4096),
+        ("--model internvl2_5-1b --stage 1", 16384),
+    ],
+)
+def test_packs_are_as_long_as_the_stage_has_them(
+    words: str, tokens: int, capsys: pytest.CaptureFixture[str]
+):
+    assert main([*words.split(), "--gpus", "8", "--layout", ""]) == 0
+    assert f"packs a step, each of {tokens}\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("flag", _NUMBERS)
 def test_every_number_that_cannot_be_is_named(flag: str, capsys: pytest.CaptureFixture[str]):
     for wrong in ("-8", "nan", "inf") if _NUMBERS[flag] is float else ("-8",):

@@ -182,6 +182,14 @@ def test_a_stage_of_preferences_packs_pairs_of_answers(folder: Path, capfd):
     assert manifest.preferences and manifest.totals.samples == 16
 
 
+def test_packs_are_as_long_as_the_stage_has_them(folder: Path):
+    name = str(folder / "train.jsonl")
+    stage = ["--recipe", "qwen2_5_vl", "--stage", "3", f"--data.train={name}"]
+    for words, tokens in (("", 32768), (" --capacity 512", 512)):
+        config = parse([*stage, f"--data.packing=--tokenizer {TOKENIZER}{words}"])
+        assert pack_first._job(config, name).capacity == tokens
+
+
 @pytest.mark.parametrize(
     ("packing", "words"),
     [

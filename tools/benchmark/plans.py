@@ -54,7 +54,7 @@ def plan(model: str, gpus: int) -> dict[str, Any]:
     words = ["--model", model, "--stage", STAGE, "--gpus", str(gpus)]
     options, others = make_parser("").parse_known_args(words)
     config = read_config(options, others)
-    packs = read_packs(options)
+    packs = read_packs(options, config)
     found = {"model": model, "gpus": gpus}
     found["command"] = " ".join(["python", "tools/plan_parallel.py", *words])
     try:

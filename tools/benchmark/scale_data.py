@@ -223,7 +223,7 @@ def layouts(model: str, gpus: int) -> dict[str, Any]:
     words = ["--model", model, "--stage", "2", "--gpus", str(gpus)]
     options, others = make_parser("").parse_known_args(words)
     config = read_config(options, others)
-    packs = read_packs(options)
+    packs = read_packs(options, config)
     fitting: list[Any] = []
 
     def find() -> None:

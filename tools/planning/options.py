@@ -13,15 +13,17 @@ from megavlm.config.checks.device import kernel_problems
 from megavlm.config.checks.rules import settings_problems
 from megavlm.config.cli import parse, where_given
 from megavlm.config.option_types import new_file, new_picture
+from megavlm.config.recipes import recipe
 from megavlm.config.schema import Config
 from megavlm.data.store.reader import Reader
 from megavlm.job_checks import with_parameter_problems
-from megavlm.model_source import read_model
+from megavlm.model_source import read_model, recipe_problems
 from megavlm.planner.estimate import Hardware, Packs
 from megavlm.planner.partition import TYPICAL_IMAGE, PackSize
 
+_CAPACITY = 16384
+# Beside --capacity.
 _SIZES = {
-    "capacity": (16384, "tokens of a pack"),
     "tiles": (50.0, "tiles of a pack, on average"),
     "image_tiles": (
         float(TYPICAL_IMAGE),
@@ -105,8 +107,11 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 def _add_packs(parser: argparse.ArgumentParser, shown: str) -> None:
     """Add the options for the sizes of packs."""
-    data = f"packed dataset to read the sizes of packs from; instead of --{', --'.join(_SIZES)}"
+    names = ("capacity", *_SIZES)
+    data = f"packed dataset to read the sizes of packs from; instead of --{', --'.join(names)}"
     parser.add_argument("--data", type=Path, metavar="DIR", help=data)
+    capacity = f"tokens of a pack (default: the stage's, or {_CAPACITY})"
+    parser.add_argument("--capacity", type=int, help=capacity)
     for name, (default, what) in _SIZES.items():
         parser.add_argument(
             f"--{name}", type=type(default), default=default, help=f"{what} {shown}"
@@ -115,15 +120,21 @@ def _add_packs(parser: argparse.ArgumentParser, shown: str) -> None:
 
 def unread(options: argparse.Namespace) -> Iterator[str]:
     """Yield the options that would have no effect beside others."""
-    usual = {name: default for name, (default, _) in _SIZES.items()}
-    given = {name: vars(options)[name] for name in usual if vars(options)[name] != usual[name]}
-    for name, size in given.items():
+    given = dict(capacity=options.capacity) if options.capacity else {}
+    for name, size in (given | _given_sizes(options)).items():
         if options.data:
             yield f"--{name} {size:g} has no effect: --data says what packs hold; leave it out"
-        elif name != "tiles" and size > options.capacity:
-            yield f"--{name} {size:g}: must be at most --capacity {options.capacity}"
     if options.layout is not None and options.top != _TOP:
         yield f"--top {options.top} has no effect with --layout, which is one layout; leave it out"
+
+
+def _given_sizes(options: argparse.Namespace) -> dict[str, float]:
+    """Return the sizes that are given, beside the capacity."""
+    return {
+        name: vars(options)[name]
+        for name, (usual, _) in _SIZES.items()
+        if vars(options)[name] != usual
+    }
 
 
 def number_problems(options: argparse.Namespace) -> Iterator[str]:
@@ -182,21 +193,30 @@ def _of_layout(others: Sequence[str]) -> Iterator[str]:
 
 def _problems(config: Config, ranks: int) -> list[str]:
     """Return what is wrong with a run, whatever its data and layout."""
-    return with_parameter_problems(config, settings_problems(config))
+    found = [*recipe_problems(config), *settings_problems(config)]
+    return with_parameter_problems(config, found)
 
 
-def read_packs(options: argparse.Namespace) -> Packs:
-    """Return what a pack holds on average; raises as ``Reader`` if ``--data`` is no dataset."""
+def read_packs(options: argparse.Namespace, config: Config) -> Packs:
+    """Return what a pack of a run holds on average.
+
+    Raises:
+        ValueError: a size above the capacity; or as ``Reader`` if ``--data`` is no dataset.
+    """
     if not options.data:
-        squared = options.capacity * min(options.sample_tokens, options.capacity)
+        capacity = options.capacity or recipe(config.recipe).stage(config.stage).capacity
+        capacity = capacity or _CAPACITY
+        for name, size in _given_sizes(options).items():
+            if name != "tiles" and size > capacity:
+                raise ValueError(f"--{name} {size:g}: must be at most --capacity {capacity}")
         size = PackSize(
-            tokens=options.capacity,
-            squared_lengths=squared,
+            tokens=capacity,
+            squared_lengths=capacity * min(options.sample_tokens, capacity),
             tiles=options.tiles,
             squared_tiles=options.tiles * min(options.image_tiles, options.tiles),
-            supervised=min(options.supervised, options.capacity),
+            supervised=min(options.supervised, capacity),
         )
-        return Packs(size=size, capacity=options.capacity)
+        return Packs(size=size, capacity=capacity)
     reader = Reader(options.data)
     size = PackSize.mean(reader.index[range(min(len(reader), 4096))])
     manifest = reader.manifest

@@ -95,18 +95,21 @@ _FRESH = Optimizer(lr=2e-4, warmup_steps=2000, warmup_ratio=0.0, weight_decay=0.
 PRETRAIN_VISION = Stage(
     description="vision encoder and connector: captions, knowledge and texts in images",
     loss_reduction="token",
+    capacity=8192,
     optimizer=_FRESH,
     training=Training(trainable=("vision", "connector"), steps=358_000, global_batch_size=512),
 )
 PRETRAIN = Stage(
     description="all parts: images among texts, questions, texts alone",
     loss_reduction="token",
+    capacity=8192,
     optimizer=replace(_FRESH, lr=5e-5),
     training=Training(trainable=_EVERYTHING, steps=477_000, global_batch_size=512),
 )
 INSTRUCT = Stage(
     description="connector and language model: instruction tuning",
     loss_reduction="token",
+    capacity=8192,
     optimizer=Optimizer(lr=1e-5, warmup_ratio=0.03, weight_decay=0.0),
     training=Training(trainable=_TUNED, steps=2000, global_batch_size=128),
 )
@@ -122,6 +125,7 @@ STAGES: dict[str, Stage] = {
     "3": replace(
         PRETRAIN,
         description="all parts: long documents, in packs of 32,768 tokens",
+        capacity=32_768,
         optimizer=replace(_FRESH, lr=1e-5),
         training=Training(trainable=_EVERYTHING, steps=143_000, global_batch_size=128),
     ),
@@ -130,6 +134,7 @@ STAGES: dict[str, Stage] = {
         description="connector and language model: preferred answers against rejected ones",
         loss_reduction="sample",
         objective="preference",
+        capacity=8192,
         preference=Preference(dpo=1.0, bco=0.0, sft=0.0),
         optimizer=Optimizer(lr=1e-6, warmup_ratio=0.03, weight_decay=0.0),
         training=Training(trainable=_TUNED, steps=1000, global_batch_size=64),

@@ -103,14 +103,17 @@ MODELS: dict[str, Architecture] = {
 _EVERYTHING = ("vision", "connector", "language")
 
 
-def _stage(like: Stage, description: str, *, lr: float, **training: Any) -> Stage:
-    """Return a stage with another learning rate and other settings of training, in which tokens
-    weigh by the square root of their sample's length.
+def _stage(
+    like: Stage, description: str, *, lr: float, capacity: int = 8192, **training: Any
+) -> Stage:
+    """Return a stage with another learning rate, packs of another length and other settings of
+    training, in which tokens weigh by the square root of their sample's length.
     """
     return replace(
         like,
         description=description,
         loss_reduction="square",
+        capacity=capacity,
         optimizer=replace(like.optimizer, lr=lr),
         training=replace(like.training, **training),
     )
@@ -135,6 +138,7 @@ STAGES: dict[str, Stage] = {
         qwen2_5_vl.PRETRAIN,
         "all parts: more texts and instructions, in packs of 32,768 tokens",
         lr=2e-5,
+        capacity=32_768,
         steps=238_000,
         global_batch_size=128,
     ),
@@ -142,6 +146,7 @@ STAGES: dict[str, Stage] = {
         qwen2_5_vl.PRETRAIN,
         "all parts: long documents, in packs of 262,144 tokens",
         lr=1e-5,
+        capacity=262_144,
         steps=23_800,
         global_batch_size=16,
     ),
@@ -149,6 +154,7 @@ STAGES: dict[str, Stage] = {
         qwen2_5_vl.INSTRUCT,
         "all parts: instruction tuning, in packs of 32,768 tokens",
         lr=1e-5,
+        capacity=32_768,
         trainable=_EVERYTHING,
     ),
     "finetune": qwen2_5_vl.FINETUNE,

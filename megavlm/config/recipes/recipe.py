@@ -28,6 +28,8 @@ class Stage:
         objective: what is trained, as ``--architecture.objective``.
         image_size: side of a tile, as ``--architecture.vision.image_size``; none: that of the
             model.
+        capacity: tokens of a pack, see ``--capacity`` of ``tools/pack_dataset.py``; none: its
+            default.
         patch_drop: as ``--architecture.vision.patch_drop``.
         positives: as ``--architecture.contrastive.positives``; none: those of the model.
         preference: losses of the objective preference, as ``--architecture.preference``; none:
@@ -43,6 +45,7 @@ class Stage:
     sampling: Sampling = "packs"
     objective: str = "next_token"
     image_size: int | None = None
+    capacity: int | None = None
     patch_drop: float = 0.0
     positives: Literal["own", "image", "text", "either"] | None = None
     preference: Preference | None = None

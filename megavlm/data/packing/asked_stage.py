@@ -23,7 +23,8 @@ def add_stage_options(parser: argparse.ArgumentParser) -> None:
         default="",
         help=(
             f"recipe that the packs are for: {', '.join(RECIPES)}; with --stage it sets --template,"
-            " --tiling, --image_size and --model, each unless it is given, and --preferences"
+            " --tiling, --image_size, --capacity and --model, each unless it is given, and"
+            " --preferences"
             " (default: internvl if there is a --stage)"
         ),
     )
@@ -119,6 +120,7 @@ def _settings(chosen: Recipe, stage: str) -> dict[str, str | int]:
         "template": data.template[0],
         "tiling": data.tiling,
         "image_size": row.image_size,
+        "capacity": row.capacity,
         "model": chosen.name if chosen.architecture else None,
         "preferences": needs_of(row.objective).is_of_preferences or None,
     }
@@ -129,7 +131,7 @@ def model_warnings(args: argparse.Namespace, model: Architecture) -> Iterator[st
     """Warn of tiles that the model does not read, whose packs training refuses: a command line
     that names a Qwen2.5-VL but no recipe has InternVL's tiles and template.
     """
-    spans = model.vision.exists and model.vision.spans_tiles
+    spans = model.vision.spans_tiles
     if spans == (args.tiling == "native"):
         return
     name = f"--model {args.model}" if args.model else "InternVL2.5, which no --model means,"

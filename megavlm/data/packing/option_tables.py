@@ -169,7 +169,11 @@ TEXTS = (
     ),
 )
 PACKS = (
-    Option(name="capacity", default=16384, text="tokens of a pack (default: %(default)s)"),
+    Option(
+        name="capacity",
+        default=16384,
+        text="tokens of a pack (default: the stage's, or %(default)s)",
+    ),
     Option(
         name="tile_cap",
         default="auto",

@@ -166,6 +166,14 @@ def test_tiles_that_no_stage_takes_are_warned_of(
             "--recipe flamingo",
             "--template flamingo_plain --tiling stretch --model flamingo",
         ),
+        (
+            "--recipe qwen2_5_vl --stage 3",
+            "--template qwen2_vl --tiling native --capacity 32768 --model qwen2_5_vl",
+        ),
+        (
+            "--recipe qwen3_vl --stage 1 --capacity 4096",
+            "--template qwen3_vl --tiling native --model qwen3_vl",
+        ),
         ("--recipe internvl --stage 0", ""),
         ("--stage 1.5", "--template internvl2_5"),
         ("", ""),
