@@ -149,7 +149,7 @@ def test_sigterm_ends_a_run_after_a_checkpoint_and_the_same_command_goes_on(
     assert torch.cuda.is_available() or "torch._functorch.aot_autograd" not in output
     stopped = int((tmp_path / "run" / "latest").read_text().strip().removeprefix("step_"))
     assert stopped >= 3 and stopped % 3 == 0
-    arguments += ["--training.steps", str(stopped + 2)]
+    arguments += ["--training.steps", str(stopped + 2), "--data.workers", "0"]
     done = commands.run([arguments] * 2, tmp_path / "again")
     assert done.returncode == 0, done.stderr
     assert f"resuming after step {stopped}" in done.stdout

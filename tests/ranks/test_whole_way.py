@@ -137,29 +137,35 @@ def _valid_losses(save: Path) -> list[float]:
     return [line["valid_loss"] for line in lines if "valid_loss" in line]
 
 
+@pytest.fixture(scope="module")
+def trained(ranks: Pool, packs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a run of two ranks and its export."""
+    folder = tmp_path_factory.mktemp("trained")
+    ranks.run(run_job, 2, whole_config(packs, folder / "run", export_hf=str(folder / "hf")))
+    return folder
+
+
 def test_the_exported_model_is_the_trained_one_and_can_be_trained_on(
-    ranks: Pool, packs: Path, tmp_path: Path
+    ranks: Pool, packs: Path, trained: Path, tmp_path: Path
 ) -> None:
-    ranks.run(run_job, 2, whole_config(packs, tmp_path / "run", export_hf=str(tmp_path / "hf")))
-    [found] = ranks.run(agreement, 1, tmp_path / "run", tmp_path / "hf", packs)
+    [found] = ranks.run(agreement, 1, trained / "run", trained / "hf", packs)
     assert found.samples >= 4 and found.max_abs_difference <= 1e-4
     assert found.equal_choices == found.tokens and not found.failures()
-    [rounded] = ranks.run(agreement, 1, tmp_path / "run", tmp_path / "hf", packs, "bfloat16")
+    [rounded] = ranks.run(agreement, 1, trained / "run", trained / "hf", packs, "bfloat16")
     assert rounded.max_abs_difference > 0 and not rounded.failures()
     # A run that starts from the exported folder begins where the first one ended.
-    ranks.run(run_job, 1, whole_config(packs, tmp_path / "again", load=str(tmp_path / "hf")))
+    ranks.run(run_job, 1, whole_config(packs, tmp_path / "again", load=str(trained / "hf")))
     assert _valid_losses(tmp_path / "again")[0] == pytest.approx(
-        _valid_losses(tmp_path / "run")[-1], rel=1e-5
+        _valid_losses(trained / "run")[-1], rel=1e-5
     )
     assert _valid_losses(tmp_path / "again")[1] < _valid_losses(tmp_path / "again")[0]
 
 
 def test_a_model_is_trained_on_preferences_from_an_export_and_compared_on_them(
-    ranks: Pool, packs: Path, tmp_path: Path
+    ranks: Pool, packs: Path, trained: Path, tmp_path: Path
 ) -> None:
     pairs = _pack_preferences(packs.parent, tmp_path / "pairs")
-    ranks.run(run_job, 1, whole_config(packs, tmp_path / "run", export_hf=str(tmp_path / "hf")))
-    folders = dict(load=str(tmp_path / "hf"), export_hf=str(tmp_path / "mpo"))
+    folders = dict(load=str(trained / "hf"), export_hf=str(tmp_path / "mpo"))
     config = whole_config(pairs, tmp_path / "preferred", **folders)
     model = dataclasses.replace(
         config.architecture, objective="preference", preference=Preference(beta=0.5)
