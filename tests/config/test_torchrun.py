@@ -34,8 +34,15 @@ def without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_an_environment_that_torchrun_did_not_make_is_refused(
-    variables: dict[str, str], told: str
+    variables: dict[str, str], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert any(told in problem for problem in torchrun.problems())
+
+
+@pytest.mark.parametrize("variables", [dict(WORLD_SIZE="2"), dict(RANK="1")])
+def test_the_program_refuses_such_an_environment(variables: dict[str, str]) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "pretrain_vlm.py"), "--stage", "1", "--model", "tiny"],
         env={name: value for name, value in os.environ.items() if name not in SET}
@@ -45,7 +52,7 @@ def test_an_environment_that_torchrun_did_not_make_is_refused(
         text=True,
         timeout=240,
     )
-    assert done.returncode == 2 and told in done.stderr, done.stderr
+    assert done.returncode == 2 and " in the environment, but " in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,15 +22,7 @@ from tests.convert.models import KINDS, SMALL, TOKENIZER, make_hf
 from tests.convert.part_folders import WORDS, make_parts, make_tokenizer, make_vision
 from tests.convert.qwen_vl_models import SMALL as SMALL_QWEN
 from tests.convert.qwen_vl_models import make_qwen_vl
-
-ROOT = Path(__file__).parents[2]
-
-
-def run(tool: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True
-    )
+from tests.convert.tool import run_tool
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3 tied", "InternViT-6B"])
@@ -165,8 +155,8 @@ def test_packs_for_a_folder_have_its_sizes_and_pixels(tmp_path: Path) -> None:
         "--workers",
         "0",
     ]
-    done = run("pack_dataset", *arguments, "--out", str(tmp_path / "packs"), "--capacity", "256")
-    assert done.returncode == 0, done.stderr
+    arguments += ["--out", str(tmp_path / "packs"), "--capacity", "256"]
+    assert run_tool(*arguments, tool="pack_dataset") == 0
     manifest = read_manifest(tmp_path / "packs")
     assert (manifest.image_size, manifest.features_per_tile) == (21, 16)
     assert (manifest.pixel_mean, manifest.pixel_std) == ((0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
@@ -174,23 +164,19 @@ def test_packs_for_a_folder_have_its_sizes_and_pixels(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_tool_writes_the_tokenizer_that_a_run_from_parts_has(tmp_path: Path) -> None:
+def test_the_tool_writes_the_tokenizer_that_a_run_from_parts_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_tokenizer(tmp_path / "llm")
-    done = run(
-        "extend_tokenizer", "--init.language", str(tmp_path / "llm"), "--out", str(tmp_path / "out")
-    )
-    assert done.returncode == 0 and f"9 tokens added, {WORDS} to {WORDS + 8}" in done.stdout, (
-        done.stderr
-    )
+
+    def run(*words: str) -> int:
+        return run_tool(*words, tool="extend_tokenizer")
+
+    assert run("--init.language", str(tmp_path / "llm"), "--out", str(tmp_path / "out")) == 0
+    assert f"9 tokens added, {WORDS} to {WORDS + 8}" in capsys.readouterr().out
     expected, _ = extend_tokenizer(Init(language=str(tmp_path / "llm")))
     assert fingerprint(load_tokenizer(tmp_path / "out")) == fingerprint(expected)
-    again = run("extend_tokenizer", "--hf", str(tmp_path / "out"), "--out", str(tmp_path / "out"))
-    assert again.returncode == 2 and f"--out {tmp_path}/out: exists" in again.stderr
-    missing = run(
-        "extend_tokenizer", "--hf", str(tmp_path / "none"), "--out", str(tmp_path / "other")
-    )
-    assert (
-        missing.returncode == 2
-        and "--init.language" in missing.stderr
-        and not (tmp_path / "other").exists()
-    )
+    assert run("--hf", str(tmp_path / "out"), "--out", str(tmp_path / "out")) == 2
+    assert f"--out {tmp_path}/out: exists" in capsys.readouterr().err
+    assert run("--hf", str(tmp_path / "none"), "--out", str(tmp_path / "other")) == 2
+    assert "--init.language" in capsys.readouterr().err and not (tmp_path / "other").exists()
