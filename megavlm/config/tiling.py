@@ -20,6 +20,26 @@ memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
+class VideoPixels:
+    """How large the frames of a video are made, in pixels, if images keep their own size.
+
+    Args:
+        least: fewest of a frame.
+        most: most of a frame.
+        total: most of all frames of a video, of which those that are read together count as one; a
+            frame may have 1.05 times ``least`` all the same. All 0: nothing is said.
+    """
+
+    least: int = 0
+    most: int = 0
+    total: int = 0
+
+
+UNBOUNDED = VideoPixels()
+"""Nothing is said."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StatedTiles:
     """What the folder of a model states of the tiles of its images; packs for it have the same
     unless something else is asked for.

@@ -58,6 +58,9 @@ class Vision:
             bilinear as for SigLIP 2. The patches of Fuyu's images are always bilinear.
         temporal_patch_size: frames of a video that a patch embedding reads at once; an image is
             shown to it so many times.
+        tokens_per_second: how far apart the positions of frames of a video are that are a second
+            apart, for a language model that rotates by frame, row and column; 0: each pair of
+            frames is 1 behind the one before.
         window_size: side in pixels of the squares of an image inside which patches see each other,
             in the layers that ``full_attention_layers`` does not name; 0: they see the whole image.
         full_attention_layers: layers, counted from 0, in which patches see the whole image; with
@@ -94,6 +97,7 @@ class Vision:
     pixel_std: tuple[float, float, float] = PIXELS["imagenet"][1]
     resample: Resample = "bicubic"
     temporal_patch_size: int = 1
+    tokens_per_second: int = 0
     window_size: int = 0
     full_attention_layers: tuple[int, ...] = ()
     position_side: int = 0

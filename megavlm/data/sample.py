@@ -16,10 +16,13 @@ class Image:
         encoded: content of the image file (JPEG, PNG, ...), unchanged.
         width: width in pixels, as in the file's header.
         height: height in pixels, as in the file's header.
-        columns: tiles beside each other in the grid; 0: a frame of a video whose frames are one
-            image in the text.
-        rows: tiles above each other in the grid; of such a frame: it and those behind it.
-        tiles: tiles that the vision encoder sees; counts the thumbnail.
+        columns: tiles beside each other in the grid.
+        rows: tiles above each other in the grid.
+        tiles: tiles that the vision encoder sees; counts the thumbnail. 0: it reads this frame of a
+            video together with the one before, whose grid it has.
+        frames: of a video whose frames are one image in the text: this one and those behind it; 0:
+            an image by itself.
+        interval: of such a frame: seconds from a pair of frames to the next.
         name: of the file, for messages; not stored.
         deep: whether the file has more than 8 bits a channel; not stored.
     """
@@ -30,6 +33,8 @@ class Image:
     columns: int
     rows: int
     tiles: int
+    frames: int = 0
+    interval: float = 0.0
     name: str = ""
     deep: bool = False
 

@@ -10,8 +10,15 @@ import numpy as np
 
 from megavlm.data.images.decode import load_decoders, read_size
 from megavlm.data.images.frame_sampling import FrameChoice, in_text_order, show_frames
+from megavlm.data.images.native import PAIR
 from megavlm.data.images.tiling import Tiling
-from megavlm.data.images.video import UNREAD, Enough, frame_times, frames_as_images, read_frames
+from megavlm.data.images.video import (
+    Enough,
+    Frame,
+    frames_as_images,
+    read_frames,
+    unread_frames,
+)
 from megavlm.data.records.record import Turn, Video
 from megavlm.data.records.reject import RejectError
 from megavlm.data.sample import Image
@@ -26,11 +33,13 @@ class Clip:
 
     Args:
         video: the file or folder, and the part of it.
-        frames: how many are shown.
+        frames: those that are shown, without their content.
+        multiple: as for ``FrameChoice``.
     """
 
     video: Video
-    frames: int
+    frames: tuple[Frame, ...]
+    multiple: int = 1
 
     def choose(self, times: Sequence[float]) -> list[int]:
         """Return the numbers of the frames, of those at ``times``.
@@ -38,11 +47,11 @@ class Clip:
         Raises:
             ValueError: there are fewer than were counted.
         """
-        chosen = _middles(self.video, self.frames, times)
-        if len(chosen) < self.frames:
-            raise ValueError(
-                f"it has changed since the run began: {len(chosen)} frames, of {self.frames}"
-            )
+        count = len(self.frames)
+        chosen = _middles(self.video, count, times, self.multiple)
+        if len(chosen) < count:
+            told = f"it has changed since the run began: {len(chosen)} frames, of {count}"
+            raise ValueError(told)
         return chosen
 
 
@@ -51,8 +60,8 @@ class Media:
     """The images of a question and the frames of its videos, without their content.
 
     Args:
-        turns: of the question, with a placeholder for each image, and for each frame unless the
-            frames of a video are one image in the text.
+        turns: of the question, with a placeholder for each image, and for each frame, or each pair
+            of them, unless the frames of a video are one image in the text.
         images: in the order of the text; ``name`` is the path of the image or video.
         clips: the videos, in the order of the text; none for each image.
     """
@@ -62,13 +71,14 @@ class Media:
     clips: tuple[Clip | None, ...]
 
 
-def media_of(question: Question, tiling: Tiling, where: str) -> Media:
+def media_of(question: Question, tiling: Tiling, where: str, *, with_times: bool) -> Media:
     """Return images and frames of a question as headers describe them.
 
     Args:
         question: what is asked.
         tiling: how images become tiles.
         where: the question, for messages.
+        with_times: whether each pair of frames stands behind its time in the text.
 
     Raises:
         ValueError: an image or a video that cannot be read, or videos that the tiling cannot take.
@@ -79,11 +89,16 @@ def media_of(question: Question, tiling: Tiling, where: str) -> Media:
     found = in_text_order(
         question.turns,
         [((still,), None) for still in stills],
-        [[(_unread(clip, tiling), clip)] for clip in clips],
+        [[(_images_of(clip, tiling, where, with_times), clip)] for clip in clips],
     )
     turns = question.turns
     if clips:
-        turns = show_frames(turns, [clip.frames for clip in clips], joined=tiling.joins_frames)
+        turns = show_frames(
+            turns,
+            [[frame.seconds for frame in clip.frames] for clip in clips],
+            joined=tiling.joins_frames,
+            with_times=with_times,
+        )
     return Media(
         turns=tuple(turns),
         images=tuple(image for images, _ in found for image in images),
@@ -120,25 +135,34 @@ def _clip_of(asked: AskedVideo, tiling: Tiling, where: str) -> Clip:
             " takes images alone"
         )
     enough = Enough(frames=asked.frames, seconds=video.clip[1] if video.clip else 0.0)
+    multiple = PAIR if tiling.pairs_frames else 1
     try:
-        chosen = _middles(video, asked.frames, frame_times(video.file, enough))
+        frames = unread_frames(
+            video.file,
+            lambda times: _middles(video, asked.frames, times, multiple),
+            tiling,
+            enough,
+        )
     except RejectError as error:
         raise ValueError(f"--eval.tasks {where}: {video.file.path}: {error.detail}") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"--eval.tasks {where}: {video.file.path}: {error}") from None
-    return Clip(video=video, frames=len(chosen))
+    return Clip(video=video, frames=tuple(frames), multiple=multiple)
 
 
-def _middles(video: Video, frames: int, times: Sequence[float]) -> list[int]:
+def _middles(video: Video, frames: int, times: Sequence[float], multiple: int) -> list[int]:
     """Return the numbers of the frames, of those at ``times``, in the middles of so many parts."""
-    choice = FrameChoice(min_frames=frames, max_frames=frames, sampling="middle")
+    choice = FrameChoice(min_frames=frames, max_frames=frames, multiple=multiple, sampling="middle")
     return choice.choose(times, video.clip, np.random.default_rng(0))
 
 
-def _unread(clip: Clip, tiling: Tiling) -> tuple[Image, ...]:
+def _images_of(clip: Clip, tiling: Tiling, where: str, with_times: bool) -> tuple[Image, ...]:
     """Return the frames that are shown of a video, without their content."""
     name = clip.video.file.path
-    return frames_as_images([UNREAD] * clip.frames, name, joined=tiling.joins_frames)
+    try:
+        return frames_as_images(clip.frames, name, tiling, with_times=with_times)
+    except RejectError as error:
+        raise ValueError(f"--eval.tasks {where}: {name}: {error.detail}") from None
 
 
 def loaded(
@@ -158,8 +182,9 @@ def loaded(
             yield replace(still, encoded=Path(still.name).read_bytes())
             start += 1
         else:
-            yield from _with_frames(images[start : start + clip.frames], clip, tiling)
-            start += clip.frames
+            count = len(clip.frames)
+            yield from _with_frames(images[start : start + count], clip, tiling)
+            start += count
 
 
 def _with_frames(images: Sequence[Image], clip: Clip, tiling: Tiling) -> Iterator[Image]:

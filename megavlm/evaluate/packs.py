@@ -84,7 +84,8 @@ def requests_of(
     """
     where = task.where(question)
     _check_text(question, template, where)
-    media = media_of(question, tiling, where)
+    with_times = tiling.pairs_frames and template.format.times_frames
+    media = media_of(question, tiling, where, with_times=with_times)
     layout = feature_layout(tiling.mode, template.features_per_tile)
     tiles, shown = sizes_in_text(media.images, layout)
     try:
@@ -252,14 +253,18 @@ class TaskPacks:
         end = self._end_text
         return tokens[-1] in self.ends or bool(end and end in self.template.text(tokens))
 
-    def rotary_shift(self, index: int) -> int:
+    def rotary_shift(self, index: int, tokens_per_second: int) -> int:
         """Return how much further than their places in a sample say the tokens behind a request are
         rotated: an image has fewer rows and columns than placeholder tokens.
+
+        Args:
+            index: of the request.
+            tokens_per_second: of the model, as for ``rotary_positions``.
         """
         one = self.requests[index]
         length = np.array([len(one.tokens)])
         context = self.packs.manifest.context_token_id
-        found = rotary_positions(one.tokens, length, list(one.images), context)
+        found = rotary_positions(one.tokens, length, one.images, context, tokens_per_second)
         return int(found.following[0]) - len(one.tokens)
 
     def text(self, tokens: Sequence[int]) -> str:
@@ -339,5 +344,6 @@ def tiling_of(manifest: Manifest) -> Tiling:
         limit=manifest.image_limit,
         min_pixels=manifest.min_pixels,
         max_pixels=manifest.max_pixels,
+        video=manifest.video,
         grids=manifest.grids,
     )

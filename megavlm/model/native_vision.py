@@ -32,10 +32,28 @@ class FramePatchEmbedding(nn.Conv3d):
     product. A module of its own for the reason that ``PatchEmbedding`` tells.
     """
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """[I, 3, S, S] -> [I * N, D]: every frame that it reads is the same image."""
-        flat = flat_patches(pixels, self.kernel_size[-1]).flatten(0, 1)
-        return linear(flat, self.weight.sum(2).flatten(1), self.bias)
+    def forward(
+        self, pixels: Tensor, pairs: Tensor | None = None, seconds: Tensor | None = None
+    ) -> Tensor:
+        """Turn patches into tokens.
+
+        Args:
+            pixels: of tiles [I, 3, S, S].
+            pairs: int64 [V], tiles that show two frames of a video, of which ``pixels`` has the
+                first; none: every frame that a tile shows is the same image.
+            seconds: pixels of the second one [V, 3, S, S].
+
+        Returns:
+            [I * N, D]
+        """
+        size = self.kernel_size[-1]
+        flat = flat_patches(pixels, size)
+        tokens = linear(flat, self.weight.sum(2).flatten(1), self.bias)
+        if pairs is not None:
+            frames = torch.cat([flat[pairs], flat_patches(seconds, size)], dim=-1)
+            by_frame = self.weight.transpose(1, 2).flatten(1)
+            tokens = tokens.index_copy(0, pairs, linear(frames, by_frame, self.bias))
+        return tokens.flatten(0, 1)
 
 
 class NativeVisionEncoder(MegatronModule):
@@ -101,7 +119,8 @@ class NativeVisionEncoder(MegatronModule):
 
     def embed(self, tiles: Tensor, images: Images) -> Tensor:
         """Turn patches into tokens; arguments as of ``forward`` -> [I * N, 1, D]."""
-        tokens = self.patch_embedding(self.normalise(tiles))
+        seconds = None if images.pairs is None else self.normalise(images.second_frames)
+        tokens = self.patch_embedding(self.normalise(tiles), images.pairs, seconds)
         if self.position_embedding is not None:
             tokens = tokens + positions_of_patches(
                 self.position_embedding, images.places, images.sizes

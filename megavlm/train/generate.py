@@ -47,13 +47,15 @@ def generate(
         progress: called before each pass.
     """
     answers: list[list[int]] = [[] for _ in task.requests]
-    has_axes = bool(job.config.architecture.language.rotary_sections)
+    arch = job.config.architecture
+    has_axes = bool(arch.language.rotary_sections)
+    rate = arch.vision.tokens_per_second
     window = job.groups.data_size * _packs_at_once(job, task, max_new_tokens)
     for start in range(0, len(task.order), window):
         packs = range(start, min(start + window, len(task.order)))
         own = [packs[index] for index in own_positions(job, len(packs))]
         lengths = {one: len(task.requests[one].tokens) for pack in own for one in task.order[pack]}
-        shifts = {one: task.rotary_shift(one) for one in lengths} if has_axes else {}
+        shifts = {one: task.rotary_shift(one, rate) for one in lengths} if has_axes else {}
         cache = KeyValueCache(lengths, max_new_tokens, job.backend.device, shifts)
         unfinished = [question for pack in packs for question in task.order[pack]]
         progress()

@@ -133,7 +133,7 @@ def make_frames(rng: np.random.Generator, count: int, size: tuple[int, int]) -> 
     frames = []
     for left in range(count, 0, -1):
         one = make_image(rng, size, tile_size=18, mode="anyres_max_9", images=2)
-        frames.append(replace(one, columns=0, rows=left))
+        frames.append(replace(one, frames=left))
     return frames
 
 

@@ -36,7 +36,12 @@ def _spanning(arch: Architecture) -> Iterator[str]:
     """Yield what does not go with patches that see all tiles of an image."""
     vision = arch.vision
     family = f"{_FLAG}.family {vision.family}"
-    yield from at_least(1, "architecture.vision", vision, "temporal_patch_size")
+    yield from at_least(0, "architecture.vision", vision, "tokens_per_second")
+    if vision.temporal_patch_size != 2:
+        yield (
+            f"{_FLAG}.temporal_patch_size {vision.temporal_patch_size}: {family} reads frames of"
+            " videos in pairs; use 2"
+        )
     if arch.connector.kind != _CONNECTOR:
         yield (
             f"--architecture.connector.kind {arch.connector.kind}: a vision encoder of {family}"
@@ -128,6 +133,7 @@ def _others(arch: Architecture) -> Iterator[str]:
     spanning = " and ".join(SPANNING_FAMILIES)
     names = (
         "temporal_patch_size",
+        "tokens_per_second",
         "window_size",
         "full_attention_layers",
         "position_side",

@@ -33,6 +33,7 @@ ARCHITECTURE = Architecture(
         image_size=28,
         patch_size=14,
         temporal_patch_size=2,
+        tokens_per_second=2,
         num_layers=32,
         hidden_size=1280,
         ffn_hidden_size=3420,

@@ -73,6 +73,11 @@ class VideoContainer:
         first = self._stamps[0] if self._stamps else 0
         return [float((stamp - first) * self._stream.time_base) for stamp in self._stamps]
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of a frame in pixels, as the stream says."""
+        return self._stream.codec_context.width, self._stream.codec_context.height
+
     def frames(self, numbers: Sequence[int]) -> list[np.ndarray]:
         """Decode the frames with these indices, uint8 [height, width, 3]. Where the container can
         go to the key frame before each, only what follows it is decoded.

@@ -186,6 +186,17 @@ def cut_tiles(
     return out
 
 
+def resized(
+    pixels: np.ndarray, columns: int, rows: int, tile_size: int, resample: str = "bicubic"
+) -> np.ndarray:
+    """Resize pixels, uint8 [height, width, 3], to a grid of tiles; uint8 [rows * S, columns * S,
+    3]. Arguments as for ``decode_tiles``.
+    """
+    tiles = cut_tiles(pixels, columns, rows, tile_size, False, resample=resample)
+    grid = tiles.reshape(rows, columns, 3, tile_size, tile_size).transpose(0, 3, 1, 4, 2)
+    return grid.reshape(rows * tile_size, columns * tile_size, 3)
+
+
 def cut_fitted(
     pixels: np.ndarray,
     columns: int,

@@ -24,7 +24,9 @@ MIXED = -2
 
 
 class Tiled(Protocol):
-    """An image as a layout sees it: its size in pixels, its grid and its tiles, as in ``Image``."""
+    """An image as a layout sees it: its size in pixels, its grid, its tiles and what it is of a
+    video, as in ``Image``.
+    """
 
     @property
     def width(self) -> int: ...
@@ -41,6 +43,12 @@ class Tiled(Protocol):
     @property
     def tiles(self) -> int: ...
 
+    @property
+    def frames(self) -> int: ...
+
+    @property
+    def interval(self) -> float: ...
+
 
 class _Row(NamedTuple):
     """A row of a pack's table of images."""
@@ -50,6 +58,8 @@ class _Row(NamedTuple):
     columns: int
     rows: int
     tiles: int
+    frames: int
+    interval: float
 
 
 class FeatureLayout(Protocol):
@@ -210,14 +220,14 @@ class BoundedRows(UnpaddedRows):
 
 def is_joined(image: Tiled) -> bool:
     """Whether an image is a frame of a video whose frames are one image in the text."""
-    return not image.columns
+    return image.frames > 0
 
 
 def _is_end(image: Tiled) -> bool:
     """Whether an image in the text ends with this image, as with all but frames that others of
     their video follow.
     """
-    return not is_joined(image) or image.rows == 1
+    return image.frames <= 1
 
 
 _LAYOUTS: Mapping[str, Callable[[int], FeatureLayout]] = {

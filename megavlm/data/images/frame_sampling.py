@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from megavlm.data.images.native import PAIR
 from megavlm.data.records.record import (
     IMAGE_PLACEHOLDER,
     SHOWING_ROLES,
@@ -34,6 +35,7 @@ class FrameChoice:
     Args:
         min_frames: fewest frames of a video that has as many.
         max_frames: most frames.
+        multiple: the number of frames is a multiple of this, unless it is smaller.
         sampling: ``rand``: one from each of equal parts of the video, at random; ``middle``: the
             one in the middle of each part; ``fps0.5`` and the like: one every two seconds. Of rand
             and middle, the number of parts is drawn between the two bounds, as in InternVL.
@@ -41,6 +43,7 @@ class FrameChoice:
 
     min_frames: int = 8
     max_frames: int = 32
+    multiple: int = 1
     sampling: str = "rand"
 
     def __post_init__(self) -> None:
@@ -89,14 +92,20 @@ class FrameChoice:
         if self.frames_per_second:
             return self._at_rate(stamps, first, behind)
         wanted = min(int(rng.integers(self.min_frames, self.max_frames + 1)), behind - first)
-        borders = np.linspace(first, behind, wanted + 1).astype(int)
+        borders = np.linspace(first, behind, self._whole(wanted) + 1).astype(int)
         if self.sampling == "middle":
-            return ((borders[:-1] + borders[1:] - 1) // 2).tolist()
+            return _middles(borders)
         return rng.integers(borders[:-1], borders[1:]).tolist()
+
+    def _whole(self, frames: int) -> int:
+        """Return a number of frames that is a multiple as asked for, and no more than ``frames``
+        if that can be.
+        """
+        return max(frames // self.multiple * self.multiple, min(frames, self.multiple))
 
     def _at_rate(self, stamps: np.ndarray, first: int, behind: int) -> list[int]:
         """Return the frames shown in the middles of equal spans of time; evenly spread ones if
-        these are more than the limit.
+        these are more or fewer than the limits.
         """
         span = 1 / self.frames_per_second
         shown = stamps[first:behind]
@@ -104,28 +113,53 @@ class FrameChoice:
         duration = (shown[-1] - shown[0]) * (len(shown) / max(len(shown) - 1, 1))
         middles = shown[0] + np.arange(span / 2, max(duration, span / 2 + 1e-9), span)
         indices = np.unique(first + np.searchsorted(shown, middles + 1e-6, side="right") - 1)
+        least = min(self.min_frames, behind - first)
+        if len(indices) < least:
+            return _middles(np.linspace(first, behind, self._whole(least) + 1).astype(int))
         if len(indices) > self.max_frames:
-            indices = indices[np.linspace(0, len(indices) - 1, self.max_frames).round().astype(int)]
-        return indices.tolist()
+            most = self._whole(self.max_frames)
+            indices = indices[np.linspace(0, len(indices) - 1, most).round().astype(int)]
+        return indices[: self._whole(len(indices))].tolist()
+
+
+def _middles(borders: np.ndarray) -> list[int]:
+    """Return the frames in the middles of parts of a video between these borders."""
+    return ((borders[:-1] + borders[1:] - 1) // 2).tolist()
 
 
 def show_frames(
-    turns: Sequence[Turn], frames: Sequence[int], *, joined: bool = False
+    turns: Sequence[Turn],
+    frames: Sequence[Sequence[float]],
+    *,
+    joined: bool = False,
+    with_times: bool = False,
 ) -> tuple[Turn, ...]:
-    """Return the turns with ``Frame-1: <image>`` and so on, a line each, in the place of each
-    video, or with one ``<image>`` if its frames are ``joined``; ``frames`` says how many it has.
+    """Return the turns with what the text has in the place of each video: ``Frame-1: <image>`` and
+    so on, a line each; or one ``<image>``; or ``<0.5 seconds><image>`` and so on.
+
+    Args:
+        turns: of a conversation.
+        frames: of each video the times of its frames, in seconds.
+        joined: whether the frames of a video are one image.
+        with_times: whether each pair of them stands behind its time, in the line of the text
+            (Qwen3-VL, arXiv 2511.21631, section 2).
 
     Raises:
         RejectError: the texts do not hold as many videos.
     """
-    counts = iter(frames)
+    clips = iter(frames)
 
     def lines(found: re.Match[str]) -> str:
-        count = next(counts, 0)
+        times = next(clips, ())
+        if with_times:
+            return "".join(f"<{time:.1f} seconds>{IMAGE_PLACEHOLDER}" for time in _of_pairs(times))
         if joined:
             return found[0].replace(VIDEO_PLACEHOLDER, IMAGE_PLACEHOLDER)
-        return "".join(f"Frame-{number}: {IMAGE_PLACEHOLDER}\n" for number in range(1, count + 1))
+        return "".join(f"Frame-{number + 1}: {IMAGE_PLACEHOLDER}\n" for number in range(len(times)))
 
+    place = f"{VIDEO_PLACEHOLDER}\n?"
+    if with_times:
+        place = f"\n?{place}"
     videos = sum(turn.text.count(VIDEO_PLACEHOLDER) for turn in turns if turn.role in SHOWING_ROLES)
     if videos != len(frames):
         raise RejectError(
@@ -133,11 +167,16 @@ def show_frames(
             f"{videos} {VIDEO_PLACEHOLDER} placeholders, but {len(frames)} videos",
         )
     return tuple(
-        replace(turn, text=re.sub(f"{VIDEO_PLACEHOLDER}\n?", lines, turn.text))
-        if turn.role in SHOWING_ROLES
-        else turn
+        replace(turn, text=re.sub(place, lines, turn.text)) if turn.role in SHOWING_ROLES else turn
         for turn in turns
     )
+
+
+def _of_pairs(times: Sequence[float]) -> list[float]:
+    """Return the mean time of each pair of frames; of an odd number the last stands alone."""
+    firsts = times[::PAIR]
+    seconds = [*times[1::PAIR], *firsts[len(times) // PAIR :]]
+    return [(first + second) / 2 for first, second in zip(firsts, seconds, strict=True)]
 
 
 def in_text_order(

@@ -11,15 +11,30 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import get_args
 
-from megavlm.config.tiling import ANY_SIZE, BOUNDED, MOST_TILES, WITH_GRIDS, Mode
+from megavlm.config.tiling import (
+    ANY_SIZE,
+    BOUNDED,
+    MOST_TILES,
+    UNBOUNDED,
+    WITH_GRIDS,
+    Mode,
+    VideoPixels,
+)
 from megavlm.data.images.anyres import LLAVA_GRIDS, Grid, best_grid
-from megavlm.data.images.native import QWEN2_VL_PIXELS, native_grid
+from megavlm.data.images.native import (
+    QWEN2_VL_PIXELS,
+    frame_grid,
+    native_grid,
+    usual_video_pixels,
+)
 from megavlm.data.images.patches import fitted_size, patch_grid
 
 # Along a side of a tile, of which even one then fills a gigabyte.
 MOST_PIXELS = 2**14
 # Fuyu's, in pixels.
 FUYU_LIMIT = (1920, 1080)
+# Tokens that qwen-vl-utils makes videos for, if nothing is said.
+_USUAL_TOKENS = 128_000
 # Of a resized image, as many as are decoded of a file.
 MOST_IMAGE_PIXELS = 2**29
 
@@ -48,6 +63,7 @@ class Tiling:
         limit: for ``patches``: width and height in pixels that larger images are made smaller to.
         min_pixels: for ``native``: fewest pixels of all tiles of an image.
         max_pixels: for ``native``: most pixels of all tiles of an image.
+        video: for ``native``: bounds of the frames of a video; nothing: those of qwen-vl-utils.
         grids: for ``anyres`` and ``anyres_max_9``: the grids that images may have.
     """
 
@@ -61,6 +77,7 @@ class Tiling:
     limit: tuple[int, int] = FUYU_LIMIT
     min_pixels: int = QWEN2_VL_PIXELS[0]
     max_pixels: int = QWEN2_VL_PIXELS[1]
+    video: VideoPixels = UNBOUNDED
     grids: tuple[Grid, ...] = LLAVA_GRIDS
 
     def __post_init__(self) -> None:
@@ -99,6 +116,25 @@ class Tiling:
                 f"--max_pixels {self.max_pixels}: must be from {tile}, the pixels of one tile, to"
                 f" {MOST_IMAGE_PIXELS}"
             )
+        video = self.video_pixels
+        flags = (
+            f"--video_min_pixels {video.least}, --video_max_pixels {video.most} and"
+            f" --video_total_pixels {video.total}"
+        )
+        if not 1 <= video.least <= video.most <= MOST_IMAGE_PIXELS or video.most < tile:
+            raise ValueError(
+                f"{flags}: must be 1 <= min <= max, and max from {tile}, the pixels of one tile, to"
+                f" {MOST_IMAGE_PIXELS}"
+            )
+        if video.total < tile:
+            raise ValueError(f"{flags}: total must be {tile} or more, the pixels of one tile")
+
+    @property
+    def video_pixels(self) -> VideoPixels:
+        """Bounds of the frames of a video for ``native``."""
+        if self.video == UNBOUNDED:
+            return usual_video_pixels(self.tile_size, _USUAL_TOKENS)
+        return self.video
 
     @property
     def has_grids(self) -> bool:
@@ -122,13 +158,22 @@ class Tiling:
 
     @property
     def takes_frames(self) -> bool:
-        """Whether a frame of a video can be one tile."""
-        return self.mode not in (*ANY_SIZE, "anyres")
+        """Whether images may be frames of videos."""
+        return self.mode not in ("patches", "anyres")
+
+    @property
+    def pairs_frames(self) -> bool:
+        """Whether frames of a video have as many tiles as their size asks for, and are read in
+        pairs; otherwise each is one tile.
+        """
+        return self.mode == "native"
 
     @property
     def joins_frames(self) -> bool:
-        """Whether the frames of a video are one image in the text."""
-        return self.mode == BOUNDED
+        """Whether the frames of a video are one image in the text, unless a template has each pair
+        behind its time.
+        """
+        return self.mode == BOUNDED or self.pairs_frames
 
     @property
     def pad_colour(self) -> tuple[int, int, int] | None:
@@ -159,6 +204,14 @@ class Tiling:
             return 1, 1
         most = image_max_tiles(self.max_tiles if max_tiles is None else max_tiles, images)
         return choose_grid(width, height, self.min_tiles, most, self.tile_size)
+
+    def frame_grid(self, width: int, height: int, frames: int) -> tuple[int, int]:
+        """Columns and rows of each of ``frames`` frames of a video, of ``width`` x ``height``
+        pixels; errors as in ``grid``.
+        """
+        if not self.pairs_frames:
+            return 1, 1
+        return frame_grid(width, height, frames, self.tile_size, self.video_pixels)
 
     def count(self, columns: int, rows: int, images: int = 1) -> int:
         """Tiles of an image with this grid, one of ``images`` in its record, the whole image as one

@@ -1,10 +1,11 @@
 """Video files, animated images and folders of frames: when their frames are, and some of them as
 images. Videos need PyAV.
 
-A frame becomes one tile. A frame of a folder keeps its file's bytes. Frames that have to be decoded
-are stored as tiles, as JPEG of quality 95 without loss of colour resolution: a tenth of what their
-pixels would take, and finer than the video, which is compressed already; the resizing to a tile is
-InternVL's, and comes before it.
+A frame becomes one tile, or with ``--tiling native`` as many as its size asks for. A frame of a
+folder keeps its file's bytes. Frames that have to be decoded are stored with the size of their
+tiles, as JPEG of quality 95 without loss of colour resolution: a tenth of what their pixels would
+take, and finer than the video, which is compressed already; the resizing is InternVL's, and comes
+before it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from PIL import Image as PillowImage
 
 from megavlm.data.images.container import MAX_FRAMES, Enough, VideoContainer
 from megavlm.data.images.cut_off import is_gif_cut
-from megavlm.data.images.decode import cut_tiles, describe, open_image, read_size
+from megavlm.data.images.decode import describe, open_image, read_size, resized
+from megavlm.data.images.native import PAIR
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.images.transforms import centre_crop, to_square
 from megavlm.data.records.record import MediaFile
@@ -36,15 +38,22 @@ FRAME_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Frame:
-    """A frame as stored: an encoded image, and its size before it was encoded, in pixels."""
+    """A frame as stored.
+
+    Args:
+        encoded: an image; empty if it was not read.
+        width, height: before it was encoded, in pixels; 0 if they were not asked for.
+        seconds: its time from the first frame.
+    """
 
     encoded: bytes
     width: int
     height: int
+    seconds: float
 
 
-UNREAD = Frame(encoded=b"", width=0, height=0)
-"""Stands for a frame of which nothing but its number is known."""
+Choose = Callable[[Sequence[float]], Sequence[int]]
+"""Returns the numbers of some frames, ascending, from the times of all."""
 
 
 def frame_times(file: MediaFile, enough: Enough | None = None) -> list[float]:
@@ -69,58 +78,119 @@ def frame_times(file: MediaFile, enough: Enough | None = None) -> list[float]:
         return container.times()
 
 
-def read_frames(
-    file: MediaFile, choose: Callable[[Sequence[float]], Sequence[int]], tiling: Tiling
+def unread_frames(
+    file: MediaFile, choose: Choose, tiling: Tiling, enough: Enough | None = None
 ) -> list[Frame]:
+    """Return some frames of a video without their content, and without their size unless their
+    tiles depend on it; arguments and errors are those of ``frame_times`` and ``read_frames``.
+    """
+    times = frame_times(file, enough)
+    chosen = choose(times)
+    size = (0, 0)
+    if tiling.pairs_frames and len(chosen):
+        size = _frame_size(file, chosen[0])
+    return [
+        Frame(encoded=b"", width=size[0], height=size[1], seconds=times[number])
+        for number in chosen
+    ]
+
+
+def read_frames(file: MediaFile, choose: Choose, tiling: Tiling) -> list[Frame]:
     """Read some frames of a video.
 
     Args:
         file: the video.
-        choose: returns the numbers of the frames, ascending, from the times of all; what it raises
-            is raised.
-        tiling: how a frame becomes a tile.
+        choose: chooses the frames; what it raises is raised.
+        tiling: how a frame becomes tiles.
 
     Raises:
         OSError: there is no such file.
         ValueError: not a video that can be read, or one of these frames cannot be decoded.
+        RejectError: frames of a shape that ``tiling`` does not take.
     """
     if _is_folder(file):
         files = _frame_files(file)
-        chosen = [files[number] for number in choose(_folder_times(files))]
-        return [_stored(path) for path in chosen]
+        chosen = choose(_folder_times(files))
+        frames = [_stored(files[number], float(number)) for number in chosen]
+        return _of_one_size(frames) if tiling.pairs_frames else frames
     if _is_animation(file):
         with open_media(file) as opened:
             image = open_image(opened)
-            decoded = _animation_frames(image, choose(_animation_times(image, opened)))
+            times = _animation_times(image, opened)
+            chosen = choose(times)
+            decoded = _animation_frames(image, chosen)
     else:
         with VideoContainer(open_media(file)) as container:
-            decoded = map(PillowImage.fromarray, container.frames(choose(container.times())))
-    return [_encode(image, tiling) for image in decoded]
+            times = container.times()
+            chosen = choose(times)
+            decoded = list(map(PillowImage.fromarray, container.frames(chosen)))
+    return [
+        _encode(image, times[number], tiling, len(chosen))
+        for image, number in zip(decoded, chosen, strict=True)
+    ]
 
 
-def frames_as_images(frames: Sequence[Frame], name: str, *, joined: bool) -> tuple[Image, ...]:
-    """Return the frames of a video as images of one tile.
+def frames_as_images(
+    frames: Sequence[Frame], name: str, tiling: Tiling, *, with_times: bool = False
+) -> tuple[Image, ...]:
+    """Return the frames of a video as images.
 
     Args:
         frames: of a video.
         name: of its file, for messages.
-        joined: whether they are one image in the text.
+        tiling: how they become tiles.
+        with_times: whether each pair of them stands behind its time in the text.
     """
-    return tuple(
-        Image(
-            encoded=frame.encoded,
-            width=frame.width,
-            height=frame.height,
-            columns=0 if joined else 1,
-            rows=len(frames) - number if joined else 1,
-            tiles=1,
-            name=name,
+    count = len(frames)
+    grid = (1, 1)
+    if count:
+        grid = tiling.frame_grid(frames[0].width, frames[0].height, count)
+    columns, rows = grid
+    interval = 0.0
+    if tiling.pairs_frames and count > 1:
+        interval = PAIR * (frames[-1].seconds - frames[0].seconds) / (count - 1)
+    images = []
+    for number, frame in enumerate(frames):
+        is_second = tiling.pairs_frames and number % PAIR == 1
+        left = count - number if tiling.joins_frames else 0
+        images.append(
+            Image(
+                encoded=frame.encoded,
+                width=frame.width,
+                height=frame.height,
+                columns=columns,
+                rows=rows,
+                tiles=0 if is_second else columns * rows,
+                frames=min(left, PAIR - number % PAIR) if with_times else left,
+                interval=interval,
+                name=name,
+            )
         )
-        for number, frame in enumerate(frames)
-    )
+    return tuple(images)
 
 
-def _stored(path: Path) -> Frame:
+def _frame_size(file: MediaFile, number: int) -> tuple[int, int]:
+    """Return width and height of a frame in pixels, as headers say."""
+    if _is_folder(file):
+        frame = _stored(_frame_files(file)[number], 0.0)
+        return frame.width, frame.height
+    if _is_animation(file):
+        with open_media(file) as opened:
+            return open_image(opened).size
+    with VideoContainer(open_media(file), Enough(frames=0)) as container:
+        return container.size
+
+
+def _of_one_size(frames: list[Frame]) -> list[Frame]:
+    """Return frames. Raises ValueError: their sizes differ."""
+    sizes = {(frame.width, frame.height) for frame in frames}
+    if len(sizes) > 1:
+        told = ", ".join(f"{width} x {height}" for width, height in sorted(sizes)[:3])
+        raise ValueError(f"its frames have different sizes in pixels: {told}")
+    return frames
+
+
+def _stored(path: Path, seconds: float) -> Frame:
     """Return a frame that is an image file; errors name it."""
     try:
         encoded = read_media(MediaFile(path=str(path)))
@@ -129,21 +199,19 @@ def _stored(path: Path) -> Frame:
         raise OSError(error.errno, f"{path.name}: {error.strerror}") from None
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from None
-    return Frame(encoded=encoded, width=width, height=height)
+    return Frame(encoded=encoded, width=width, height=height, seconds=seconds)
 
 
-def _encode(image: PillowImage.Image, tiling: Tiling) -> Frame:
-    """Encode a decoded frame as a tile."""
+def _encode(image: PillowImage.Image, seconds: float, tiling: Tiling, frames: int) -> Frame:
+    """Encode a decoded frame, one of so many of its video, with the size of its tiles."""
     square = image if tiling.pad_colour is None else to_square(image, tiling.pad_colour)
     if tiling.mode == "crop":
         square = centre_crop(square, tiling.tile_size, tiling.resample)
-    pixels = np.asarray(square)
-    (tile,) = cut_tiles(pixels, 1, 1, tiling.tile_size, False, resample=tiling.resample)
+    grid = tiling.frame_grid(image.width, image.height, frames)
+    pixels = resized(np.asarray(square), *grid, tiling.tile_size, tiling.resample)
     file = io.BytesIO()
-    PillowImage.fromarray(np.ascontiguousarray(tile.transpose(1, 2, 0))).save(
-        file, "JPEG", quality=JPEG_QUALITY, subsampling=0
-    )
-    return Frame(encoded=file.getvalue(), width=image.width, height=image.height)
+    PillowImage.fromarray(pixels).save(file, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return Frame(encoded=file.getvalue(), width=image.width, height=image.height, seconds=seconds)
 
 
 def _is_folder(file: MediaFile) -> bool:

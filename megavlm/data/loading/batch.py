@@ -176,6 +176,9 @@ class Images(_Tensors):
         lengths: patches of each image, known without asking the device.
         window_ends: int32 [windows + 1], the same of windows; none: the encoder has none.
         window_lengths: patches of each window.
+        pairs: int64 [V], tiles that show two frames of a video, ascending; none: no tile does.
+        second_frames: uint8 [V, 3, S, S], the second one of each; none where the pixels were not
+            asked for.
     """
 
     places: torch.Tensor
@@ -184,6 +187,8 @@ class Images(_Tensors):
     lengths: tuple[int, ...]
     window_ends: torch.Tensor | None = None
     window_lengths: tuple[int, ...] = ()
+    pairs: torch.Tensor | None = None
+    second_frames: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -206,6 +211,8 @@ class BatchOptions:
         tile_grid: for spans_tiles: patches along a side of a tile.
         rotary_axes: whether to say where tokens stand among frames, rows and columns, see
             ``Batch.rotary_positions``.
+        tokens_per_second: how far apart the frames of a video are there, see
+            ``rotary_positions.rotary_positions``.
         tile_multiple: of the number of a rank's tiles, filled up with black ones.
         rank_slice: which tiles and tokens are this rank's.
     """
@@ -222,6 +229,7 @@ class BatchOptions:
     window_tiles: int = 0
     tile_grid: int = 1
     rotary_axes: bool = False
+    tokens_per_second: int = 0
     tile_multiple: int = 1
     rank_slice: RankSlice = WHOLE_PACK
 
@@ -240,6 +248,7 @@ def options_of(architecture: Architecture) -> BatchOptions:
         window_tiles=vision.window_tiles,
         tile_grid=vision.grid,
         rotary_axes=bool(architecture.language.rotary_sections),
+        tokens_per_second=vision.tokens_per_second,
     )
 
 

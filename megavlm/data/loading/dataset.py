@@ -6,10 +6,12 @@ Shapes: T tokens of the pack (its capacity), t tokens stored, N samples, I tiles
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from megavlm.data.images.feature_layout import FeatureLayout, feature_layout, in_text_order
 from megavlm.data.loading.batch import AS_PACKED, Batch, BatchOptions, Media
@@ -183,9 +185,17 @@ class PackedDataset:
         )
         chosen = options.rank_slice.tiles(pack.tiles, options.tile_multiple)
         share = None
+        images = None
         if options.spans_tiles:
             share = share_images(self.folder, pack, manifest, options)
             chosen = share.tiles
+            images = share.images
+            if options.with_tiles and images.pairs is not None:
+                pairs = chosen[images.pairs.numpy()]
+                seconds = self._decoder.decode(
+                    pack, pairs, options.seed, position, second_frames=True
+                )
+                images = replace(images, second_frames=torch.from_numpy(seconds))
         decoded = chosen if options.with_tiles else chosen[:0]
         return Batch.of(
             tokens=on_rank(pack.tokens.astype(np.int64), manifest.pad_token_id),
@@ -201,9 +211,9 @@ class PackedDataset:
             tiles=self._decoder.decode(
                 pack, decoded, options.seed, position, black=options.image_size
             ),
-            images=None if share is None else share.images,
+            images=images,
             **feature_places(self.folder, pack, manifest, self.layout, positions, local, share),
-            rotary_positions=np.stack([on_rank(axis) for axis in self._rotary(pack)])
+            rotary_positions=np.stack([on_rank(axis) for axis in self._rotary(pack, options)])
             if options.rotary_axes
             else None,
             preferences=find_preferences(pack, on_rank, self._reference)
@@ -230,12 +240,13 @@ class PackedDataset:
             reads_next = next_image_draws(seed, position, len(pack.lengths)) < self.next_image
         return find_media(pack, self.manifest, rows, reads_next)
 
-    def _rotary(self, pack: Pack) -> np.ndarray:
+    def _rotary(self, pack: Pack, options: BatchOptions) -> np.ndarray:
         """Return frame, row and column of each stored token, int64 [3, t]."""
         refuse_other_tiles(self.folder, pack, self.manifest)
         shown = in_text_order(pack.images, preferences=self.manifest.preferences)
         context = self.manifest.context_token_id
-        return rotary_positions(pack.tokens, pack.lengths, shown, context).of_tokens
+        rate = options.tokens_per_second
+        return rotary_positions(pack.tokens, pack.lengths, shown, context, rate).of_tokens
 
     def _source_numbers(self, pack: Pack) -> np.ndarray:
         """Return the index in ``source_names`` of each sample's source; int32 [N]."""

@@ -60,7 +60,9 @@ def share_images(
         ReadError: the tiles of an image are not those of its grid, or not one placeholder each.
     """
     refuse_other_tiles(folder, pack, manifest)
-    images = as_tiled(pack.images)
+    is_second = second_frames(pack)
+    images = as_tiled(pack.images[~is_second])
+    are_pairs = np.append(is_second, False)[1:][~is_second]
     own = options.rank_slice
     ranks = deal([image.tiles for image in images], own.tile_ranks)
     firsts = np.cumsum([0, *(image.tiles for image in images)])
@@ -77,15 +79,25 @@ def share_images(
     numbers = ranks[own.tile_rank]
     tiles = [firsts[number] + orders[number].tiles for number in numbers]
     padding = count - sum(map(len, tiles))
+    show_pairs = np.repeat(are_pairs[numbers], list(map(len, tiles)))
     tiles.append(np.arange(firsts[-1], firsts[-1] + padding))
     orders = [*(orders[number] for number in numbers), *[_PADDING] * padding]
-    return Share(np.concatenate(tiles), features, _images(orders, options))
+    where = _images(orders, options, np.flatnonzero(show_pairs))
+    return Share(np.concatenate(tiles), features, where)
+
+
+def second_frames(pack: Pack) -> np.ndarray:
+    """Return which images of a pack are read together with the one before, bool [images]."""
+    return pack.images["tiles"] == 0
 
 
 def refuse_other_tiles(folder: Path | str, pack: Pack, manifest: Manifest) -> None:
     """Raise ReadError if images are no grids of tiles with one placeholder token each."""
-    grids = pack.images["columns"] * pack.images["rows"]
-    others = np.flatnonzero(pack.images["tiles"] != grids)
+    table = pack.images
+    grids = table["columns"] * table["rows"]
+    is_second = second_frames(pack)
+    before = np.append(0, np.where(is_second, 0, grids))[:-1]
+    others = np.flatnonzero(np.where(is_second, before, table["tiles"]) != grids)
     if len(others) or (len(grids) and manifest.features_per_tile != 1):
         raise ReadError(
             f"{folder}: packed with --tiling {manifest.tiling} and {manifest.features_per_tile}"
@@ -147,8 +159,10 @@ def deal(tiles: Sequence[int], ranks: int) -> list[list[int]]:
     return [sorted(numbers) for numbers in dealt]
 
 
-def _images(orders: list[_Order], options: BatchOptions) -> Images:
-    """Return where the patches of a rank's tiles stand in their images."""
+def _images(orders: list[_Order], options: BatchOptions, pairs: np.ndarray) -> Images:
+    """Return where the patches of a rank's tiles stand in their images; ``pairs`` are the tiles
+    that show two frames.
+    """
     grid = options.tile_grid
     inner = np.arange(grid**2)
     rows = np.concatenate([order.rows for order in orders])[:, None] * grid + inner // grid
@@ -165,6 +179,7 @@ def _images(orders: list[_Order], options: BatchOptions) -> Images:
         lengths=lengths,
         window_ends=_ends(windows) if has_windows else None,
         window_lengths=windows if has_windows else (),
+        pairs=pairs if len(pairs) else None,
     )
 
 

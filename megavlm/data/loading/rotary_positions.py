@@ -3,17 +3,21 @@ rotates queries and keys (M-RoPE of Qwen2-VL, arXiv 2409.12191, section 2.1).
 
 A text goes on by 1 a token on all three axes. The placeholder tokens of an image stand in one
 frame, in the rows and columns of its grid, counted from where the text had come to; what follows
-it goes on behind the largest of these numbers. Shapes: t tokens stored, N samples, P placeholder
-tokens.
+it goes on behind the largest of these numbers. A video has several frames, which are pairs of what
+was filmed: one after the other, or as far apart as they are in time (Qwen2.5-VL, arXiv 2502.13923,
+section 2.1.3). transformers 5 lets a text go on behind rows and columns alone, so that it overlaps
+with a long video; the authors' code, vLLM, and transformers 4 do as is done here. Shapes: t tokens
+stored, N samples, P placeholder tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from megavlm.data.images.feature_layout import Tiled
+from megavlm.data.images.feature_layout import Tiled, images_in_text
 
 AXES = 3
 """Frame, row and column."""
@@ -32,7 +36,11 @@ class RotaryPositions(NamedTuple):
 
 
 def rotary_positions(
-    tokens: np.ndarray, lengths: np.ndarray, images: list[Tiled], context_token_id: int
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    images: Sequence[Tiled],
+    context_token_id: int,
+    tokens_per_second: int,
 ) -> RotaryPositions:
     """Find where the tokens of a pack stand.
 
@@ -42,21 +50,46 @@ def rotary_positions(
         images: in the order of their placeholders, each as often as a sample shows it; one
             placeholder token stands for each tile of their grids, row by row.
         context_token_id: of placeholder tokens.
+        tokens_per_second: how far apart frames a second apart are; 0: one frame is 1 behind the
+            other.
     """
-    grids = np.array([(image.columns, image.rows) for image in images], np.int64).reshape(-1, 2)
-    sizes = grids.prod(axis=1)
+    shown = list(images_in_text(images))
+    grids = np.array([(group[0].columns, group[0].rows) for group in shown], np.int64)
+    columns, rows = grids.reshape(-1, 2).T
+    frames = [frame_positions(group, tokens_per_second) for group in shown]
+    sizes = columns * rows * list(map(len, frames))
     placeholders = np.flatnonzero(tokens == context_token_id)
     inside = np.arange(len(placeholders)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    columns = np.repeat(grids[:, 0], sizes)
+    across = np.repeat(columns, sizes)
     # How far each token moves what follows it: an image does with its last token.
     steps = np.ones(len(tokens), np.int64)
     steps[placeholders] = 0
-    steps[placeholders[np.cumsum(sizes) - 1]] = grids.max(axis=1)
+    extents = [columns, rows, np.array([own[-1] + 1 for own in frames], np.int64)]
+    steps[placeholders[np.cumsum(sizes) - 1]] = np.max(extents, axis=0)
     ends = np.cumsum(steps)
-    lasts = np.cumsum(lengths, dtype=np.int64) - 1
-    before = np.append(0, ends[lasts])[:-1]
+    of_samples = ends[np.cumsum(lengths, dtype=np.int64) - 1]
+    before = np.append(0, of_samples)[:-1]
     starts = ends - steps - np.repeat(before, lengths)
     found = np.tile(starts, (AXES, 1))
-    found[1, placeholders] += inside // columns
-    found[2, placeholders] += inside % columns
-    return RotaryPositions(found, ends[lasts] - before)
+    if len(frames):
+        in_frame = np.repeat(columns * rows, [len(own) for own in frames])
+        found[0, placeholders] += np.repeat(np.concatenate(frames), in_frame)
+    found[1, placeholders] += inside // across % np.repeat(rows, sizes)
+    found[2, placeholders] += inside % across
+    return RotaryPositions(found, of_samples - before)
+
+
+def frame_positions(group: Sequence[Tiled], tokens_per_second: int) -> np.ndarray:
+    """Return where the frames of an image in the text stand behind its first, int64 [frames];
+    arguments as in ``rotary_positions``.
+
+    Args:
+        group: the image, or the frames that were filmed.
+        tokens_per_second: as for ``rotary_positions``.
+    """
+    pairs = np.arange(sum(image.tiles > 0 for image in group))
+    if not tokens_per_second:
+        return pairs
+    # In float32, as transformers computes it.
+    step = np.float32(tokens_per_second * group[0].interval)
+    return (pairs.astype(np.float32) * step).astype(np.int64)

@@ -54,7 +54,14 @@ class TileDecoder:
         self.is_plain = mode in ("dynamic", "stretch", "native")
 
     def decode(
-        self, pack: Pack, chosen: ArrayLike, seed: int, position: int, black: int = 0
+        self,
+        pack: Pack,
+        chosen: ArrayLike,
+        seed: int,
+        position: int,
+        black: int = 0,
+        *,
+        second_frames: bool = False,
     ) -> np.ndarray:
         """Decode the chosen tiles of a pack, uint8 [I, 3, S, S], black for indices beyond its own.
         Other images are not decoded.
@@ -65,6 +72,7 @@ class TileDecoder:
             seed: the run's; with the position it fixes the random changes of images.
             position: of the pack in the run's order.
             black: side of the tiles of a pack without images; 0: that which it was packed for.
+            second_frames: whether to decode the frames that are read together with those tiles.
 
         Raises:
             ReadError: an image that cannot be decoded.
@@ -89,7 +97,7 @@ class TileDecoder:
             if not is_whole:  # only part of the image is chosen, or in another order
                 room = np.empty((count, 3, size, size), np.uint8)
             try:
-                self._decode_image(pack, index, seed, position, room)
+                self._decode_image(pack, index + second_frames, seed, position, room)
             # Whatever the decoder raises, the user has to learn which image it was.
             except Exception as error:
                 origin = self.origin(pack, int(row["sample"]))
@@ -106,10 +114,9 @@ class TileDecoder:
     ) -> None:
         """Decode all tiles of one image into ``room``."""
         row = pack.images[index]
-        columns, rows, count = (int(row[name]) for name in ("columns", "rows", "tiles"))
-        is_frame = not columns
-        if is_frame:
-            columns = rows = 1
+        columns, rows = (int(row[name]) for name in ("columns", "rows"))
+        count = len(room)
+        is_frame = row["frames"] > 0
         size = self.manifest.image_size
         has_thumbnail = count > columns * rows
         operations = self.augment if self._is_augmented(pack, index) else ()

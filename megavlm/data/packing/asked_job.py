@@ -7,11 +7,11 @@ import dataclasses
 import re
 
 from megavlm.config.architecture import Architecture
-from megavlm.config.tiling import NOTHING_STATED, StatedTiles
-from megavlm.config.vision import PIXELS
+from megavlm.config.tiling import NOTHING_STATED, UNBOUNDED, StatedTiles, VideoPixels
+from megavlm.config.vision import PIXELS, Vision
 from megavlm.data.images.anyres import LLAVA_GRIDS, USUAL_GRIDS, Grid, read_grids
 from megavlm.data.images.frame_sampling import FrameChoice
-from megavlm.data.images.native import QWEN2_VL_PIXELS, QWEN3_VL_PIXELS
+from megavlm.data.images.native import PAIR, QWEN2_VL_PIXELS, QWEN3_VL_PIXELS, usual_video_pixels
 from megavlm.data.images.tiling import FUYU_LIMIT, Tiling
 from megavlm.data.packing.settings import Job
 from megavlm.data.packing.windows import Windows
@@ -83,11 +83,10 @@ def make_job(
             or USUAL_GRIDS.get(args.tiling, LLAVA_GRIDS),
             **_of_dynamic_tiling(args),
             **_pixels(args, stated, model.vision.family),
+            video=_video_pixels(args, model.vision),
         ),
         pixel_std=std,
-        frames=FrameChoice(
-            min_frames=args.min_frames, max_frames=args.max_frames, sampling=args.frame_sampling
-        ),
+        frames=_frame_choice(args),
         windows=Windows(tokens=args.window_tokens, images=args.window_images),
         system_message="" if args.system == "none" else args.system,
         tile_cap=None if args.tile_cap == "auto" else int(args.tile_cap),
@@ -154,6 +153,42 @@ def _pixels(args: argparse.Namespace, stated: StatedTiles, family: str) -> dict[
         flags = ", ".join(f"--{name} {value}" for name, value in given.items())
         raise ValueError(f"{flags}: goes with --tiling native; leave it out")
     return {}
+
+
+def _video_pixels(args: argparse.Namespace, vision: Vision) -> VideoPixels:
+    """Return the bounds of the frames of videos that are given, or usual for a vision encoder.
+    Raises ValueError: those that are given would have no effect.
+    """
+    names = {"video_min_pixels": "least", "video_max_pixels": "most", "video_total_pixels": "total"}
+    asked = vars(args)
+    given = {name: asked[name] for name in names if asked[name] is not None}
+    if args.tiling != "native":
+        if given:
+            flags = ", ".join(f"--{name} {value}" for name, value in given.items())
+            raise ValueError(f"{flags}: goes with --tiling native; leave it out")
+        return UNBOUNDED
+    usual = usual_video_pixels(vision.image_size, args.capacity)
+    if vision.family == "qwen3_vl":
+        # Its processor bounds all frames of a video together.
+        usual = dataclasses.replace(usual, least=vision.image_size**2)
+    return dataclasses.replace(usual, **{names[name]: value for name, value in given.items()})
+
+
+def _frame_choice(args: argparse.Namespace) -> FrameChoice:
+    """Return how frames of videos are chosen: as the authors of Qwen2-VL do if they are read in
+    pairs.
+    """
+    is_native = args.tiling == "native"
+    sampling = args.frame_sampling or ("fps2" if is_native else "rand")
+    few = 4 if is_native else 1 if sampling.startswith("fps") else 8
+    many = 768 if is_native else 32
+    least, most = args.min_frames, args.max_frames
+    return FrameChoice(
+        min_frames=few if least is None else least,
+        max_frames=many if most is None else most,
+        multiple=PAIR if is_native else 1,
+        sampling=sampling,
+    )
 
 
 def _grids(text: str, tiling: str) -> tuple[Grid, ...]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -18,12 +18,11 @@ from megavlm.data.images.feature_layout import feature_layout, sizes_in_text
 from megavlm.data.images.frame_sampling import FrameChoice, in_text_order, show_frames
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.images.video import (
-    UNREAD,
-    frame_times,
     frames_as_images,
     open_media,
     read_frames,
     read_media,
+    unread_frames,
 )
 from megavlm.data.packing.answers import count_answers, with_rejected
 from megavlm.data.packing.shorten import cut_windows, truncated
@@ -82,6 +81,13 @@ class Size:
     window: int = 0
 
 
+class Clip(NamedTuple):
+    """The frames that are shown of a video, and their times in seconds."""
+
+    images: tuple[Image, ...]
+    times: list[float]
+
+
 class Encoder:
     """Makes samples of records.
 
@@ -125,6 +131,7 @@ class Encoder:
             template=template,
         )
         self.frames = frames or FrameChoice()
+        self.with_times = tiling.pairs_frames and template.format.times_frames
         self.deep_images = deep_images
         self.windows = windows or Windows()
         self.truncate = truncate
@@ -272,10 +279,14 @@ class Encoder:
         ]
         if record.videos:
             rng = np.random.default_rng((self.seed, source, line))
-            clips = [self._frames(video, images, rng) for video in record.videos]
-            pictures = in_text_order(turns, stills, clips)
-            frames = [len(clip) for clip in clips]
-            turns = show_frames(turns, frames, joined=self.tiling.joins_frames)
+            clips = [self._clip(video, images, rng) for video in record.videos]
+            pictures = in_text_order(turns, stills, [clip.images for clip in clips])
+            turns = show_frames(
+                turns,
+                [clip.times for clip in clips],
+                joined=self.tiling.joins_frames,
+                with_times=self.with_times,
+            )
         else:
             pictures = tuple(stills)
         tiles, shown = sizes_in_text(pictures, self.layout)
@@ -349,21 +360,23 @@ class Encoder:
             deep=header.deep,
         )
 
-    def _frames(self, video: Video, how: Images, rng: np.random.Generator) -> tuple[Image, ...]:
-        """Return the chosen frames of a video, a tile each."""
+    def _clip(self, video: Video, how: Images, rng: np.random.Generator) -> Clip:
+        """Return the chosen frames of a video."""
         if not self.tiling.takes_frames:
             told = f"a video, but --tiling {self.tiling.mode} takes images alone"
             raise RejectError("unsupported", told)
-        joined = self.tiling.joins_frames
         choose = partial(self.frames.choose, clip=video.clip, rng=rng)
         try:
             if how is Images.HEADER:
-                chosen = choose(frame_times(video.file))
-                return frames_as_images([UNREAD] * len(chosen), video.file.path, joined=joined)
-            load_decoders()
-            frames = read_frames(video.file, choose, self.tiling)
-            for frame in frames if how is Images.DECODE else ():
+                frames = unread_frames(video.file, choose, self.tiling)
+            else:
+                load_decoders()
+                frames = read_frames(video.file, choose, self.tiling)
+            for number, frame in enumerate(frames if how is Images.DECODE else ()):
                 check_pixels(frame.encoded)
+                frames[number] = dataclasses.replace(frame, encoded=b"")
+            name = video.file.path
+            images = frames_as_images(frames, name, self.tiling, with_times=self.with_times)
         except RemoteError as error:
             raise RejectError("unreachable", str(error)) from None
         except OSError as error:
@@ -374,9 +387,7 @@ class Encoder:
             raise RejectError(error.reason, f"{video.file.path}: {error.detail}") from None
         except ValueError as error:
             raise RejectError("unreadable_video", f"{video.file.path}: {error}") from None
-        if how is Images.DECODE:
-            frames = [dataclasses.replace(frame, encoded=b"") for frame in frames]
-        return frames_as_images(frames, video.file.path, joined=joined)
+        return Clip(images, [frame.seconds for frame in frames])
 
 
 def reject(raw: RawRecord, annotations: Annotations, source: int, error: RejectError) -> Reject:

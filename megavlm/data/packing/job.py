@@ -341,6 +341,7 @@ def _manifest(
         image_limit=job.tiling.limit,
         min_pixels=job.tiling.min_pixels,
         max_pixels=job.tiling.max_pixels,
+        video=job.tiling.video,
         grids=job.tiling.grids if job.tiling.has_grids else (),
         pixel_mean=job.tiling.pixel_mean,
         pixel_std=job.pixel_std,

@@ -106,20 +106,49 @@ IMAGES = (
         ),
     ),
     Option(
+        name="video_min_pixels",
+        text=(
+            "for --tiling native: smaller frames of videos are made larger, to so many pixels"
+            " (default: 128 tiles, for Qwen3-VL one)"
+        ),
+    ),
+    Option(
+        name="video_max_pixels",
+        text=(
+            "for --tiling native: larger frames of videos are made smaller, to so many pixels"
+            " (default: 768 tiles)"
+        ),
+    ),
+    Option(
+        name="video_total_pixels",
+        text=(
+            "for --tiling native: frames of a video are made smaller, down to 1.05 times"
+            " --video_min_pixels, until all of them have so many pixels, a pair counted as one"
+            " frame (default: what fills 90%% of a pack)"
+        ),
+    ),
+    Option(
         name="min_frames",
-        default=8,
-        text="fewest frames of a video that has as many (default: %(default)s)",
+        text=(
+            "fewest frames of a video that has as many (default: 8 for rand and middle, and 1 for"
+            " frames per second; with --tiling native 4)"
+        ),
     ),
     Option(
         name="max_frames",
-        default=32,
-        text="most frames of a video, a tile each (default: %(default)s)",
+        text=(
+            "most frames of a video, a tile each unless --tiling native (default: 32; with"
+            " --tiling native 768)"
+        ),
     ),
     Option(
         name="frame_sampling",
-        default="rand",
+        default="",
         metavar="MODE",
-        text="rand, middle, or frames per second such as fps0.5 (default: %(default)s)",
+        text=(
+            "rand, middle, or frames per second such as fps0.5 (default: rand; with --tiling native"
+            " fps2)"
+        ),
     ),
     Option(
         name="deep_images",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megavlm.data.images.feature_layout import FeatureLayout
 from megavlm.data.images.frame_sampling import show_frames
+from megavlm.data.images.native import LEAST_CAP
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.records.record import VIDEO_PLACEHOLDER, Turn
 from megavlm.data.records.reject import RejectError
@@ -89,6 +90,10 @@ class SizeLimits:
             self.tiling.size_flag: stills,
             "--max_frames": sum(frames) * max(0, 1 - len(videos) / max(1, len(frames))),
         }
+        if self.tiling.pairs_frames and any(frames):
+            bounds = self.tiling.video_pixels
+            least = bounds.least * LEAST_CAP / self.tiling.tile_size**2
+            spare["--video_total_pixels"] = sum(frames) * max(0, 1 - least / max(frames))
         enough = [flag for flag, most in spare.items() if most >= excess]
         if enough:
             return f" or lower {' or '.join(enough)}"
@@ -100,7 +105,8 @@ class SizeLimits:
             return 0.0
         few, many = (
             self.template.count(
-                show_frames([Turn(role="human", text=VIDEO_PLACEHOLDER)], [count]), [1] * count
+                show_frames([Turn(role="human", text=VIDEO_PLACEHOLDER)], [[0.0] * count]),
+                [1] * count,
             )
             for count in (10, 20)
         )

@@ -39,6 +39,21 @@ RECORD = np.dtype(
         ("squared_tiles", "<f8"),  # sum of the images' squared tiles: what attention in them costs
     ]
 )
+IMAGE = np.dtype(
+    [
+        ("offset", "<i8"),  # in the section of encoded images
+        ("bytes", "<i8"),
+        ("width", "<i4"),
+        ("height", "<i4"),
+        ("columns", "<i4"),
+        ("rows", "<i4"),
+        ("tiles", "<i4"),
+        ("sample", "<i4"),  # index of its sample in the pack
+        ("frames", "<i4"),  # of a video that is one image in the text: it and those behind it
+        ("interval", "<f4"),  # seconds from a pair of such frames to the next
+    ]
+)
+_OLD_IMAGE = np.dtype(IMAGE.descr[:-2])
 # magic, version, header bytes, record bytes, description bytes, packs
 HEADER = struct.Struct("<8sIIIIq")
 
@@ -50,15 +65,17 @@ def round_up(value: int, multiple: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexForm:
-    """How the index of one format version is written.
+    """How the index of one format version, and the tables of images in its packs, are written.
 
     Args:
         version: of the format.
-        record: what it says of a pack.
+        record: what the index says of a pack.
+        image: what a pack says of an image.
     """
 
     version: int
     record: np.dtype
+    image: np.dtype = IMAGE
 
     @cached_property
     def description(self) -> bytes:
@@ -77,12 +94,13 @@ class IndexForm:
         return (header + self.description).ljust(self.header_bytes, b"\0")
 
 
-FORM = IndexForm(version=4, record=RECORD)
+FORM = IndexForm(version=5, record=RECORD)
 """What is written."""
-# Version 2 had no instructions, version 3 no squares of tiles.
+# Version 2 had no instructions, version 3 no squares of tiles, version 4 no frames in the tables.
 FORMS = {
-    2: IndexForm(version=2, record=np.dtype(RECORD.descr[:-3])),
-    3: IndexForm(version=3, record=np.dtype(RECORD.descr[:-1])),
+    2: IndexForm(version=2, record=np.dtype(RECORD.descr[:-3]), image=_OLD_IMAGE),
+    3: IndexForm(version=3, record=np.dtype(RECORD.descr[:-1]), image=_OLD_IMAGE),
+    4: IndexForm(version=4, record=RECORD, image=_OLD_IMAGE),
     FORM.version: FORM,
 }
 """What is read, by the version."""
@@ -90,9 +108,26 @@ FORMS = {
 
 def as_records(rows: np.ndarray) -> np.ndarray:
     """Return records of any version as ``RECORD``; fields that the version lacks are 0."""
-    if rows.dtype == RECORD:
+    return _as(rows, RECORD)
+
+
+def as_images(rows: np.ndarray) -> np.ndarray:
+    """Return a table of images of any version as ``IMAGE``."""
+    found = _as(rows, IMAGE)
+    if found is not rows:
+        # Frames had no grid, and were counted in its place.
+        is_frame = rows["columns"] == 0
+        found["frames"] = np.where(is_frame, rows["rows"], 0)
+        found["columns"][is_frame] = 1
+        found["rows"][is_frame] = 1
+    return found
+
+
+def _as(rows: np.ndarray, wanted: np.dtype) -> np.ndarray:
+    """Return rows with the fields that are ``wanted``, 0 where they lack one."""
+    if rows.dtype == wanted:
         return rows
-    found = np.zeros(rows.shape, RECORD)
+    found = np.zeros(rows.shape, wanted)
     for name in rows.dtype.names:
         found[name] = rows[name]
     return found

@@ -13,17 +13,18 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
+from megavlm.config.tiling import UNBOUNDED, VideoPixels
 from megavlm.io import atomic
 from megavlm.io.storage import LocalFiles, open_folder
 from megavlm.io.typed_json import build
 
 FILE_NAME = "manifest.json"
 FORMAT_NAME = "megavlm-packs"
-FORMAT_VERSION = 9
+FORMAT_VERSION = 10
 # Version 2 had no levels, version 3 no limit of the size of images, version 4 no instructions for a
 # Q-Former, version 5 no grids, version 6 no videos whose frames are one image in the text, version
-# 7 no preferences, version 8 no tiles of the image's own size.
-READ_VERSIONS = (2, 3, 4, 5, 6, 7, 8, FORMAT_VERSION)
+# 7 no preferences, version 8 no tiles of the image's own size, version 9 no frames with such tiles.
+READ_VERSIONS = (2, 3, 4, 5, 6, 7, 8, 9, FORMAT_VERSION)
 # More than a blend has; what is parsed is in memory anyway, as long as its dataset is open.
 KEPT_MANIFESTS = 4096
 
@@ -120,11 +121,12 @@ class Manifest:
         max_tiles: most tiles of an image, thumbnail not counted.
         thumbnail: whether an image of several tiles gets its thumbnail as one more tile.
         tiling: how images become tiles: dynamic, pad, crop, stretch, patches, native, anyres or
-            anyres_max_9; frames of videos are always one tile, and there are none with patches,
-            native and anyres.
+            anyres_max_9; frames of videos are one tile but for native, where a pair of them has the
+            tiles of an image, and there are none with patches and anyres.
         image_limit: for patches: width and height in pixels that larger images are made smaller to.
         min_pixels: for native: fewest pixels of all tiles of an image.
         max_pixels: for native: most pixels of all tiles of an image.
+        video: for native: bounds of the frames of videos.
         grids: for anyres and anyres_max_9: columns and rows of the grids that images may have, the
             first of equals.
         pixel_mean: mean that the model subtracts from each channel, of values in [0, 1].
@@ -164,6 +166,7 @@ class Manifest:
     image_limit: tuple[int, int] = (1920, 1080)
     min_pixels: int = 56 * 56
     max_pixels: int = 1280 * 28 * 28
+    video: VideoPixels = UNBOUNDED
     grids: tuple[tuple[int, int], ...] = ()
     pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)

@@ -32,6 +32,7 @@ from megavlm.data.sample import Sample
 from megavlm.data.store.index_format import (
     BLOCK_ALIGNMENT_BYTES,
     FORM,
+    IMAGE,
     INDEX_NAME,
     RECORD,
     round_up,
@@ -45,18 +46,6 @@ REDUCTIONS = ("token", "sample", "square")
 
 # ``instruction`` counts the tokens of the sample's instruction; it was always 0 before version 3.
 PROVENANCE = np.dtype([("line", "<i8"), ("source", "<i4"), ("instruction", "<i4")])
-IMAGE = np.dtype(
-    [
-        ("offset", "<i8"),  # in the section of encoded images
-        ("bytes", "<i8"),
-        ("width", "<i4"),
-        ("height", "<i4"),
-        ("columns", "<i4"),
-        ("rows", "<i4"),
-        ("tiles", "<i4"),
-        ("sample", "<i4"),  # index of its sample in the pack
-    ]
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,13 +62,17 @@ class Sections:
     encoded: int
 
 
-def sections(tokens: int, samples: int, images: int, instructions: int = 0) -> Sections:
-    """Compute the layout of a block; it follows from the pack's counts alone."""
+def sections(
+    tokens: int, samples: int, images: int, instructions: int = 0, image: np.dtype = IMAGE
+) -> Sections:
+    """Compute the layout of a block; it follows from the pack's counts, and from what it says of an
+    ``image``.
+    """
     supervised = round_up(4 * tokens, SECTION_ALIGNMENT_BYTES)
     lengths = supervised + round_up(tokens, SECTION_ALIGNMENT_BYTES)
     provenance = lengths + round_up(4 * samples, SECTION_ALIGNMENT_BYTES)
     table = provenance + PROVENANCE.itemsize * samples
-    asked = table + IMAGE.itemsize * images
+    asked = table + image.itemsize * images
     return Sections(
         supervised=supervised,
         lengths=lengths,
@@ -289,7 +282,7 @@ def pack_block(samples: Sequence[Sample]) -> tuple[list[bytes], np.ndarray]:
         size = len(image.encoded)
         # In the order of IMAGE.
         shape = (image.width, image.height, image.columns, image.rows)
-        table[number] = (offset, size, *shape, image.tiles, index)
+        table[number] = (offset, size, *shape, image.tiles, index, image.frames, image.interval)
         for part in (image.encoded, bytes(-size % SECTION_ALIGNMENT_BYTES)):
             parts.append(part)
             crc = zlib.crc32(part, crc)

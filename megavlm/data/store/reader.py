@@ -14,15 +14,17 @@ from pathlib import Path
 import numpy as np
 
 from megavlm.data.store.index_format import (
+    FORM,
     FORMS,
     INDEX_NAME,
     RECORD,
     IndexForm,
+    as_images,
     as_records,
     read_header,
 )
 from megavlm.data.store.manifest import Manifest, read_manifest
-from megavlm.data.store.pack_format import IMAGE, PROVENANCE, Sections, sections
+from megavlm.data.store.pack_format import PROVENANCE, Sections, sections
 from megavlm.io.checksum import measure
 from megavlm.io.open_files import OpenFiles
 from megavlm.io.record_file import CHUNK_BYTES, RecordFile
@@ -45,7 +47,7 @@ class Pack:
         supervised: bool [T].
         lengths: int32 [N], tokens of each sample.
         provenance: [N] with fields ``source``, ``line`` and ``instruction`` (tokens of it).
-        images: table of images, with the fields of ``pack_format.IMAGE``.
+        images: table of images, with the fields of ``index_format.IMAGE``.
         instructions: int32 [M], what a Q-Former reads beside the images of each sample in turn.
         encoded: encoded bytes of all images; empty if they were not asked for.
     """
@@ -160,7 +162,7 @@ class Reader:
     def _read(self, pack_id: int, with_images: bool) -> Pack:
         record = self.index[pack_id]
         shard = self.manifest.shards[int(self.index.shard_of(pack_id))]
-        layout = _sections(record)
+        layout = _sections(record, self._form)
         start = int(record["offset"])
         end = int(record["offset"] + record["bytes"])
         middle = start + layout.encoded
@@ -182,7 +184,7 @@ class Reader:
         self._check(pack_id, "tokens", head, int(record["crc_tokens"]))
         if with_images:
             self._check(pack_id, "images", encoded, int(record["crc_images"]))
-        return parse_pack(int(pack_id), record, head, encoded)
+        return parse_pack(int(pack_id), record, head, encoded, self._form)
 
     def origin(self, pack: Pack, sample: int) -> str:
         """Where a sample of the pack comes from: ``annotations.jsonl:line``."""
@@ -232,7 +234,13 @@ class Reader:
             )
 
 
-def parse_pack(pack_id: int, record: np.ndarray, head: np.ndarray, encoded: np.ndarray) -> Pack:
+def parse_pack(
+    pack_id: int,
+    record: np.ndarray,
+    head: np.ndarray,
+    encoded: np.ndarray,
+    form: IndexForm = FORM,
+) -> Pack:
     """Read a pack from the bytes of its block.
 
     Args:
@@ -240,17 +248,18 @@ def parse_pack(pack_id: int, record: np.ndarray, head: np.ndarray, encoded: np.n
         record: of the index.
         head: uint8, what stands before the encoded images.
         encoded: uint8, the encoded images.
+        form: in which the pack was written.
     """
     count = int(record["tokens"])
     samples = int(record["samples"])
-    layout = _sections(record)
+    layout = _sections(record, form)
     return Pack(
         pack_id=pack_id,
         tokens=head[: 4 * count].view("<i4"),
         supervised=head[layout.supervised : layout.supervised + count].view(bool),
         lengths=head[layout.lengths : layout.lengths + 4 * samples].view("<i4"),
         provenance=head[layout.provenance : layout.images].view(PROVENANCE),
-        images=head[layout.images : layout.instructions].view(IMAGE),
+        images=as_images(head[layout.images : layout.instructions].view(form.image)),
         instructions=head[layout.instructions :].view("<i4")[: int(record["instructions"])],
         encoded=encoded,
     )
@@ -261,10 +270,10 @@ def empty_pack(pack_id: int) -> Pack:
     return parse_pack(pack_id, np.zeros((), RECORD), np.empty(0, np.uint8), np.empty(0, np.uint8))
 
 
-def _sections(record: np.ndarray) -> Sections:
+def _sections(record: np.ndarray, form: IndexForm) -> Sections:
     """Compute the layout of a block from its record."""
     counts = (int(record[name]) for name in ("tokens", "samples", "images", "instructions"))
-    return sections(*counts)
+    return sections(*counts, image=form.image)
 
 
 def check_shards(folders: Iterable[Path | str]) -> None:

@@ -49,6 +49,8 @@ class ChatFormat:
             first one is learned.
         split_at_images: whether the texts before, between and after images become tokens each by
             itself; a sentencepiece tokenizer begins each with a space.
+        times_frames: whether the frames of a video stand in the text pair by pair, each behind its
+            time, if they are read in pairs; otherwise a video is one image there.
         instruction_length: most tokens of a question, which a Q-Former reads too, in tokens of its
             own: the beginning of a longer one is cut off; 0: no Q-Former reads it.
     """
@@ -79,6 +81,7 @@ class ChatFormat:
     learns_behind_images: bool = False
     split_at_images: bool = False
     images_before_text: bool = False
+    times_frames: bool = False
     instruction_length: int = 0
 
     @property

@@ -19,7 +19,7 @@ and ``internvl_c`` are pairs of an image and its text, as those models read text
 and its answer, without roles. ``fuyu`` is Fuyu's: the same, with a token of its own before the
 answer. ``qwen2_vl`` is that of Qwen2-VL and Qwen2.5-VL (arXiv 2409.12191 and 2502.13923), which is
 Qwen2.5's, with images in the line of their text; ``qwen3_vl``, Qwen3-VL's (arXiv 2511.21631), is
-the same without a system message.
+the same without a system message, with the times of the frames of videos.
 """
 
 from __future__ import annotations
@@ -259,7 +259,7 @@ FORMATS: dict[str, ChatFormat] = {
             is_single=True,
         ),
         _QWEN2_VL_ROW,
-        replace(_QWEN2_VL_ROW, name="qwen3_vl", system_message=""),
+        replace(_QWEN2_VL_ROW, name="qwen3_vl", system_message="", times_frames=True),
         ChatFormat(name="clip", pair_length=77, **_PAIR),
         ChatFormat(name="blip2_pairs", pair_length=32, **_PAIR),
         ChatFormat(name="siglip", pair_length=64, fills_pair=True, **_PAIR),

@@ -159,15 +159,15 @@ def test_features_of_frames_are_mixed_as_transformers_does(side: int) -> None:
     settings = LlavaOnevisionConfig(vision_config=dict(image_size=14 * side, patch_size=14))
     layout = feature_layout("anyres_max_9", side**2)
     frame = stored((50, 20), anyres.ONEVISION_GRIDS, "anyres_max_9", images=2)
-    frames = [replace(frame, columns=0, rows=left) for left in (3, 2, 1)]
+    frames = [replace(frame, frames=left) for left in (3, 2, 1)]
     features = torch.from_numpy(RNG.normal(size=(3, side**2, 5)).astype(np.float32))
     expected = LlavaOnevisionModel.apply_pooling(SimpleNamespace(config=settings), features)
     for image, own, theirs in zip(frames, features, expected, strict=True):
         numbers = layout.numbers(image).tolist()
-        if image.rows == 1:
+        if image.frames == 1:
             assert numbers.pop() == NEWLINE
         assert len(numbers) == len(theirs)
-        assert layout.count(image) == len(numbers) + (image.rows == 1)
+        assert layout.count(image) == len(numbers) + (image.frames == 1)
         mixed = layout.mixed(image)
         if side == 1:
             assert (numbers, mixed) == ([0], None)

@@ -65,4 +65,4 @@ def test_an_image_has_no_thumbnail_and_a_source_no_tiles_of_its_own() -> None:
     assert tiling.grid(280, 140, images=3, max_tiles=1) == (10, 5)
     assert tiling.count(10, 5, images=3) == 50
     assert tiling.size_flag == "--max_pixels" and tiling.least_tiles == 4
-    assert not tiling.takes_frames and not tiling.has_grids and tiling.pad_colour is None
+    assert not tiling.has_grids and tiling.pad_colour is None

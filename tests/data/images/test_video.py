@@ -284,19 +284,19 @@ def test_bad_choices(settings, words):
 
 def test_frames_stand_in_lines():
     turns = [Turn(role="human", text="<video>\nwhat"), Turn(role="gpt", text="a <video>")]
-    assert [turn.text for turn in show_frames(turns, [2])] == [
+    assert [turn.text for turn in show_frames(turns, [[0.0, 1.0]])] == [
         "Frame-1: <image>\nFrame-2: <image>\nwhat",
         "a <video>",
     ]
     assert (
-        show_frames([Turn(role="pretrain", text="a <video> b")], [1])[0].text
+        show_frames([Turn(role="pretrain", text="a <video> b")], [[0.0]])[0].text
         == "a Frame-1: <image>\n b"
     )
-    both = show_frames([Turn(role="human", text="<video><image><video>")], [1, 2])
+    both = show_frames([Turn(role="human", text="<video><image><video>")], [[0.0], [0.0, 1.0]])
     assert both[0].text == "Frame-1: <image>\n<image>Frame-1: <image>\nFrame-2: <image>\n"
     for text in ("<video><video>", "a"):
         with pytest.raises(RejectError, match="<video> placeholders, but 1 videos"):
-            show_frames([Turn(role="human", text=text)], [2])
+            show_frames([Turn(role="human", text=text)], [[0.0, 1.0]])
 
 
 def encode(

@@ -205,10 +205,10 @@ def test_a_video_is_one_image_in_the_text(videos: Path) -> None:
     replace(packs.manifest, sources=(augmented,)).write(videos / "packs")
     flipped = PackedDataset(videos / "packs", augment=("flip",)).batch(0, 0).tiles.numpy()
     places = np.cumsum(stored.images["tiles"]) - 1
-    for place in places[stored.images["columns"] == 0]:  # not filled up to squares
+    for place in places[stored.images["frames"] > 0]:  # not filled up to squares
         sides = [abs(flipped[place][..., ::step].astype(int) - tiles[place]) for step in (1, -1)]
         assert min(side.mean() for side in sides) < 2
-    left = stored.images["rows"][stored.images["columns"] == 0].tolist()
+    left = stored.images["frames"][stored.images["frames"] > 0].tolist()
     assert [left.count(number) for number in (5, 4, 3, 2, 1)] == [2, 2, 5, 5, 5]
 
 

@@ -48,9 +48,10 @@ def test_the_advice_is_what_helps(
             encoded=b"",
             width=16,
             height=16,
-            columns=0 if joined else 1,
-            rows=frames - number if joined else 1,
+            columns=1,
+            rows=1,
             tiles=1,
+            frames=frames - number if joined else 0,
             name="v",
         )
         for number in range(frames)

@@ -114,7 +114,7 @@ def test_several_images_of_a_turn_stay_where_they_are(templates: dict[str, ChatT
 
 @pytest.mark.parametrize("frames", [1, 2])
 def test_the_line_of_a_frame_stays_whole(templates: dict[str, ChatTemplate], frames: int) -> None:
-    (turn,) = show_frames([Turn(role="human", text="what is <video>this?")], [frames])
+    (turn,) = show_frames([Turn(role="human", text="what is <video>this?")], [[0.0] * frames])
     prompt = templates["v1"].prompt([turn], [1] * frames).tolist()
     text = templates["v1"].tokenizer.decode(prompt).replace("<image><image><image>", "<image>")
     told = "".join(f"Frame-{number}: <image> \n" for number in range(1, frames + 1))
