@@ -39,8 +39,8 @@ def _spanning(arch: Architecture) -> Iterator[str]:
     yield from at_least(0, "architecture.vision", vision, "tokens_per_second")
     if vision.temporal_patch_size != 2:
         yield (
-            f"{_FLAG}.temporal_patch_size {vision.temporal_patch_size}: {family} reads frames of"
-            " videos in pairs; use 2"
+            f"{_FLAG}.temporal_patch_size {vision.temporal_patch_size}: {vision.family} reads"
+            " the frames of videos in pairs; use 2"
         )
     if arch.connector.kind != _CONNECTOR:
         yield (

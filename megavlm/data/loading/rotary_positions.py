@@ -57,7 +57,8 @@ def rotary_positions(
     grids = np.array([(group[0].columns, group[0].rows) for group in shown], np.int64)
     columns, rows = grids.reshape(-1, 2).T
     frames = [frame_positions(group, tokens_per_second) for group in shown]
-    sizes = columns * rows * list(map(len, frames))
+    counts = np.array(list(map(len, frames)), np.int64)
+    sizes = columns * rows * counts
     placeholders = np.flatnonzero(tokens == context_token_id)
     inside = np.arange(len(placeholders)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     across = np.repeat(columns, sizes)
@@ -72,7 +73,7 @@ def rotary_positions(
     starts = ends - steps - np.repeat(before, lengths)
     found = np.tile(starts, (AXES, 1))
     if len(frames):
-        in_frame = np.repeat(columns * rows, [len(own) for own in frames])
+        in_frame = np.repeat(columns * rows, counts)
         found[0, placeholders] += np.repeat(np.concatenate(frames), in_frame)
     found[1, placeholders] += inside // across % np.repeat(rows, sizes)
     found[2, placeholders] += inside % across

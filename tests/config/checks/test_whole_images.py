@@ -48,7 +48,8 @@ def test_the_recipes_have_no_problem(recipe: str) -> None:
 @pytest.mark.parametrize(
     ("recipe", "options", "told"),
     [
-        (RECIPE, "vision.temporal_patch_size 0", "temporal_patch_size 0: must be 1 or more"),
+        (RECIPE, "vision.temporal_patch_size 0", "temporal_patch_size 0: qwen2_5_vl reads"),
+        (RECIPE, "vision.tokens_per_second -1", "tokens_per_second -1: must be 0 or more"),
         (RECIPE, "connector.kind mlp", "connector.kind mlp: a vision encoder of"),
         (RECIPE, "connector.kind linear", "which only merger reads; use it"),
         (RECIPE, "connector.kind qformer", "which only merger reads; use it"),
@@ -88,6 +89,7 @@ def test_the_recipes_have_no_problem(recipe: str) -> None:
         (RECIPE, "language.rotary_dynamic_factor 2", "rotary_dynamic_factor 2.0: --architecture"),
         (RECIPE, "language.rotary_yarn_factor 4", "rotary_yarn_factor 4.0: --architecture.lang"),
         (INTERNVL, "vision.temporal_patch_size 2", "temporal_patch_size 2: a vision encoder of"),
+        (INTERNVL, "vision.tokens_per_second 2", "tokens_per_second 2: a vision encoder of"),
         (INTERNVL, "vision.deepstack_layers 2,4", "deepstack_layers 2,4: a vision encoder of"),
         (INTERNVL, "vision.position_side 4", "position_side 4: a vision encoder of"),
         (INTERNVL, "language.rotary_interleaved true", "interleaved true has no effect without"),

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from megavlm.config.tiling import VideoPixels
 from megavlm.data.store.manifest import FORMAT_VERSION, Level, Manifest, Source, read_manifest
 
 MANIFEST = Manifest(
@@ -53,12 +54,23 @@ def test_a_manifest_from_before_preferences_is_read(tmp_path):
 
 def test_a_manifest_from_before_images_of_their_own_size_is_read(tmp_path):
     facts = json.loads(MANIFEST.to_json())
-    assert (facts["min_pixels"], facts["max_pixels"], facts["version"]) == (3136, 1003520, 9)
+    assert (facts["min_pixels"], facts["max_pixels"], facts["version"]) == (3136, 1003520, 10)
     del facts["min_pixels"], facts["max_pixels"]
     (tmp_path / "manifest.json").write_text(json.dumps(facts | {"version": 8}))
     assert read_manifest(tmp_path) == MANIFEST
     dataclasses.replace(MANIFEST, max_pixels=784).write(tmp_path)
     assert read_manifest(tmp_path).max_pixels == 784
+
+
+def test_a_manifest_from_before_frames_of_their_own_size_is_read(tmp_path):
+    facts = json.loads(MANIFEST.to_json())
+    assert facts["video"] == {"least": 0, "most": 0, "total": 0}
+    del facts["video"]
+    (tmp_path / "manifest.json").write_text(json.dumps(facts | {"version": 9}))
+    assert read_manifest(tmp_path) == MANIFEST
+    bounds = VideoPixels(least=784, most=7840, total=78400)
+    dataclasses.replace(MANIFEST, video=bounds).write(tmp_path)
+    assert read_manifest(tmp_path).video == bounds
 
 
 def test_missing(tmp_path):

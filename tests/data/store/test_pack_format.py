@@ -12,7 +12,7 @@ import pytest
 
 from megavlm.data.sample import Sample
 from megavlm.data.store import reader as reader_module
-from megavlm.data.store.index_format import FORM, FORMS, HEADER, RECORD
+from megavlm.data.store.index_format import FORM, FORMS, HEADER, RECORD, IndexForm
 from megavlm.data.store.manifest import Manifest, read_manifest
 from megavlm.data.store.pack_format import PackRules, ShardWriter, pack_block, sections
 from megavlm.data.store.reader import Reader
@@ -97,7 +97,7 @@ def test_round_trip(stored):
             row = pack.images[number]
             assert all(
                 row[name] == getattr(image, name)
-                for name in ("width", "height", "columns", "rows", "tiles")
+                for name in ("width", "height", "columns", "rows", "tiles", "frames", "interval")
             )
     assert reader.check() == 12
 
@@ -264,7 +264,7 @@ def test_cut_off(damaged, name):
     ("place", "value", "message"),
     [
         (0, b"?", "not an index of packs"),
-        (8, bytes([FORM.version + 1]), "format version 5, but this megavlm reads 2, 3, 4"),
+        (8, bytes([FORM.version + 1]), "format version 6, but this megavlm reads 2, 3, 4, 5"),
         (16, bytes([72]), "records of 72 bytes"),
         (HEADER.size + 4, b"?", "with other fields"),
         (24, bytes([99]), "header says 99 packs"),
@@ -286,30 +286,89 @@ def test_no_packs(tmp_path):
         Reader(tmp_path)
 
 
-@pytest.mark.parametrize(("version", "size"), [(2, 80), (3, 88)])
-def test_packs_of_older_versions_are_read(stored, damaged, version: int, size: int):
-    packs = [
-        [dataclasses.replace(sample, instruction=np.zeros(0, np.int32)) for sample in samples]
-        for samples in stored[1]
-    ]
-    folder = damaged.parent / "old"
+def write_older(folder, packs, form: IndexForm) -> None:
+    """Write packs as an older version did: with its tables of images, in which a frame of a video
+    had no grid, and its index.
+    """
     manifest = store_packs(folder, packs, MANIFEST, shard_bytes=4000)
     new = Reader(folder)
-    old = FORMS[version]
     rows = new.index[np.arange(len(packs))]
-    tokens = new.read(3).tokens
-    older = np.zeros(len(packs), old.record)
-    for name in old.record.names:
+    blocks = [new.read(pack_id) for pack_id in range(len(packs))]
+    older = np.zeros(len(packs), form.record)
+    shards = []
+    for number, shard in enumerate(manifest.shards):
+        content = b""
+        for pack_id in np.flatnonzero(new.index.shard_of(np.arange(len(packs))) == number):
+            pack = blocks[pack_id]
+            content += bytes(-len(content) % 64)
+            table = np.zeros(len(pack.images), form.image)
+            for name in form.image.names:
+                table[name] = pack.images[name]
+            left = pack.images["frames"]
+            table["columns"] = np.where(left, 0, table["columns"])
+            table["rows"] = np.where(left, left, table["rows"])
+            counts = (len(pack.tokens), len(pack.lengths), len(table))
+            places = sections(*counts, image=form.image)
+            parts = {
+                0: pack.tokens,
+                places.supervised: pack.supervised,
+                places.lengths: pack.lengths,
+                places.provenance: pack.provenance,
+                places.images: table,
+            }
+            head = np.zeros(places.encoded, np.uint8)
+            for start, values in parts.items():
+                data = values.tobytes()
+                head[start : start + len(data)] = np.frombuffer(data, np.uint8)
+            row = rows[pack_id]
+            row["offset"] = len(content)
+            row["bytes"] = len(head) + len(pack.encoded)
+            row["crc_tokens"] = zlib.crc32(head)
+            content += head.tobytes() + pack.encoded.tobytes()
+        (folder / f"{shard.name}.bin").write_bytes(content)
+        shards.append(dataclasses.replace(shard, bin_bytes=len(content)))
+    for name in form.record.names:
         older[name] = rows[name]
-    content = old.header(len(packs)) + older.tobytes()
-    (folder / "packs.idx").write_bytes(content)
-    dataclasses.replace(manifest, idx_crc32=zlib.crc32(content)).write(folder)
-    reader = Reader(folder)
-    assert old.record.itemsize == size and reader.check() == len(packs)
-    read = reader.index[np.arange(len(packs))]
-    assert not read["squared_tiles"].any() and rows["squared_tiles"].any()
-    rows["squared_tiles"] = 0
-    assert np.array_equal(read, rows)
-    assert not reader.index["instructions"].any() and reader.index["tokens"].sum() > 0
-    assert np.array_equal(reader.read(3).tokens, tokens)
-    assert len(reader.read(3).instructions) == 0
+    index = form.header(len(packs)) + older.tobytes()
+    (folder / "packs.idx").write_bytes(index)
+    shown = dict(idx_crc32=zlib.crc32(index), shards=tuple(shards))
+    dataclasses.replace(manifest, **shown).write(folder)
+
+
+def as_frames(sample: Sample) -> Sample:
+    """Return a sample whose images are the frames of a video."""
+    frames = [
+        dataclasses.replace(image, columns=1, rows=1, frames=len(sample.images) - number)
+        for number, image in enumerate(sample.images)
+    ]
+    return dataclasses.replace(sample, images=tuple(frames))
+
+
+@pytest.mark.parametrize(("version", "size"), [(2, 80), (3, 88), (4, 96)])
+def test_packs_of_older_versions_are_read(stored, tmp_path, version: int, size: int):
+    packs = [
+        [
+            dataclasses.replace(sample, instruction=np.zeros(0, np.int32))
+            for sample in (first, *map(as_frames, others))
+        ]
+        for first, *others in stored[1]
+    ]
+    store_packs(tmp_path / "new", packs, MANIFEST, shard_bytes=4000)
+    write_older(tmp_path / "old", packs, FORMS[version])
+    new, old = Reader(tmp_path / "new"), Reader(tmp_path / "old")
+    assert FORMS[version].record.itemsize == size and old.check() == len(packs)
+    ids = np.arange(len(packs))
+    rows, read = new.index[ids], old.index[ids]
+    assert rows["squared_tiles"].any() and read["squared_tiles"].any() == (version > 3)
+    # Blocks are of other sizes.
+    for name in set(RECORD.names) - {"squared_tiles", "offset", "bytes", "crc_tokens"}:
+        assert np.array_equal(read[name], rows[name])
+    assert not old.index["instructions"].any() and old.index["tokens"].sum() > 0
+    frames = 0
+    for pack_id in range(len(packs)):
+        ours, theirs = new.read(pack_id), old.read(pack_id)
+        assert np.array_equal(ours.tokens, theirs.tokens) and not len(theirs.instructions)
+        assert np.array_equal(ours.images, theirs.images)
+        assert np.array_equal(ours.encoded, theirs.encoded)
+        frames += int((theirs.images["frames"] > 1).sum())
+    assert frames > 0
