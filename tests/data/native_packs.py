@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image as Picture
 
+from megavlm.data.images.feature_layout import images_in_text
 from megavlm.data.images.native import native_grid
 from megavlm.data.sample import Image, Sample
 from megavlm.data.store.index_format import round_up
@@ -24,6 +26,27 @@ CONTEXT = 500
 BOUNDS = {"min_pixels": 784, "max_pixels": 10**6}
 Size = tuple[int, int]
 """Width and height of an image in pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """A video.
+
+    Args:
+        size: of its frames.
+        frames: how many it has.
+        apart: whether each pair of them is an image of its own in the text.
+        interval: seconds from a pair to the next.
+    """
+
+    size: Size
+    frames: int
+    apart: bool = False
+    interval: float = 1.0
+
+
+Shown = Size | Clip
+"""An image, or a video."""
 
 
 def native_image(rng: np.random.Generator, size: Size, tile_size: int = TILE) -> Image:
@@ -44,9 +67,26 @@ def native_image(rng: np.random.Generator, size: Size, tile_size: int = TILE) ->
     )
 
 
+def native_frames(rng: np.random.Generator, clip: Clip, tile_size: int = TILE) -> list[Image]:
+    """Make the frames of a video."""
+    frames = []
+    for number in range(clip.frames):
+        frame = native_image(rng, clip.size, tile_size)
+        left = clip.frames - number
+        frames.append(
+            replace(
+                frame,
+                tiles=0 if number % 2 else frame.tiles,
+                frames=min(left, 2 - number % 2) if clip.apart else left,
+                interval=clip.interval,
+            )
+        )
+    return frames
+
+
 def native_sample(
     rng: np.random.Generator,
-    sizes: Sequence[Size],
+    shown: Sequence[Shown],
     *,
     line: int = 1,
     words: int = 12,
@@ -54,25 +94,33 @@ def native_sample(
     vocab_size: int = 512,
     context_token_id: int = CONTEXT,
 ) -> Sample:
-    """Make a sample of random words whose second half is learned, two in front of each image."""
-    images = tuple(native_image(rng, size, tile_size) for size in sizes)
+    """Make a sample of random words whose second half is learned, two in front of each image, or of
+    each video, or of each pair of its frames.
+    """
+    images: list[Image] = []
+    for one in shown:
+        is_clip = isinstance(one, Clip)
+        images += (
+            native_frames(rng, one, tile_size) if is_clip else [native_image(rng, one, tile_size)]
+        )
 
     def text(count: int) -> np.ndarray:
         found = rng.integers(8, vocab_size - 1, count).astype(np.int32)
         return np.where(found >= context_token_id, found + 1, found)
 
     parts = []
-    for image in images:
-        parts += [text(2), np.full(image.tiles, context_token_id, np.int32)]
+    for group in images_in_text(images):
+        tiles = sum(image.tiles for image in group)
+        parts += [text(2), np.full(tiles, context_token_id, np.int32)]
     answer = words // 2
     tokens = np.concatenate([*parts, text(words)]).astype(np.int32)
     supervised = np.arange(len(tokens)) >= len(tokens) - answer
-    return Sample(tokens=tokens, supervised=supervised, images=images, source=0, line=line)
+    return Sample(tokens=tokens, supervised=supervised, images=tuple(images), source=0, line=line)
 
 
 def write_native(
     folder: Path,
-    samples: Sequence[Sequence[Size]],
+    samples: Sequence[Sequence[Shown]],
     *,
     per_pack: int = 0,
     alignment: int = 1,
@@ -84,11 +132,11 @@ def write_native(
     context_token_id: int = CONTEXT,
     **facts: Any,
 ) -> Manifest:
-    """Write a dataset of samples whose images have these sizes.
+    """Write a dataset of samples that show images of these sizes, and videos.
 
     Args:
         folder: of the dataset.
-        samples: sizes of the images of each sample.
+        samples: what each sample shows.
         per_pack: samples of a pack; 0: all.
         preferences: whether each sample has a rejected answer beside it.
         capacity: tokens of a pack; 0: as many as are needed.

@@ -17,7 +17,7 @@ from megavlm.config.recipes.qwen2_5_vl import ARCHITECTURE
 from megavlm.config.schema import Architecture, Config
 from megavlm.config.vision import PIXELS
 from megavlm.planner.flops import pieces, training_cost
-from tests.data.native_packs import native_sample, write_native
+from tests.data.native_packs import Clip, Shown, native_sample, write_native
 from tests.data.samples import write_packs
 from tests.ranks.layouts import LAYOUTS, LIMIT, Layout, asks_for_all
 from tests.ranks.model_checks import assert_pack_equals_samples_alone, recipe_config
@@ -92,8 +92,16 @@ DEEP_EXPERTS = dataclasses.replace(
 MODELS = {"qwen2_5_vl": MODEL, "qwen3_vl": DEEP}
 TILE = MODEL.vision.image_size
 FACTS = dict(tile_size=TILE, vocab_size=199, context_token_id=7)
-# Whole windows, windows that the edges cut, one tile, none, and two images.
-SHOWN = (((32, 32),), ((40, 24), (25, 57)), (), ((8, 8),), ((56, 40), (9, 9)), ((17, 33),))
+# Whole windows, windows that the edges cut, one tile, none, two images; a video of an odd
+# number of frames, which are far apart in time, beside an image, and one in pairs.
+SHOWN: tuple[tuple[Shown, ...], ...] = (
+    ((32, 32),),
+    (Clip(size=(24, 16), frames=5, interval=3.3), (25, 57)),
+    (),
+    ((8, 8),),
+    ((56, 40), Clip(size=(9, 20), frames=4, apart=True)),
+    ((17, 33),),
+)
 EVERYDAY = {
     "qwen2_5_vl": ("DP2", "CP2", "TP2 PP2 SP", "TP2 CP2 whole vision layers"),
     "qwen3_vl": ("TP2 PP2 SP", "PP2 virtual 2", "TP2 CP2 whole vision layers"),
@@ -135,7 +143,7 @@ def test_a_pack_equals_its_samples_alone(ranks: Pool, tmp_path: Path, model: Arc
     write = partial(write_packs, tiling="native", thumbnail=False)
     sizes = FACTS | dict(features_per_tile=1)
     assert_pack_equals_samples_alone(
-        ranks, partial(_config, model), samples, tmp_path, write=write, capacity=240, **sizes
+        ranks, partial(_config, model), samples, tmp_path, write=write, capacity=280, **sizes
     )
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,26 +22,32 @@ from transformers.vision_utils import (
 
 from megavlm.config.recipes.qwen2_5_vl import ARCHITECTURE
 from megavlm.data.images.decode import decode_tiles
+from megavlm.data.images.feature_layout import Tiled, as_tiled, images_in_text
 from megavlm.data.images.native import native_grid
-from megavlm.data.loading.batch import BatchOptions, options_of
+from megavlm.data.loading.batch import Batch, BatchOptions, options_of
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.native_images import EVEN_TILES, deal
 from megavlm.data.loading.rank_slice import RankSlice
 from megavlm.io.storage import ReadError
-from tests.data.native_packs import CONTEXT, TILE, write_native
+from tests.data.native_packs import CONTEXT, TILE, Clip, write_native
 from tests.data.samples import make_dataset
 
 # Width and height of the images of each sample, in pixels of tiles of 28: whole windows, partial
-# ones in both ways, one tile, long strips.
+# ones in both ways, one tile, long strips; videos of even and odd numbers of frames, and one whose
+# pairs are images of their own.
 SAMPLES = [
     [(224, 224)],
+    [Clip(size=(140, 90), frames=4, interval=1.4), (56, 56)],
     [],
-    [(140, 364), (28, 28)],
+    [(140, 364), (28, 28), Clip(size=(120, 56), frames=5, interval=0.5)],
+    [Clip(size=(84, 60), frames=5, apart=True)],
     [(500, 90), (56, 620), (333, 333)],
     [],
     [(112, 112), (112, 140)],
 ]
-OPTIONS = BatchOptions(spans_tiles=True, window_tiles=4, tile_grid=2, rotary_axes=True)
+OPTIONS = BatchOptions(
+    spans_tiles=True, window_tiles=4, tile_grid=2, rotary_axes=True, tokens_per_second=2
+)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["single", "preferences"])
@@ -51,15 +58,20 @@ def dataset(request, tmp_path_factory) -> PackedDataset:
 
 
 def grids_of(dataset: PackedDataset, pack_id: int) -> torch.Tensor:
-    """Return what transformers calls ``image_grid_thw``: in patches."""
-    images = dataset.reader.read(pack_id).images
-    rows = [(1, 2 * int(image["rows"]), 2 * int(image["columns"])) for image in images]
-    return torch.tensor(rows, dtype=torch.long).reshape(-1, 3)
+    """Return what transformers calls ``image_grid_thw``, in patches, with frames of videos."""
+    shown = as_tiled(dataset.reader.read(pack_id).images)
+    return torch.cat([grid_of(group) for group in images_in_text(shown)])
+
+
+def grid_of(group: Sequence[Tiled]) -> torch.Tensor:
+    """Return the grid of an image or a video, int64 [1, 3]."""
+    pairs = sum(image.tiles > 0 for image in group)
+    return torch.tensor([[pairs, 2 * group[0].rows, 2 * group[0].columns]])
 
 
 def test_patches_and_windows_are_those_of_transformers(dataset: PackedDataset) -> None:
     grids = grids_of(dataset, 0)
-    assert len(grids) == 8
+    assert len(grids) == 14
     batch = dataset.batch(0, 0, OPTIONS)
     order, window_ends = get_vision_window_index(grids, 2, 112, 14)
     places = get_vision_position_ids(grids, 2)
@@ -81,15 +93,22 @@ def test_patches_and_windows_are_those_of_transformers(dataset: PackedDataset) -
 def test_tiles_stand_in_the_order_of_windows(dataset: PackedDataset) -> None:
     pack = dataset.reader.read(0)
     batch = dataset.batch(0, 0, OPTIONS)
-    tiles = np.concatenate(
-        [
-            decode_tiles(pack.image(index), int(row["columns"]), int(row["rows"]), TILE, False)
-            for index, row in enumerate(pack.images)
-        ]
-    )
+    frames: tuple[list, list] = ([], [])
+    for index, row in enumerate(pack.images):
+        grid = int(row["columns"]), int(row["rows"])
+        own = decode_tiles(pack.image(index), *grid, TILE, False)
+        frames[not row["tiles"]].append(own)
+        if row["tiles"]:
+            frames[1].append(own)  # if no second frame follows
+        else:
+            del frames[1][-2]
     order, _ = get_vision_window_index(grids_of(dataset, 0), 2, 112, 14)
-    assert np.array_equal(batch.tiles.numpy(), tiles[order.numpy()])
-    assert len(np.unique(tiles, axis=0)) == len(tiles)
+    firsts, seconds = (np.concatenate(tiles)[order.numpy()] for tiles in frames)
+    assert np.array_equal(batch.tiles.numpy(), firsts)
+    assert np.array_equal(second_frames(batch).numpy(), seconds)
+    pairs = (firsts != seconds).any((1, 2, 3))
+    assert np.array_equal(np.flatnonzero(pairs), batch.images.pairs.numpy()) and pairs.sum() > 0
+    assert len(np.unique(firsts, axis=0)) == len(firsts)
 
 
 def test_without_windows_tiles_stand_row_by_row(dataset: PackedDataset) -> None:
@@ -115,9 +134,21 @@ def positions_of_transformers(dataset: PackedDataset, pack_id: int) -> list[torc
     for sample, length in enumerate(pack.lengths.tolist()):
         tokens = torch.from_numpy(pack.tokens[start : start + length].astype(np.int64))[None]
         owner = sample - sample % 2 if dataset.manifest.preferences else sample
-        own = torch.from_numpy(pack.images["sample"] == owner)
+        kinds = (tokens == CONTEXT).int()
+        places = kinds[0].nonzero()[:, 0]
+        grids: tuple[list, list] = ([], [])
+        intervals = []
+        for group in images_in_text(as_tiled(pack.images[pack.images["sample"] == owner])):
+            grid = grid_of(group)
+            is_video = group[0].frames > 0
+            kinds[0, places[: grid.prod() // 4]] = 1 + is_video
+            places = places[grid.prod() // 4 :]
+            grids[is_video].append(grid)
+            intervals += [group[0].interval] * is_video
+        assert not len(places)
+        of_images, of_videos = (torch.cat(own) if own else None for own in grids)
         positions, _ = Qwen2_5_VLModel.get_rope_index(
-            model, tokens, (tokens == CONTEXT).int(), grids_of(dataset, pack_id)[own]
+            model, tokens, kinds, of_images, of_videos, intervals
         )
         found.append(positions[:, 0])
         start += length
@@ -136,6 +167,29 @@ def test_positions_of_tokens_are_those_of_transformers(dataset: PackedDataset) -
     assert batch.rotary_positions[:, batch.is_padding].eq(0).all()
 
 
+def second_frames(batch: Batch) -> torch.Tensor:
+    """Return the second frame that each tile shows; of an image the same as the first."""
+    found = batch.tiles.clone()
+    if batch.images.pairs is not None:
+        found[batch.images.pairs] = batch.images.second_frames
+    return found
+
+
+@pytest.mark.parametrize(
+    ("rate", "frames", "following"), [(0, [0, 1, 2, 3], 4), (2, [0, 6, 13, 19], 20)]
+)
+def test_a_text_goes_on_behind_the_last_frame_of_a_long_video(
+    tmp_path: Path, rate: int, frames: list[int], following: int
+) -> None:
+    """As in the authors' code and transformers 4; in transformers 5 behind rows and columns."""
+    write_native(tmp_path, [[Clip(size=(56, 28), frames=8, interval=3.3)]])
+    batch = PackedDataset(tmp_path).batch(0, 0, replace(OPTIONS, tokens_per_second=rate))
+    shown = batch.rotary_positions[:, 2:10] - 2
+    assert shown.tolist() == [np.repeat(frames, 2).tolist(), [0] * 8, [0, 1] * 4]
+    text = batch.rotary_positions[:, 10:-4]
+    assert torch.equal(text, (following + 2 + torch.arange(text.shape[1])).expand(3, -1))
+
+
 @pytest.mark.parametrize("ranks", [2, 3, 16])
 @pytest.mark.parametrize("multiple", [1, 8])
 def test_ranks_have_whole_images_and_find_the_features_of_all(
@@ -151,6 +205,7 @@ def test_ranks_have_whole_images_and_find_the_features_of_all(
                 window_tiles=4,
                 tile_grid=2,
                 rotary_axes=True,
+                tokens_per_second=2,
                 tile_multiple=multiple,
                 vision_layers=1,
                 rank_slice=RankSlice(tile_rank=rank, tile_ranks=ranks),
@@ -161,6 +216,9 @@ def test_ranks_have_whole_images_and_find_the_features_of_all(
     counts = {share.num_tiles for share in shares}
     assert len(counts) == 1 and not counts.pop() % multiple
     tiles = torch.cat([share.tiles for share in shares])
+    seconds = torch.cat(list(map(second_frames, shares)))
+    both = second_frames(whole)
+    assert not torch.equal(both, whole.tiles)
     for share in shares:
         assert share.num_tiles == len(share.tiles) == share.images.places.shape[1] // 4
         assert share.images.ends[-1] == share.images.window_ends[-1] == 4 * len(share.tiles)
@@ -168,6 +226,7 @@ def test_ranks_have_whole_images_and_find_the_features_of_all(
         assert torch.equal(share.rotary_positions, whole.rotary_positions)
         # The feature of a tile on any rank is that of the same tile on one rank.
         assert torch.equal(tiles[share.feature_numbers], whole.tiles[whole.feature_numbers])
+        assert torch.equal(seconds[share.feature_numbers], both[whole.feature_numbers])
     seen = set(shares[0].feature_numbers.tolist())
     padding = [tile for tile in range(len(tiles)) if tile not in seen]
     assert not tiles[padding].any()
@@ -238,9 +297,7 @@ def test_context_parallel_ranks_have_the_positions_of_their_tokens(
     whole = dataset.batch(0, 0, OPTIONS)
     for rank in range(2):
         own = RankSlice(context_rank=rank, context_ranks=2, tile_rank=rank, tile_ranks=2)
-        options = BatchOptions(
-            spans_tiles=True, window_tiles=4, tile_grid=2, rotary_axes=True, rank_slice=own
-        )
+        options = replace(OPTIONS, rank_slice=own)
         batch = dataset.batch(0, 0, options)
         tokens = own.tokens(whole.sample_ends.numpy())
         assert torch.equal(batch.rotary_positions, whole.rotary_positions[:, tokens])
@@ -252,7 +309,8 @@ def test_pixels_that_are_not_asked_for_are_not_decoded(dataset: PackedDataset) -
     options = BatchOptions(spans_tiles=True, window_tiles=4, tile_grid=2, with_tiles=False)
     batch = dataset.batch(0, 0, options)
     assert len(batch.tiles) == 0 and batch.num_tiles == with_tiles.num_tiles
-    assert batch.images == with_tiles.images
+    assert batch.images == replace(with_tiles.images, second_frames=None)
+    assert batch.images.pairs is not None
 
 
 def test_tiles_with_thumbnails_are_refused(tmp_path: Path) -> None:
