@@ -154,7 +154,7 @@ def make_packs(config: Any, folder: Path) -> None:
     """Write packs of random samples that the model of a run can read."""
     from megavlm.data.images.anyres import USUAL_GRIDS
     from tests.convert.llava_next_models import make_anyres_sample, write_anyres
-    from tests.data.native_packs import write_native
+    from tests.data.native_packs import Clip, write_native
     from tests.data.preference_packs import make_pairs, make_reference
     from tests.data.samples import make_dataset, write_packs
 
@@ -179,8 +179,8 @@ def make_packs(config: Any, folder: Path) -> None:
         write_anyres(folder, packs, mode, capacity=12288, alignment=8, **facts)
         return
     if mode == "native":
-        # Whole windows of the published size, and some that the edges cut.
-        shown = [[(640, 480), (230, 360)]] * PACKS
+        # Whole windows of the published size, some that the edges cut, and frames of videos.
+        shown = [[(640, 480), (230, 360), Clip(size=(120, 90), frames=5)]] * PACKS
         del facts["features_per_tile"]
         write_native(folder, shown, per_pack=1, capacity=4096, alignment=8, **facts)
         return

@@ -103,13 +103,14 @@ def make_packs(features_per_tile: int, alignment: int = 1, samples: int = 6) -> 
 
 
 def make_native_packs(alignment: int = 1) -> Path:
-    """Write packs of images of any size for the small models that read them."""
-    from tests.data.native_packs import write_native
+    """Write packs of images of any size, and videos, for the small models that read them."""
+    from tests.data.native_packs import Clip, write_native
     from tests.gpu.models import CAPACITY, NATIVE
 
     folder = Path(tempfile.mkdtemp()) / "train"
     model = NATIVE["Qwen3-VL"]
-    shown = [((120, 90),), (), ((50, 200), (16, 16)), ((33, 70),)]
+    clip = Clip(size=(48, 33), frames=5)
+    shown = [((120, 90),), (), ((50, 200), (16, 16)), (clip, (33, 70))]
     write_native(
         folder,
         shown * 8,
