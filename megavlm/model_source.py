@@ -73,7 +73,8 @@ def image_model(name: str | None) -> Architecture:
 
 def stated_tiles(name: str | None) -> StatedTiles:
     """Return what the folder of a model states of its tiles: a LLaVA-NeXT of its grids, a Qwen2-VL
-    of the pixels of its images; nothing for any other name. Errors are those of ``image_model``.
+    of the pixels of its images and of frames of videos; nothing for any other name. Errors are
+    those of ``image_model``.
     """
     if not name or name in RECIPES or name in MODELS or not Path(name).is_dir():
         return NOTHING_STATED
@@ -84,4 +85,9 @@ def stated_tiles(name: str | None) -> StatedTiles:
     usage = hub_formats.hub_format_of(name).read_usage(Path(name))
     pixels = (usage.min_pixels, usage.max_pixels) if usage.tiling == "native" else None
     file = json_files.image_processor_file(Path(name))
-    return StatedTiles(grids=usage.grids, pixels=pixels, file=str(file) if file.is_file() else name)
+    return StatedTiles(
+        grids=usage.grids,
+        pixels=pixels,
+        video=usage.video,
+        file=str(file) if file.is_file() else name,
+    )

@@ -226,6 +226,7 @@ _QWEN3_VL = _QWEN_VL | {
     "vision.family": ("qwen3_vl",),
     "vision.normalization": ("LayerNorm",),
     "vision.activation": ("quick_gelu", "gelu", "gelu_tanh"),
+    "vision.tokens_per_second": (0,),
     "language.rotary_interleaved": (True,),
 }
 _BLIP2 = {
@@ -300,6 +301,7 @@ HOLDS: dict[str, Holds] = {
             "vision.normalization": ("LayerNorm",),
             "vision.activation": ("quick_gelu", "gelu", "gelu_tanh"),
             "vision.window_size": (0,),
+            "vision.tokens_per_second": (0,),
         },
         beyond=_of_qwen2_vl,
     ),

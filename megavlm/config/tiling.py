@@ -48,11 +48,13 @@ class StatedTiles:
         grids: columns and rows of the grids that images may have; none: nothing.
         pixels: fewest and most pixels of an image of any size; none: nothing.
         file: which states them.
+        video: bounds of the frames of a video.
     """
 
     grids: tuple[tuple[int, int], ...] = ()
     pixels: tuple[int, int] | None = None
     file: str = ""
+    video: VideoPixels = UNBOUNDED
 
 
 NOTHING_STATED = StatedTiles()

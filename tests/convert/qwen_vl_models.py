@@ -38,6 +38,7 @@ SMALL = Architecture(
         num_attention_heads=3,
         normalization="RMSNorm",
         activation="swiglu",
+        tokens_per_second=3,
         window_size=16,
         full_attention_layers=(1,),
         **_PIXELS,
@@ -118,7 +119,7 @@ def _tied(architecture: Architecture) -> Architecture:
     return replace(architecture, language=replace(architecture.language, tied_head=True))
 
 
-# Three patches a side, one frame; the patches, tiles and windows of the published models.
+# Three patches a side; the patches, tiles and windows of the published models.
 KINDS: dict[str, Architecture] = {
     "2.5": SMALL,
     "2.5 tied, tiles of 28 pixels": replace(
@@ -132,7 +133,7 @@ KINDS: dict[str, Architecture] = {
         ),
     ),
     "2.5, tiles of nine patches": replace(
-        SMALL, vision=replace(SMALL.vision, image_size=12, window_size=30, temporal_patch_size=1)
+        SMALL, vision=replace(SMALL.vision, image_size=12, window_size=30)
     ),
     "2": SMALL_2,
     "3": SMALL_3,

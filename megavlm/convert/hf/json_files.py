@@ -13,6 +13,7 @@ from megavlm.config.vision import PIXELS, RESAMPLES
 
 FILE_NAME = "config.json"
 IMAGE_PROCESSOR_NAME = "preprocessor_config.json"
+VIDEO_PROCESSOR_NAME = "video_preprocessor_config.json"
 PROCESSOR_NAME = "processor_config.json"
 # Sizes of a transformer, as most files of Hugging Face call them.
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")

@@ -16,7 +16,7 @@ from megavlm.convert.hf import (
     llava_onevision_config,
     llava_processor,
 )
-from megavlm.convert.hf.json_files import write_json
+from megavlm.convert.hf.json_files import VIDEO_PROCESSOR_NAME, write_json
 from megavlm.convert.hf.llava_next_config import PINPOINTS, pinpoints
 from megavlm.convert.hf.preprocessing import Usage
 from megavlm.convert.hf.processor import pixel_settings
@@ -81,4 +81,4 @@ def write(
         "processor_class": _PROCESSOR,
         **pixels,
     }
-    write_json(folder / "video_preprocessor_config.json", video_processor)
+    write_json(folder / VIDEO_PROCESSOR_NAME, video_processor)

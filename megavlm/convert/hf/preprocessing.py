@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megavlm.config.tiling import UNBOUNDED, VideoPixels
 from megavlm.convert.hf.json_files import (
     FILE_NAME,
     image_processor,
@@ -48,6 +49,7 @@ class Usage:
             or ``patches`` or ``native``, or ``anyres`` or ``anyres_max_9``.
         image_limit: for ``patches``: width and height that larger images are made smaller to.
         min_pixels, max_pixels: for ``native``: fewest and most pixels of all tiles of an image.
+        video: for ``native``: bounds of the frames of videos.
         grids: for the last two: columns and rows of the grids that images may have.
         is_trained: whether the model was trained here; otherwise a chat template that comes with
             the tokenizer is kept.
@@ -62,6 +64,7 @@ class Usage:
     image_limit: tuple[int, int] = FUYU_LIMIT
     min_pixels: int = QWEN2_VL_PIXELS[0]
     max_pixels: int = QWEN2_VL_PIXELS[1]
+    video: VideoPixels = UNBOUNDED
     grids: tuple[tuple[int, int], ...] = ()
     is_trained: bool = False
 
@@ -140,6 +143,7 @@ def of_checkpoint(folder: Path) -> Usage:
             image_limit=packs.image_limit,
             min_pixels=packs.min_pixels,
             max_pixels=packs.max_pixels,
+            video=packs.video,
             grids=packs.grids,
             is_trained=True,
         )
@@ -158,6 +162,7 @@ def _read(folder: Path) -> Usage | None:
     if "image_limit" in facts:  # JSON has no tuples
         facts["image_limit"] = tuple(facts["image_limit"])
     facts["grids"] = tuple(map(tuple, facts.get("grids", ())))
+    facts["video"] = VideoPixels(**facts.get("video", {}))
     return Usage(**facts)
 
 

@@ -17,6 +17,7 @@ from megavlm.convert.hf.json_files import (
     FILE_NAME,
     IMAGE_PROCESSOR_NAME,
     PROCESSOR_NAME,
+    VIDEO_PROCESSOR_NAME,
     read_json,
     write_json,
 )
@@ -68,7 +69,7 @@ def write_native(
     tokenizer_files.write(tokenizer, folder, _processor_tokens(tokenizer))
     (folder / tokenizer_files.TEMPLATE_NAME).write_text(template, encoding="utf-8")
     write_json(folder / IMAGE_PROCESSOR_NAME, _image_processor(architecture, usage))
-    write_json(folder / "video_preprocessor_config.json", _video_processor(architecture))
+    write_json(folder / VIDEO_PROCESSOR_NAME, _video_processor(architecture))
     write_json(
         folder / PROCESSOR_NAME,
         {"processor_class": _PROCESSOR, "image_seq_length": architecture.placeholders_per_tile},

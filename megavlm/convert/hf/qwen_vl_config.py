@@ -1,8 +1,7 @@
 """config.json of the classes of Qwen2-VL, Qwen2.5-VL and Qwen3-VL.
 
 Published ones of the first two have the settings of the language model beside those of the whole,
-transformers 5 writes them as a section of their own; both are read, and the second is written. How
-fast positions of frames grow (``tokens_per_second``) matters to videos alone and is not kept.
+transformers 5 writes them as a section of their own; both are read, and the second is written.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch
 from megavlm.config.schema import Architecture
 from megavlm.config.vision import RESAMPLES
 from megavlm.convert.hf import json_files as shared
-from megavlm.convert.hf import qwen_vl_config, tokenizer_files
+from megavlm.convert.hf import qwen_vl_config, qwen_vl_videos, tokenizer_files
 from megavlm.convert.hf.json_files import (
     FILE_NAME,
     IMAGE_PROCESSOR_NAME,
@@ -19,42 +19,42 @@ from megavlm.convert.hf.json_files import (
     write_json,
 )
 from megavlm.convert.hf.preprocessing import Usage, without_grid
-from megavlm.convert.hf.processor import chat_template, pixel_settings, write_generation
+from megavlm.convert.hf.processor import chat_template, write_generation
 from megavlm.convert.hf.qwen_vl_kinds import Kind
 from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS, QWEN_VIDEO, load_tokenizer
-
-# What its settings call the fewest and the most pixels of an image, as of 2025 and before.
-_BOUNDS = (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels"))
 
 
 def read_usage(folder: Path, *, kind: Kind) -> Usage:
     """Read how a model is to be used: its conversations, and images of any size between the bounds
-    of the image processor. Raises ValueError: it makes other images than training does.
+    of the image processor, frames of videos between those of the video processor. Raises
+    ValueError: it makes other images than training does.
     """
     found = shared.image_processor(folder)
     path = shared.image_processor_file(folder)
     size = found.get("size") or {}
     if not isinstance(size, Mapping):
         shared.refuse(path, [f"size is {size!r}, must be an object"])
-    names = [name for pair in _BOUNDS for name in pair]
+    names = [name for pair in qwen_vl_videos.BOUNDS for name in pair]
     wrong = [*shared.no_sizes("size", size, *names), *shared.no_sizes("", found, *names)]
-    shared.refuse(path, [*wrong, *_other_images(found, folder, kind)])
+    config = folder / FILE_NAME
+    vision = shared.complete(kind.form, shared.read_config(config), config)["vision_config"]
+    shared.refuse(path, [*wrong, *_other_images(found, vision)])
     least, most = (
         found.get(old) or size.get(new) or size.get(old) or usual
-        for (new, old), usual in zip(_BOUNDS, kind.bounds, strict=True)
+        for (new, old), usual in zip(qwen_vl_videos.BOUNDS, kind.bounds, strict=True)
     )
     if least > most:
         shared.refuse(path, [f"an image has at least {least} pixels and at most {most}"])
-    return without_grid(kind.template, tiling="native", min_pixels=least, max_pixels=most)
+    video = qwen_vl_videos.read(folder, vision["patch_size"] * vision["spatial_merge_size"], kind)
+    bounds = dict(min_pixels=least, max_pixels=most, video=video)
+    return without_grid(kind.template, tiling="native", **bounds)
 
 
-def _other_images(found: Mapping[str, Any], folder: Path, kind: Kind) -> Iterator[str]:
-    """Yield settings by which an image processor makes other tiles than the model of ``folder``
-    reads.
+def _other_images(found: Mapping[str, Any], vision: Mapping[str, Any]) -> Iterator[str]:
+    """Yield settings by which an image processor makes other tiles than a model reads; ``vision``
+    are those of its vision encoder.
     """
     yield from shared.other_resizing(found, *RESAMPLES)
-    path = folder / FILE_NAME
-    vision = shared.complete(kind.form, shared.read_config(path), path)["vision_config"]
     for name, of_model in (
         ("patch_size", "patch_size"),
         ("temporal_patch_size", "temporal_patch_size"),
@@ -85,25 +85,17 @@ def write(
     template = chat_template(tokenizer, usage, with_images=True, image=context)
     if template is not None:
         (folder / tokenizer_files.TEMPLATE_NAME).write_text(template, encoding="utf-8")
-    vision = architecture.vision
     bounds = (usage.min_pixels, usage.max_pixels)
-    pixels = {
-        "processor_class": kind.processor,
-        **pixel_settings(architecture),
-        "patch_size": vision.patch_size,
-        "temporal_patch_size": vision.temporal_patch_size,
-        "merge_size": vision.grid,
-    }
+    named = list(zip(qwen_vl_videos.BOUNDS, bounds, strict=True))
     image_processor = {
         "image_processor_type": "Qwen2VLImageProcessor",
-        **pixels,
-        "size": {new: bound for (new, _), bound in zip(_BOUNDS, bounds, strict=True)},
+        **qwen_vl_videos.patch_settings(architecture, kind),
+        "size": {new: bound for (new, _), bound in named},
         # Releases of transformers 4 before 4.54 read these.
-        **{old: bound for (_, old), bound in zip(_BOUNDS, bounds, strict=True)},
+        **{old: bound for (_, old), bound in named},
     }
     write_json(folder / IMAGE_PROCESSOR_NAME, image_processor)
-    video_processor = {"video_processor_type": "Qwen2VLVideoProcessor", **pixels}
-    write_json(folder / "video_preprocessor_config.json", video_processor)
+    qwen_vl_videos.write(folder, architecture, usage.video, kind)
     write_json(folder / PROCESSOR_NAME, {"processor_class": kind.processor})
 
 

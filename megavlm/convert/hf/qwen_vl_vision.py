@@ -15,8 +15,10 @@ from megavlm.convert.hf import clip_vision
 from megavlm.convert.hf import json_files as shared
 from megavlm.convert.hf.qwen_vl_kinds import Kind
 
-# Of published models; of videos, which no model here reads.
+# Of published models, for checkpoints from before videos, which do not say.
 _TOKENS_PER_SECOND = 2
+# Frames of videos are read in pairs.
+_FRAMES = 2
 # The classes state both in their code.
 _EPSILON = 1e-6
 _ROTATION = {"rope_type": "axial", "rope_theta": 1e4}
@@ -24,7 +26,7 @@ _SECTION = "vision_config"
 # Sizes that only some have, by family.
 _SIZES = {
     "qwen2_vl": ("mlp_ratio",),
-    "qwen2_5_vl": ("intermediate_size", "window_size"),
+    "qwen2_5_vl": ("intermediate_size", "window_size", "tokens_per_second"),
     "qwen3_vl": ("intermediate_size", "num_position_embeddings"),
 }
 
@@ -68,6 +70,7 @@ def _fields_of_2_5(settings: Mapping[str, Any]) -> dict[str, Any]:
         normalization="RMSNorm",
         window_size=settings["window_size"],
         full_attention_layers=tuple(settings["fullatt_block_indexes"]),
+        tokens_per_second=settings["tokens_per_second"],
     )
 
 
@@ -89,7 +92,8 @@ def problems(settings: Mapping[str, Any], kind: Kind) -> Iterator[str]:
     yield from wrong
     if wrong:
         return
-    yield from shared.contradictions(_SECTION, settings, {"in_channels": 3})
+    fixed = {"in_channels": 3, "temporal_patch_size": _FRAMES}
+    yield from shared.contradictions(_SECTION, settings, fixed)
     rotation = shared.rotary_settings(settings)
     yield from shared.contradictions(f"{_SECTION}.rope_parameters", rotation, _ROTATION)
     known = ("silu",) if kind.family == "qwen2_5_vl" else tuple(clip_vision.ACTIVATIONS)
@@ -168,13 +172,13 @@ def _settings_of_2(vision: Vision) -> dict[str, Any]:
 
 
 def _settings_of_2_5(vision: Vision) -> dict[str, Any]:
-    """Return what ``_fields_of_2_5`` reads, and what matters to videos."""
+    """Return what ``_fields_of_2_5`` reads."""
     return {
         "intermediate_size": vision.ffn_hidden_size,
         "hidden_act": "silu",
         "window_size": vision.window_size,
         "fullatt_block_indexes": list(vision.full_attention_layers),
-        "tokens_per_second": _TOKENS_PER_SECOND,
+        "tokens_per_second": vision.tokens_per_second or _TOKENS_PER_SECOND,
     }
 
 

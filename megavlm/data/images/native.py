@@ -21,10 +21,10 @@ QWEN2_VL_PIXELS = (56 * 56, 1280 * 28 * 28)
 QWEN3_VL_PIXELS = (256 * 256, 4096 * 4096)
 PAIR = 2
 """Frames of a video that are read together."""
-# Fewest and most tiles of a frame of a video, in qwen-vl-utils.
-_FRAME_TILES = (128, 768)
-# Share of a pack that a video fills at most, likewise.
-_VIDEO_SHARE = 0.9
+FRAME_TILES = (128, 768)
+"""Fewest and most tiles of a frame of a video, in qwen-vl-utils."""
+VIDEO_SHARE = 0.9
+"""Share of a pack that a video fills at most, likewise."""
 LEAST_CAP = 1.05
 """How many times its fewest pixels a frame has, if a video has too many frames; likewise."""
 # Of which the longer side has so many times the pixels of the shorter.
@@ -74,8 +74,8 @@ def usual_video_pixels(tile_size: int, tokens: int) -> VideoPixels:
         tile_size: side of a tile in pixels.
         tokens: of a pack, or that a model reads.
     """
-    least, most = (count * tile_size**2 for count in _FRAME_TILES)
-    return VideoPixels(least=least, most=most, total=int(tokens * tile_size**2 * _VIDEO_SHARE))
+    least, most = (count * tile_size**2 for count in FRAME_TILES)
+    return VideoPixels(least=least, most=most, total=int(tokens * tile_size**2 * VIDEO_SHARE))
 
 
 def frame_grid(

@@ -83,7 +83,7 @@ def make_job(
             or USUAL_GRIDS.get(args.tiling, LLAVA_GRIDS),
             **_of_dynamic_tiling(args),
             **_pixels(args, stated, model.vision.family),
-            video=_video_pixels(args, model.vision),
+            video=_video_pixels(args, stated, model.vision),
         ),
         pixel_std=std,
         frames=_frame_choice(args),
@@ -155,9 +155,10 @@ def _pixels(args: argparse.Namespace, stated: StatedTiles, family: str) -> dict[
     return {}
 
 
-def _video_pixels(args: argparse.Namespace, vision: Vision) -> VideoPixels:
-    """Return the bounds of the frames of videos that are given, or usual for a vision encoder.
-    Raises ValueError: those that are given would have no effect.
+def _video_pixels(args: argparse.Namespace, stated: StatedTiles, vision: Vision) -> VideoPixels:
+    """Return the bounds of the frames of videos that are given, that the model's folder states, or
+    that are usual for a vision encoder. Raises ValueError: those that are given would have no
+    effect.
     """
     names = {"video_min_pixels": "least", "video_max_pixels": "most", "video_total_pixels": "total"}
     asked = vars(args)
@@ -171,6 +172,8 @@ def _video_pixels(args: argparse.Namespace, vision: Vision) -> VideoPixels:
     if vision.family == "qwen3_vl":
         # Its processor bounds all frames of a video together.
         usual = dataclasses.replace(usual, least=vision.image_size**2)
+    if stated.video != UNBOUNDED:  # a pack may be too short for as much
+        usual = dataclasses.replace(stated.video, total=min(stated.video.total, usual.total))
     return dataclasses.replace(usual, **{names[name]: value for name, value in given.items()})
 
 

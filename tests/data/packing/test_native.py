@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from megavlm.config.recipes.qwen2_5_vl import ARCHITECTURE
-from megavlm.config.tiling import NOTHING_STATED
+from megavlm.config.tiling import NOTHING_STATED, VideoPixels
 from megavlm.data.images.decode import decode_tiles
 from megavlm.data.images.native import native_grid
 from megavlm.data.loading.batch import BatchOptions
@@ -235,10 +235,13 @@ def test_packs_have_the_bounds_of_the_model(
     data: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], bounds: tuple[int, int]
 ) -> None:
     folder = folder_with_bounds(data / "hf")
+    frames = {"min_pixels": 128, "max_pixels": 640, "max_video_tokens": 100}
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(frames))
     form = ["--template", "qwen2_vl", "--tiling", "native", "--model", str(folder)]
     job = asked_job(data, monkeypatch, *form, *given)
     assert (job.tiling.min_pixels, job.tiling.max_pixels) == bounds
     assert job.tiling.tile_size == SMALL.vision.image_size
+    assert job.tiling.video == VideoPixels(least=128, most=640, total=5760)
     assert stated_tiles("qwen2_5_vl") == NOTHING_STATED
 
 
