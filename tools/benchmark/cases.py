@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from megavlm.config.models import architecture
+from megavlm.config.recipes import RECIPES
 from megavlm.config.recipes.internvl import STAGES
+from megavlm.config.recipes.recipe import Stage
 from megavlm.config.schema import Architecture, Checkpoint, Config, Data, Fp8, Parallel
 from megavlm.planner.flops import training_cost
 from megavlm.planner.layout import make_layout
@@ -29,6 +31,43 @@ TYPICAL_PACK = {
     "tiles": 47.0,
     "supervised": 4050.0,
 }
+# The same for images that keep their size, each tile of which is one token.
+TYPICAL_NATIVE_PACK = {
+    "tokens": 16300.0,
+    "squared_lengths": 16300.0 * 1080,
+    "tiles": 11400.0,
+    "squared_tiles": 11400.0 * 770,
+    "supervised": 4050.0,
+}
+_QWEN = RECIPES["qwen2_5_vl"].architecture
+# Qwen2.5-VL's parts with a few weights, to try the benchmark.
+_TINY_NATIVE = replace(
+    _QWEN,
+    vision=replace(
+        _QWEN.vision,
+        image_size=8,
+        patch_size=4,
+        num_layers=2,
+        hidden_size=32,
+        ffn_hidden_size=64,
+        num_attention_heads=4,
+        window_size=16,
+        full_attention_layers=(1,),
+    ),
+    language=replace(
+        _QWEN.language,
+        num_layers=2,
+        hidden_size=64,
+        ffn_hidden_size=128,
+        num_attention_heads=4,
+        num_query_groups=2,
+        vocab_size=512,
+        rotary_sections=(2, 3, 3),
+        max_position_embeddings=2048,
+    ),
+)
+SMOKE_MODELS = {"tiny_native": _TINY_NATIVE}
+"""Models of a few weights that are in no other table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +76,8 @@ class Case:
 
     Args:
         model: name in the table of models.
-        stage: name in the table of stages.
+        stage: name in the recipe's table of stages.
+        recipe: of the model.
         precision: bf16, fp32, or fp8_ and a recipe.
         implementation: megavlm, or a variant of transformers.
         recompute: what the backward pass computes again: none, selective or full.
@@ -54,6 +94,7 @@ class Case:
 
     model: str
     stage: str
+    recipe: str = "internvl"
     precision: str = "bf16"
     implementation: str = OURS
     recompute: str = "none"
@@ -82,9 +123,10 @@ class Case:
         extras += ["all_tokens"] if self.head_tokens == "all" else []
         extras += [f"{self.packs_per_step}_packs"] if self.packs_per_step > 1 else []
         extras += [f"{self.layers}_layers"] if self.layers else []
+        size = self.model.rpartition("-")[2]
         return "-".join(
             [
-                self.model.rpartition("-")[2],
+                size if self.recipe == "internvl" else self.model,
                 f"stage{self.stage}",
                 self.precision,
                 self.implementation,
@@ -95,10 +137,27 @@ class Case:
     @property
     def architecture(self) -> Architecture:
         """The model's shapes."""
-        found = architecture(self.model)
+        found = SMOKE_MODELS.get(self.model) or architecture(self.model)
         if not self.layers:
             return found
         return replace(found, language=replace(found.language, num_layers=self.layers))
+
+    @property
+    def stage_row(self) -> Stage:
+        """What the recipe says of the stage."""
+        return RECIPES[self.recipe].stage(self.stage)
+
+    @property
+    def packs(self) -> str:
+        """Which packs it trains on: those of its tiles."""
+        vision = self.architecture.vision
+        return f"{'native' if vision.spans_tiles else 'dynamic'}-{vision.image_size}"
+
+    @property
+    def typical_pack(self) -> dict[str, float]:
+        """What a pack of real data holds on average."""
+        spans_tiles = self.architecture.vision.spans_tiles
+        return TYPICAL_NATIVE_PACK if spans_tiles else TYPICAL_PACK
 
     def config(self, train: str) -> Config:
         """megavlm's configuration: the stage's recipe, on one rank and one pack a step.
@@ -106,11 +165,12 @@ class Case:
         Args:
             train: folder of the packs.
         """
-        row = STAGES[self.stage]
+        row = self.stage_row
         recipe = self.precision.removeprefix("fp8_")
         is_fp8 = recipe != self.precision
         number = "bfloat16" if is_fp8 else PRECISIONS[self.precision]
         return Config(
+            recipe=self.recipe,
             stage=self.stage,
             model=self.model,
             architecture=self.architecture,
@@ -131,7 +191,7 @@ class Case:
     @property
     def trainable(self) -> tuple[str, ...]:
         """The stage's freeze mask."""
-        return STAGES[self.stage].training.trainable
+        return self.stage_row.training.trainable
 
 
 def stage_of(*trainable: str) -> str:
@@ -211,8 +271,17 @@ def _telling_cases() -> list[Case]:
             layers=6,
             is_profiled=True,
         ),
+        # Images of any size.
+        _native("qwen2_5_vl", "qwen2_5-vl-3b", is_profiled=True),
+        _native("qwen3_vl", "qwen3-vl-2b", is_profiled=True),
+        _native("qwen3_vl", "qwen3-vl-4b", moments="bfloat16"),
         _case("2b", ALL, implementation="transformers_compiled", limit_s=110),
     ]
+
+
+def _native(recipe: str, model: str, **settings) -> Case:
+    """Return a case of a model that reads images of any size, all of which is trained."""
+    return Case(model=model, stage="2", recipe=recipe, recompute="selective", **settings)
 
 
 def _rest_of_the_grid() -> list[Case]:
@@ -241,9 +310,19 @@ def smoke_cases() -> list[Case]:
     kinds: dict[tuple[str, ...], Case] = {}
     for case in all_cases():
         if case.moments == "float32" and case.packs_per_step == 1:
-            alike = replace(case, model="tiny", limit_s=2 * case.limit_s)
+            is_native = case.architecture.vision.spans_tiles
+            model = "tiny_native" if is_native else "tiny"
+            recipe = "qwen2_5_vl" if is_native else case.recipe
+            alike = replace(case, model=model, recipe=recipe, limit_s=2 * case.limit_s)
             kinds.setdefault(
-                (case.stage, case.precision, case.implementation, case.recompute, case.kernels),
+                (
+                    model,
+                    case.stage,
+                    case.precision,
+                    case.implementation,
+                    case.recompute,
+                    case.kernels,
+                ),
                 alike,
             )
     return list(kinds.values())
@@ -274,21 +353,22 @@ def chosen(cases: list[Case], patterns: str) -> list[Case]:
 
 def predicted_tflop(case: Case) -> float:
     """Model FLOPs of one step, in 10^12, on a typical pack."""
-    one = training_cost(case.architecture, case.trainable).total(**TYPICAL_PACK)
+    one = training_cost(case.architecture, case.trainable).total(**case.typical_pack)
     return case.packs_per_step * one / 1e12
 
 
 def predicted_gib(case: Case) -> float:
     """Memory of a step of megavlm on a typical pack, estimated, not measured."""
     config = case.config("")
+    pack = case.typical_pack
     return (
         memory(
             config,
             make_layout(config),
             1,
             capacity=CAPACITY,
-            tiles=TYPICAL_PACK["tiles"],
-            supervised=TYPICAL_PACK["supervised"],
+            tiles=pack["tiles"],
+            supervised=pack["supervised"],
         ).total
         / 2**30
     )

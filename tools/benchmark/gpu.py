@@ -27,6 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone needs no installation
 
+from megavlm.config.recipes import RECIPES
 from tools.benchmark import report, runner
 from tools.benchmark.cases import all_cases, chosen, smoke_cases
 
@@ -120,7 +121,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     rows = []
     with tempfile.TemporaryDirectory(prefix="megavlm-benchmark-") as folder:
-        packs = make_packs(Path(folder) / "data", cases[0].architecture, sizes)
+        packs = {}
+        for case in cases:
+            if case.packs not in packs:
+                place = Path(folder) / case.packs
+                (template, *_) = RECIPES[case.recipe].template
+                packs[case.packs] = make_packs(place, case.architecture, sizes, template=template)
         settings = runner.Settings(
             packs=sizes.packs,
             workers=args.workers,
@@ -128,14 +134,17 @@ def main(arguments: list[str] | None = None) -> int:
             peak_tflops=args.peak_tflops,
             memory_gib=args.memory_gib or (None if args.smoke else runner.device_memory_gib()),
         )
+        folders = {name: Path(each.folder) for name, each in packs.items()}
         where = runner.facts()
         print(
-            f"{json.dumps(where)}\n{packs.manifest.totals}; {time.monotonic() - began:.1f} s to"
-            f" make\n{report.header()}",
+            json.dumps(where),
+            *(f"{name}: {each.manifest.totals}" for name, each in packs.items()),
+            f"{time.monotonic() - began:.1f} s to make\n{report.header()}",
+            sep="\n",
             flush=True,
         )
         for row in runner.run_all(
-            cases, packs.folder, Path(folder), settings, began + args.time_limit_s
+            cases, folders, Path(folder), settings, began + args.time_limit_s
         ):
             rows.append(row | where)
             print("\n".join(filter(None, (report.line(row), report.kernels(row)))), flush=True)

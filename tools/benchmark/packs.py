@@ -17,6 +17,7 @@ from megavlm.data.images.tiling import Tiling
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.packing.job import Job, pack_dataset
 from megavlm.data.records.meta_file import read_sources
+from megavlm.data.text.chat_tokens import DEFAULT
 from megavlm.data.text.templates import chat_format
 
 WORDS = [
@@ -72,10 +73,14 @@ SMOKE = PackSizes(capacity=512, packs=2, max_tiles=3, tile_cap=None, least_side=
 
 
 def make_packs(
-    folder: Path, architecture: Architecture, sizes: PackSizes, seed: int = 0
+    folder: Path,
+    architecture: Architecture,
+    sizes: PackSizes,
+    seed: int = 0,
+    template: str = DEFAULT,
 ) -> PackedDataset:
     """Photographs, questions, a tokenizer, and packs of them in ``folder / "packs"``, for every
-    model with the same tiles.
+    model with the same tiles and conversations of this template.
     """
     rng = np.random.default_rng(seed)
     images = folder / "images"
@@ -85,8 +90,15 @@ def make_packs(
     wanted = int(1.25 * (sizes.packs + 1) * sizes.capacity)
     records = []
     tokens = 0
+    size = architecture.vision.image_size
+    is_native = architecture.vision.spans_tiles
+    tiling = Tiling(
+        tile_size=size,
+        mode="native" if is_native else "dynamic",
+        max_tiles=sizes.max_tiles,
+        max_pixels=1280 * size**2,
+    )
     for number, picture in enumerate(photographs(rng, sizes)):
-        tiling = Tiling(tile_size=architecture.vision.image_size, max_tiles=sizes.max_tiles)
         seen = tiling.count(*tiling.grid(*picture.size)) * features
         name = f"{number:04d}.jpg"
         picture.save(images / name, quality=QUALITY)
@@ -109,8 +121,9 @@ def make_packs(
             out=str(folder / "packs"),
             capacity=sizes.capacity,
             features_per_tile=features,
-            tiling=Tiling(tile_size=architecture.vision.image_size, max_tiles=sizes.max_tiles),
-            tile_cap=sizes.tile_cap,
+            template=template,
+            tiling=tiling,
+            tile_cap=None if is_native else sizes.tile_cap,
             decode_images=False,
             seed=seed,
         )

@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -203,10 +203,20 @@ def _commit() -> str:
 
 
 def run_all(
-    cases: list[Case], packs: Path, logs: Path, settings: Settings, deadline: float
+    cases: list[Case],
+    packs: Mapping[str, Path],
+    logs: Path,
+    settings: Settings,
+    deadline: float,
 ) -> Iterator[dict]:
-    """Measure each case, in order, until ``deadline`` (of ``time.monotonic``); a row for each, as
-    soon as it is there.
+    """Measure each case, in order; yield a row for each, as soon as it is there.
+
+    Args:
+        cases: what is measured.
+        packs: folders of packs, by ``Case.packs``.
+        logs: folder that gets output and figures.
+        settings: how it is measured.
+        deadline: time of ``time.monotonic`` after which no case begins.
     """
     preload = (os.cpu_count() or 1) >= CORES_TO_PRELOAD
     is_first = True
@@ -230,11 +240,12 @@ def run_all(
                     0.0,
                 )
                 continue
-            process = waiting or CaseProcess(case, packs, logs, settings)
+            process = waiting or CaseProcess(case, packs[case.packs], logs, settings)
             waiting = None
             try:
                 if preload and number + 1 < len(cases):
-                    waiting = CaseProcess(cases[number + 1], packs, logs, settings)
+                    following = cases[number + 1]
+                    waiting = CaseProcess(following, packs[following.packs], logs, settings)
                 limit_s = max(case.limit_s, FIRST_CASE_LIMIT_S) if is_first else case.limit_s
                 is_first = False
                 figures = process.run(min(limit_s, left))

@@ -4,13 +4,14 @@ training step.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from megavlm.config.checks.rules import check
-from megavlm.data.loading.batch import BatchOptions
+from megavlm.data.loading.batch import options_of
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.loading.order import Plan
 from megavlm.model import precision, weights
@@ -68,9 +69,9 @@ class Trainer:
             packs,
             Plan(num_packs=len(packs), seed=0, shuffle=False),
             pack_ids,
-            BatchOptions(
+            dataclasses.replace(
+                options_of(config.architecture),
                 reduction=config.data.loss_reduction,
-                vision_layers=config.architecture.vision.num_layers,
                 tile_multiple=precision.tile_multiple(config),
             ),
             workers,
