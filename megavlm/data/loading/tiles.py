@@ -150,7 +150,7 @@ class TileDecoder:
                 count,
                 seed=seed,
                 position=position,
-                index=index,
+                index=_first_frame(pack, index),
                 shape=width / height,
             ),
             out=room,
@@ -178,3 +178,13 @@ class TileDecoder:
         """Whether an image goes through random changes."""
         source = int(pack.provenance["source"][pack.images["sample"][index]])
         return bool(self.augment) and self.manifest.sources[source].augment
+
+
+def _first_frame(pack: Pack, index: int) -> int:
+    """Return the first frame of the image in the text that an image is a frame of, so that all of
+    them are changed alike; of an image that is none itself.
+    """
+    left = pack.images["frames"]
+    while left[index] and index and left[index - 1] == left[index] + 1:
+        index -= 1
+    return index

@@ -265,6 +265,26 @@ def test_of_equal_numbers_of_tiles_the_rank_with_less_attention_gets_an_image() 
     assert deal([400, *[25] * 16, 25], 2) == [[0], list(range(1, 18))]
 
 
+def test_frames_of_a_video_are_changed_alike(tmp_path: Path) -> None:
+    manifest = write_native(tmp_path, [[(28, 28), Clip(size=(28, 28), frames=5)]])
+    source = replace(manifest.sources[0], augment=True)
+    replace(manifest, sources=(source,)).write(tmp_path)
+    plain = PackedDataset(tmp_path).batch(0, 0, OPTIONS)
+    found = set()
+    for position in range(12):
+        batch = PackedDataset(tmp_path, augment=("flip",)).batch(0, position, OPTIONS)
+        flips = [
+            not torch.equal(changed, before)
+            for changed, before in (
+                *zip(batch.tiles, plain.tiles, strict=True),
+                *zip(batch.images.second_frames, plain.images.second_frames, strict=True),
+            )
+        ]
+        assert len(flips) == 6 and len(set(flips[1:])) == 1
+        found.add((flips[0], flips[1]))
+    assert len(found) == 4  # an image beside it is not changed as the video is
+
+
 def test_a_pack_of_texts_has_one_padding_tile(tmp_path: Path) -> None:
     write_native(tmp_path, [[], []])
     dataset = PackedDataset(tmp_path)
