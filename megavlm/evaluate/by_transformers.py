@@ -17,9 +17,10 @@ from megavlm.convert.hf.hub_formats import dialect_of, hub_format_of
 from megavlm.convert.hf.reference import (
     load_reference,
     refuse_other_tiles,
+    shown_pixels,
     tile_inputs,
-    with_videos,
 )
+from megavlm.convert.hf.reference_videos import with_videos
 from megavlm.data.store.manifest import read_manifest
 from megavlm.evaluate.graded import ANSWERS, chosen, grade, write_rows, written
 from megavlm.evaluate.packs import TaskPacks, prepare
@@ -133,7 +134,7 @@ def _inputs(model: nn.Module, task: TaskPacks) -> Iterator[dict[str, Tensor]]:
         torch.tensor(values)[:, None, None] for values in (manifest.pixel_mean, manifest.pixel_std)
     )
     for number, pack in enumerate(task.order):
-        tiles = task.packs.batch(number, 0).tiles
+        tiles = shown_pixels(task.packs, number)
         end = 0
         for one in (task.requests[index] for index in pack):
             start = end

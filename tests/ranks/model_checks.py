@@ -131,9 +131,10 @@ def answers_of_transformers(
     from megavlm.convert.hf.reference import (
         instruction_inputs,
         load_reference,
+        shown_pixels,
         tile_inputs,
-        with_videos,
     )
+    from megavlm.convert.hf.reference_videos import with_videos
     from megavlm.data.images.feature_layout import as_tiled
     from megavlm.data.loading.dataset import PackedDataset
 
@@ -145,7 +146,7 @@ def answers_of_transformers(
         torch.tensor(x)[:, None, None]
         for x in (architecture.vision.pixel_mean, architecture.vision.pixel_std)
     )
-    pixels = (batch.tiles / 255 - mean) / std
+    pixels = (shown_pixels(dataset, 0) / 255 - mean) / std
     ends = batch.sample_ends.tolist()
     found = []
     tile = 0

@@ -15,8 +15,10 @@ from torch.nn.functional import cross_entropy
 
 from megavlm.config.lora import Lora
 from megavlm.config.schema import Architecture, Config
+from megavlm.config.tiling import VideoPixels
 from megavlm.convert.hf import convert
-from megavlm.convert.hf.reference import load_reference, tile_inputs
+from megavlm.convert.hf.reference import load_reference, shown_pixels, tile_inputs
+from megavlm.convert.hf.reference_videos import with_videos
 from megavlm.data.images.feature_layout import as_tiled
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.store.reader import Reader
@@ -32,7 +34,7 @@ from tests.convert.qwen_vl_models import (
     kind_of,
     make_qwen_vl,
 )
-from tests.data.native_packs import Size, native_image, write_native
+from tests.data.native_packs import Clip, Shown, Size, native_image, write_native
 from tests.ranks.model_checks import (
     CONTEXT,
     answers_of_transformers,
@@ -44,13 +46,25 @@ from tests.ranks.pool import Pool
 from tests.ranks.runs import EVERYTHING
 
 
-def shown(tile: int) -> tuple[tuple[Size, ...], ...]:
-    """Return the sizes of the images of samples, for tiles of so many pixels: whole windows, such
-    that an edge cuts on both sides or on one, one tile, none.
+def shown(tile: int, *, apart: bool = False) -> tuple[tuple[Shown, ...], ...]:
+    """Return what samples show, for tiles of so many pixels: images of whole windows, such that an
+    edge cuts on both sides or on one, one tile, none; videos of odd numbers of frames, at times
+    that are no whole numbers, beside images and each other, and of more frames than rows or
+    columns. ``apart`` says whether pairs of frames are images of their own in the text.
     """
-    sides = (((4, 4),), ((5, 3), (3, 7)), (), ((1, 1),), ((6, 5), (2, 1)))
-    return tuple(
-        tuple((tile * columns - 1, tile * rows + 1) for columns, rows in images) for images in sides
+
+    def sized(columns: int, rows: int) -> Size:
+        return tile * columns - 1, tile * rows + 1
+
+    clip = partial(Clip, apart=apart)
+    return (
+        (sized(4, 4),),
+        (sized(5, 3), sized(3, 7)),
+        (),
+        (sized(1, 1),),
+        (sized(6, 5), clip(size=sized(5, 3), frames=5, interval=0.55), sized(2, 1)),
+        (clip(size=sized(3, 4), frames=2), clip(size=sized(2, 3), frames=11, interval=2.3)),
+        (clip(size=sized(3, 2), frames=1),),
     )
 
 
@@ -62,7 +76,8 @@ def test_logits_and_losses_equal_those_of_transformers(
     packs = tmp_path / "packs"
     tile = architecture.vision.image_size
     facts = dict(vocab_size=architecture.language.vocab_size, context_token_id=CONTEXT)
-    write_native(packs, shown(tile), tile_size=tile, **facts)
+    third = architecture.vision.family == "qwen3_vl"
+    write_native(packs, shown(tile, apart=third), tile_size=tile, **facts)
     folder = make_qwen_vl(tmp_path / "hf", architecture, torch.float32)
     expected = answers_of_transformers(folder, packs, architecture)
     recipe = architecture.vision.family
@@ -106,21 +121,24 @@ def test_gradients_equal_those_of_transformers(
     packs = tmp_path / "packs"
     tile = architecture.vision.image_size
     facts = dict(vocab_size=architecture.language.vocab_size, context_token_id=CONTEXT)
-    write_native(packs, [((5 * tile, 3 * tile),)], tile_size=tile, **facts)
+    clip = Clip(size=(3 * tile, 4 * tile), frames=3, interval=0.7)
+    write_native(packs, [((5 * tile, 3 * tile), clip)], tile_size=tile, **facts)
     folder = make_qwen_vl(tmp_path / "hf", architecture, torch.float32)
     config = recipe_config(architecture.vision.family, architecture, packs, trainable=EVERYTHING)
     [found] = ranks.run(gradients, 1, config, folder)
     model = load_reference(folder)
-    batch = PackedDataset(packs).batch(0, 0)
+    dataset = PackedDataset(packs)
+    batch = dataset.batch(0, 0)
     mean, std = (
         torch.tensor(values)[:, None, None]
         for values in (architecture.vision.pixel_mean, architecture.vision.pixel_std)
     )
     count = int(batch.sample_ends[1])
-    pixels = (batch.tiles.float() / 255 - mean) / std
-    images = as_tiled(Reader(packs).read(0).images)
+    pixels = (shown_pixels(dataset, 0).float() / 255 - mean) / std
+    images = as_tiled(dataset.reader.read(0).images)
     inputs = tile_inputs(model, pixels, images, batch.tokens[:count])
-    logits = model(input_ids=batch.tokens[None, :count], **inputs).logits[0]
+    inputs["input_ids"] = batch.tokens[None, :count]
+    logits = model(**with_videos(model, inputs, images, dataset.layout)).logits[0]
     losses = cross_entropy(logits, batch.labels[:count], reduction="none")
     weights = batch.loss_weights[:count]
     (losses * weights).sum().div(weights.sum()).backward()
@@ -132,18 +150,29 @@ def test_gradients_equal_those_of_transformers(
 
 
 def write_records(folder: Path, tile: int) -> Path:
-    """Write records with an image, two or none, and their images."""
+    """Write records with images and videos, one or several, or none, and their files."""
     rng = np.random.default_rng(3)
     records = []
     for line, sizes in enumerate(shown(tile)):
-        names = [f"{line}-{number}.png" for number in range(len(sizes))]
-        for name, size in zip(names, sizes, strict=True):
-            (folder / name).write_bytes(native_image(rng, size, tile).encoded)
-        asked = "<image>\n" * len(names) + "what is it"
-        turns = [{"from": "human", "value": asked}, {"from": "gpt", "value": f"answer {line}"}]
-        records.append(
-            dict(image=names, conversations=turns) if names else dict(conversations=turns)
-        )
+        media: dict[str, list[str]] = {"image": [], "video": []}
+        asked = ""
+        for number, one in enumerate(sizes):
+            is_video = isinstance(one, Clip)
+            name = f"{line}-{number}" + ("" if is_video else ".png")
+            media["video" if is_video else "image"].append(name)
+            asked += "<video>\n" if is_video else "<image>\n"
+            if is_video:  # a folder of frames, a second apart
+                (folder / name).mkdir()
+            files = [f"{name}/{frame}.png" for frame in range(one.frames)] if is_video else [name]
+            for file in files:
+                size = one.size if is_video else one
+                (folder / file).write_bytes(native_image(rng, size, tile).encoded)
+        turns = [
+            {"from": "human", "value": f"{asked}what is it"},
+            {"from": "gpt", "value": f"answer {line}"},
+        ]
+        files = {kind: names for kind, names in media.items() if names}
+        records.append(files | {"conversations": turns})
     path = folder / "records.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
@@ -153,7 +182,7 @@ def difference(checkpoint: Path, hf: Path, packs: Path) -> float:
     """Return how far the logits of an export are from those of its checkpoint."""
     from tools.verification.logits import compare
 
-    return compare(str(checkpoint), hf, packs, packs=1).max_abs_difference
+    return compare(str(checkpoint), hf, packs, packs=9).max_abs_difference
 
 
 @pytest.mark.parametrize(
@@ -170,9 +199,13 @@ def test_an_export_is_verified_with_its_packs(
     )
     packs = tmp_path / "packs"
     records = write_records(tmp_path, architecture.vision.image_size)
-    bounds = dict(min_pixels=64, max_pixels=4096)
+    video = VideoPixels(least=64, most=2048, total=4096)
+    bounds = dict(min_pixels=64, max_pixels=4096, video=video)
     facts = dict(template=kind_of(architecture).template, mode="native", **bounds)
     pack_records(records, words, packs, architecture, **facts)
+    reader = Reader(packs)
+    table = np.concatenate([reader.read(number).images for number in range(len(reader))])
+    assert (table["tiles"] == 0).any() and (table["frames"] == 1).any()
     start = convert.import_(source, tmp_path / "start", tokenizer=words)
     out = convert.export(start, tmp_path / "out", dtype=torch.float32)
     [found] = ranks.run(difference, 1, start, out, packs)

@@ -27,9 +27,10 @@ from megavlm.convert.hf.reference import (
     instruction_inputs,
     load_reference,
     refuse_other_tiles,
+    shown_pixels,
     tile_inputs,
-    with_videos,
 )
+from megavlm.convert.hf.reference_videos import with_videos
 from megavlm.convert.weights.views import Tensors
 from megavlm.data.images.feature_layout import Tiled, as_tiled
 from megavlm.data.loading.batch import Batch, options_of
@@ -158,7 +159,7 @@ def _compare_pack(
     batch = batch.to(next(theirs.parameters()).device)
     tiles = batch.tiles
     if architecture.vision.spans_tiles:  # they stand window by window
-        tiles = dataset.batch(pack_id, pack_id).tiles.to(tiles.device)
+        tiles = shown_pixels(dataset, pack_id).to(tiles.device)
     images = dataset.reader.read(pack_id, with_images=False).images
     owners = _owners(dataset.manifest, batch.samples)
     samples = _samples(batch, images, owners)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -15,15 +14,25 @@ from megavlm.convert.hf.json_files import class_of_transformers
 from megavlm.convert.hf.model_config import architecture_from_hf
 from megavlm.convert.hf.qwen_vl_kinds import KINDS
 from megavlm.data.images.anyres import grids_text
-from megavlm.data.images.feature_layout import (
-    FeatureLayout,
-    Tiled,
-    images_in_text,
-    is_joined,
-    sizes_in_text,
-)
-from megavlm.data.loading.batch import Instructions
+from megavlm.data.images.feature_layout import Tiled, is_joined
+from megavlm.data.images.native import PAIR
+from megavlm.data.loading.batch import BatchOptions, Instructions
+from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.store.manifest import Manifest
+
+
+def shown_pixels(dataset: PackedDataset, pack_id: int) -> Tensor:
+    """Return the pixels of the tiles of a pack, those of an image row by row: uint8 [I, 3, S, S],
+    or of tiles of images that keep their size [I, 2, 3, S, S], the two frames that such a tile
+    shows. An image is shown twice.
+    """
+    if dataset.manifest.tiling != "native":
+        return dataset.batch(pack_id, pack_id).tiles
+    batch = dataset.batch(pack_id, pack_id, BatchOptions(spans_tiles=True))
+    frames = batch.tiles[:, None].repeat(1, PAIR, 1, 1, 1)
+    if batch.images.pairs is not None:
+        frames[batch.images.pairs, 1] = batch.images.second_frames
+    return frames
 
 
 def instruction_inputs(instructions: Instructions | None, tiles: slice) -> dict[str, Tensor]:
@@ -45,8 +54,8 @@ def tile_inputs(
 
     Args:
         model: of transformers.
-        pixels: of the tiles, normalised, [n, 3, S, S] or as the class reads them; those of an image
-            row by row.
+        pixels: of the tiles, normalised, as ``shown_pixels`` has them or as the class reads them;
+            those of an image row by row.
         images: of the sample, and frames.
         tokens: of the sample [t].
     """
@@ -60,19 +69,18 @@ def tile_inputs(
 def _patch_inputs(
     config: Any, pixels: Tensor, images: Sequence[Tiled], tokens: Tensor
 ) -> dict[str, Tensor]:
-    """Return what the classes of Qwen2-VL and its successors read of tiles: their patches [patches,
-    3 f p p], as their image processor makes them for f frames of patches of p pixels, the patches
-    along the sides of each image, and which tokens are of images.
+    """Return what the classes of Qwen2-VL and its successors read of tiles [n, 2, 3, S, S]: their
+    patches [patches, 3 * 2 p p], as their image processor makes them of patches of p pixels, the
+    patches along the sides of each image, and which tokens are of images.
     """
-    vision = config.vision_config
-    size = vision.patch_size
-    side = vision.spatial_merge_size
-    squares = pixels.unflatten(3, (side, size)).unflatten(2, (side, size))
-    patches = squares.permute(0, 2, 4, 1, 3, 5)[:, :, :, :, None]
-    frames = patches.expand(-1, -1, -1, -1, vision.temporal_patch_size, -1, -1)
-    grids = [(1, image.rows * side, image.columns * side) for image in images]
+    size = config.vision_config.patch_size
+    side = config.vision_config.spatial_merge_size
+    squares = pixels.unflatten(4, (side, size)).unflatten(3, (side, size))
+    # [n, row, column, channel, frame, row and column of a pixel]
+    patches = squares.permute(0, 3, 5, 2, 1, 4, 6)
+    grids = [(1, image.rows * side, image.columns * side) for image in images if image.tiles]
     return {
-        "pixel_values": frames.flatten(3).flatten(0, 2),
+        "pixel_values": patches.flatten(3).flatten(0, 2),
         "image_grid_thw": torch.tensor(grids, device=pixels.device),
         "mm_token_type_ids": (tokens == config.image_token_id).int()[None],
     }
@@ -93,52 +101,6 @@ def _size_inputs(model: nn.Module, images: Sequence[Tiled]) -> dict[str, Tensor]
     if kind == "llava_onevision":
         found["batch_num_images"] = torch.tensor([len(stills)], device=device)
     return found
-
-
-@torch.no_grad()
-def with_videos(
-    model: nn.Module, inputs: Mapping[str, Tensor], images: Sequence[Tiled], layout: FeatureLayout
-) -> dict[str, Any]:
-    """Return what ``LlavaOnevisionForConditionalGeneration`` reads of a sample with videos, whose
-    tokens and pixels are apart there from those of images.
-
-    Args:
-        model: of transformers, of any class.
-        inputs: its inputs as if frames were images, with the tokens of one sample [1, n].
-        images: images and frames of the sample.
-        layout: of their features.
-    """
-    if not any(map(is_joined, images)):
-        return dict(inputs)
-    config = model.config
-    tokens = inputs["input_ids"].clone()
-    taken = {-1, *tokens[0].tolist()}
-    # The tokenizer has none, or the text holds it: any that the sample lacks.
-    if config.video_token_id in taken:
-        config.video_token_id = min(set(range(len(taken))) - taken)
-    tiles, shown = sizes_in_text(images, layout)
-    are_videos = [is_joined(group[0]) for group in images_in_text(images)]
-    of_videos = np.repeat(are_videos, [one.features for one in shown])
-    places = (tokens[0] == config.image_token_id).nonzero()[:, 0]
-    tokens[0, places[torch.from_numpy(of_videos)]] = config.video_token_id
-    found: dict[str, Any] = dict(inputs, input_ids=tokens)
-    pixels = list(zip(are_videos, found.pop("pixel_values").split(tiles), strict=True))
-    clips = [own[None] for is_video, own in pixels if is_video]
-    stills = [own for is_video, own in pixels if not is_video]
-    if stills:
-        found["pixel_values"] = torch.cat(stills)
-    if len({clip.shape for clip in clips}) == 1:
-        return found | {"pixel_values_videos": torch.cat(clips)}
-    # Of unlike lengths: they are no tensor, but their features are. Imported only now, since it
-    # takes seconds.
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-    features = [model.get_video_features(clip).pooler_output for clip in clips]
-    outputs = {"video": BaseModelOutputWithPooling(pooler_output=torch.cat(features, dim=1))}
-    if stills:
-        names = ("pixel_values", "image_sizes", "batch_num_images")
-        outputs["image"] = model.get_image_features(**{name: found.pop(name) for name in names})
-    return found | {"mm_encoder_outputs": outputs}
 
 
 def refuse_other_tiles(flag: str, packs: Manifest, folder: Path) -> None:

@@ -92,5 +92,5 @@ def frame_positions(group: Sequence[Tiled], tokens_per_second: int) -> np.ndarra
     if not tokens_per_second:
         return pairs
     # In float32, as transformers computes it.
-    step = np.float32(tokens_per_second * group[0].interval)
+    step = np.float32(tokens_per_second) * np.float32(group[0].interval)
     return (pairs.astype(np.float32) * step).astype(np.int64)

@@ -27,7 +27,8 @@ from megavlm.convert.hf.hub_formats import hub_format_of
 from megavlm.convert.hf.json_files import read_json, write_json
 from megavlm.convert.hf.llava_next_config import pinpoints
 from megavlm.convert.hf.model_config import architecture_from_hf
-from megavlm.convert.hf.reference import refuse_other_tiles, with_videos
+from megavlm.convert.hf.reference import refuse_other_tiles
+from megavlm.convert.hf.reference_videos import with_videos
 from megavlm.convert.weights.tables import llava_name_on_disk, rows, unused_rows
 from megavlm.data.images.anyres import ONEVISION_GRIDS
 from megavlm.data.images.decode import decode_pixels
