@@ -15,7 +15,8 @@ import numpy as np
 from megavlm.data.images.decode import check_pixels
 from megavlm.data.loading.batch import BatchOptions
 from megavlm.data.loading.dataset import PackedDataset
-from megavlm.data.packing.encode import Encoder, Images, reject
+from megavlm.data.packing.encode import Encoder, reject
+from megavlm.data.packing.media import Images
 from megavlm.data.records.meta_file import Annotations
 from megavlm.data.records.parse import parse_record
 from megavlm.data.records.raw_record import OffsetRange, RawRecord

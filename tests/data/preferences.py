@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image
 
 from megavlm.data.images.tiling import Tiling
-from megavlm.data.packing.encode import Encoder, Images
+from megavlm.data.packing.encode import Encoder
 from megavlm.data.packing.job import Job
+from megavlm.data.packing.media import Images
 from megavlm.data.records.meta_file import Annotations, single_source
 from megavlm.data.records.raw_record import RawRecord
 from megavlm.data.records.readers import open_reader

@@ -73,14 +73,19 @@ class VideoContainer:
         first = self._stamps[0] if self._stamps else 0
         return [float((stamp - first) * self._stream.time_base) for stamp in self._stamps]
 
-    @property
     def size(self) -> tuple[int, int]:
-        """Width and height of a frame in pixels, as the stream says."""
-        return self._stream.codec_context.width, self._stream.codec_context.height
+        """Decode a frame at the start, and return its width and height in pixels, upright."""
+        try:
+            self._container.close()
+            self._open()
+            height, width, _ = _pixels(next(self._container.decode(self._stream))).shape
+        except Exception as error:
+            raise ValueError(f"its frames cannot be decoded: {describe(error)}") from None
+        return width, height
 
     def frames(self, numbers: Sequence[int]) -> list[np.ndarray]:
-        """Decode the frames with these indices, uint8 [height, width, 3]. Where the container can
-        go to the key frame before each, only what follows it is decoded.
+        """Decode the frames with these indices, uint8 [height, width, 3], upright. Where the
+        container can go to the key frame before each, only what follows it is decoded.
         """
         wanted = [self._stamps[number] for number in numbers]
         try:
@@ -167,10 +172,36 @@ class VideoContainer:
 
 
 def _pixels(frame: Any) -> np.ndarray:
-    """Return the pixels of a frame as RGB."""
+    """Return the pixels of a frame as RGB, as they are to be shown."""
     if frame.width * frame.height > MAX_PIXELS:
         raise ValueError(
             f"frames of {frame.width} x {frame.height} pixels; at most {MAX_PIXELS} pixels are"
             " decoded"
         )
-    return frame.to_ndarray(format="rgb24")
+    return _upright(frame.to_ndarray(format="rgb24"), frame)
+
+
+def _upright(pixels: np.ndarray, frame: Any) -> np.ndarray:
+    """Turn and mirror pixels [height, width, 3] as the display matrix of a frame says, which phones
+    write; to a multiple of 90 degrees.
+    """
+    from av.sidedata.sidedata import Type
+
+    found = [data for data in frame.side_data if data.type == Type.DISPLAYMATRIX]
+    if not found:
+        return pixels
+    # A point of column p and row q is shown at column a p + c q and row b p + d q, but for a shift
+    # (display.h of FFmpeg).
+    a, b, _, c, d = np.frombuffer(bytes(found[0]), np.int32).tolist()[:5]
+    if abs(b) > abs(a):
+        pixels = pixels.swapaxes(0, 1)
+        of_column = c
+        of_row = b
+    else:
+        of_column = a
+        of_row = d
+    if of_row < 0:
+        pixels = pixels[::-1]
+    if of_column < 0:
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)

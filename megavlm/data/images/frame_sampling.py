@@ -26,6 +26,8 @@ Picture = TypeVar("Picture")
 # More than any model reads, and than any camera takes.
 MOST_FRAMES = 2**20
 MOST_RATE = 1000
+# Fewest frames at random or in the middle of equal parts, in InternVL.
+_USUAL_LEAST = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,7 @@ class FrameChoice:
     """How frames are chosen.
 
     Args:
-        min_frames: fewest frames of a video that has as many.
+        min_frames: fewest frames of a video that has as many; none: 8, and 1 at a rate.
         max_frames: most frames.
         multiple: the number of frames is a multiple of this, unless it is smaller.
         sampling: ``rand``: one from each of equal parts of the video, at random; ``middle``: the
@@ -41,15 +43,15 @@ class FrameChoice:
             and middle, the number of parts is drawn between the two bounds, as in InternVL.
     """
 
-    min_frames: int = 8
+    min_frames: int | None = None
     max_frames: int = 32
     multiple: int = 1
     sampling: str = "rand"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.min_frames <= self.max_frames <= MOST_FRAMES:
+        if not 1 <= self.least <= self.max_frames <= MOST_FRAMES:
             raise ValueError(
-                f"--min_frames {self.min_frames} and --max_frames {self.max_frames}: must be 1 <="
+                f"--min_frames {self.least} and --max_frames {self.max_frames}: must be 1 <="
                 f" min <= max <= {MOST_FRAMES}"
             )
         is_rate = 0 < self.frames_per_second <= MOST_RATE
@@ -58,6 +60,13 @@ class FrameChoice:
                 f"--frame_sampling {self.sampling}: must be rand, middle, or fps and a number above"
                 f" 0 and up to {MOST_RATE}, such as fps0.5"
             )
+
+    @property
+    def least(self) -> int:
+        """Fewest frames of a video that has as many."""
+        if self.min_frames is None:
+            return 1 if self.frames_per_second else _USUAL_LEAST
+        return self.min_frames
 
     @property
     def frames_per_second(self) -> float:
@@ -91,17 +100,20 @@ class FrameChoice:
             )
         if self.frames_per_second:
             return self._at_rate(stamps, first, behind)
-        wanted = min(int(rng.integers(self.min_frames, self.max_frames + 1)), behind - first)
-        borders = np.linspace(first, behind, self._whole(wanted) + 1).astype(int)
+        wanted = int(rng.integers(self.least, self.max_frames + 1))
+        borders = np.linspace(first, behind, self._whole(wanted, behind - first) + 1).astype(int)
         if self.sampling == "middle":
             return _middles(borders)
         return rng.integers(borders[:-1], borders[1:]).tolist()
 
-    def _whole(self, frames: int) -> int:
-        """Return a number of frames that is a multiple as asked for, and no more than ``frames``
-        if that can be.
+    def _whole(self, wanted: int, there: int) -> int:
+        """Return how many frames are taken if so many are wanted of those that are there: a
+        multiple as asked for, and no fewer than wanted, if that can be.
         """
-        return max(frames // self.multiple * self.multiple, min(frames, self.multiple))
+        most = min(self.max_frames, there)
+        up = -(-wanted // self.multiple) * self.multiple
+        down = most // self.multiple * self.multiple
+        return up if up <= most else down or most
 
     def _at_rate(self, stamps: np.ndarray, first: int, behind: int) -> list[int]:
         """Return the frames shown in the middles of equal spans of time; evenly spread ones if
@@ -113,13 +125,15 @@ class FrameChoice:
         duration = (shown[-1] - shown[0]) * (len(shown) / max(len(shown) - 1, 1))
         middles = shown[0] + np.arange(span / 2, max(duration, span / 2 + 1e-9), span)
         indices = np.unique(first + np.searchsorted(shown, middles + 1e-6, side="right") - 1)
-        least = min(self.min_frames, behind - first)
+        least = self._whole(self.least, behind - first)
         if len(indices) < least:
-            return _middles(np.linspace(first, behind, self._whole(least) + 1).astype(int))
+            return _middles(np.linspace(first, behind, least + 1).astype(int))
         if len(indices) > self.max_frames:
-            most = self._whole(self.max_frames)
+            most = self._whole(self.max_frames, len(indices))
             indices = indices[np.linspace(0, len(indices) - 1, most).round().astype(int)]
-        return indices[: self._whole(len(indices))].tolist()
+        if len(indices) > self.multiple:
+            indices = indices[: len(indices) // self.multiple * self.multiple]
+        return indices.tolist()
 
 
 def _middles(borders: np.ndarray) -> list[int]:

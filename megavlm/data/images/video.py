@@ -14,7 +14,7 @@ import io
 import os
 import re
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -112,7 +112,8 @@ def read_frames(file: MediaFile, choose: Choose, tiling: Tiling) -> list[Frame]:
         files = _frame_files(file)
         chosen = choose(_folder_times(files))
         frames = [_stored(files[number], float(number)) for number in chosen]
-        return _of_one_size(frames) if tiling.pairs_frames else frames
+        _check_sizes(tiling, ((frame.width, frame.height) for frame in frames))
+        return frames
     if _is_animation(file):
         with open_media(file) as opened:
             image = open_image(opened)
@@ -124,6 +125,7 @@ def read_frames(file: MediaFile, choose: Choose, tiling: Tiling) -> list[Frame]:
             times = container.times()
             chosen = choose(times)
             decoded = list(map(PillowImage.fromarray, container.frames(chosen)))
+    _check_sizes(tiling, (image.size for image in decoded))
     return [
         _encode(image, times[number], tiling, len(chosen))
         for image, number in zip(decoded, chosen, strict=True)
@@ -170,7 +172,7 @@ def frames_as_images(
 
 
 def _frame_size(file: MediaFile, number: int) -> tuple[int, int]:
-    """Return width and height of a frame in pixels, as headers say."""
+    """Return width and height of a frame in pixels; of a video all frames have one size."""
     if _is_folder(file):
         frame = _stored(_frame_files(file)[number], 0.0)
         return frame.width, frame.height
@@ -178,16 +180,15 @@ def _frame_size(file: MediaFile, number: int) -> tuple[int, int]:
         with open_media(file) as opened:
             return open_image(opened).size
     with VideoContainer(open_media(file), Enough(frames=0)) as container:
-        return container.size
+        return container.size()
 
 
-def _of_one_size(frames: list[Frame]) -> list[Frame]:
-    """Return frames. Raises ValueError: their sizes differ."""
-    sizes = {(frame.width, frame.height) for frame in frames}
-    if len(sizes) > 1:
-        told = ", ".join(f"{width} x {height}" for width, height in sorted(sizes)[:3])
+def _check_sizes(tiling: Tiling, sizes: Iterable[tuple[int, int]]) -> None:
+    """Raise ValueError if frames that are read in pairs have different sizes."""
+    found = sorted(set(sizes))
+    if tiling.pairs_frames and len(found) > 1:
+        told = ", ".join(f"{width} x {height}" for width, height in found[:3])
         raise ValueError(f"its frames have different sizes in pixels: {told}")
-    return frames
 
 
 def _stored(path: Path, seconds: float) -> Frame:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+from typing import Any
 
 from megavlm.config.architecture import Architecture
 from megavlm.config.tiling import NOTHING_STATED, UNBOUNDED, StatedTiles, VideoPixels
@@ -181,17 +182,12 @@ def _frame_choice(args: argparse.Namespace) -> FrameChoice:
     """Return how frames of videos are chosen: as the authors of Qwen2-VL do if they are read in
     pairs.
     """
-    is_native = args.tiling == "native"
-    sampling = args.frame_sampling or ("fps2" if is_native else "rand")
-    few = 4 if is_native else 1 if sampling.startswith("fps") else 8
-    many = 768 if is_native else 32
-    least, most = args.min_frames, args.max_frames
-    return FrameChoice(
-        min_frames=few if least is None else least,
-        max_frames=many if most is None else most,
-        multiple=PAIR if is_native else 1,
-        sampling=sampling,
-    )
+    given = {"min_frames": args.min_frames, "max_frames": args.max_frames}
+    given["sampling"] = args.frame_sampling or None
+    usual: dict[str, Any] = {}
+    if args.tiling == "native":
+        usual = dict(min_frames=4, max_frames=768, multiple=PAIR, sampling="fps2")
+    return FrameChoice(**usual | {name: one for name, one in given.items() if one is not None})
 
 
 def _grids(text: str, tiling: str) -> tuple[Grid, ...]:

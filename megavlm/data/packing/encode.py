@@ -4,27 +4,17 @@ becomes tokens.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum
-from functools import partial
-from typing import Literal, NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
-from megavlm.data.images.decode import check_pixels, load_decoders, read_header, scale_deep
 from megavlm.data.images.feature_layout import feature_layout, sizes_in_text
-from megavlm.data.images.frame_sampling import FrameChoice, in_text_order, show_frames
+from megavlm.data.images.frame_sampling import FrameChoice
 from megavlm.data.images.tiling import Tiling
-from megavlm.data.images.video import (
-    frames_as_images,
-    open_media,
-    read_frames,
-    read_media,
-    unread_frames,
-)
 from megavlm.data.packing.answers import count_answers, with_rejected
+from megavlm.data.packing.media import DeepImages, Images, MediaReader
 from megavlm.data.packing.shorten import cut_windows, truncated
 from megavlm.data.packing.size_limits import SizeLimits
 from megavlm.data.packing.windows import Windows
@@ -32,32 +22,13 @@ from megavlm.data.records.filters import Filter
 from megavlm.data.records.meta_file import Annotations
 from megavlm.data.records.parse import parse_record
 from megavlm.data.records.raw_record import RawRecord
-from megavlm.data.records.record import (
-    MediaFile,
-    Record,
-    Video,
-)
+from megavlm.data.records.record import Record
 from megavlm.data.records.reject import Reject, RejectError, printable
 from megavlm.data.sample import Image, Sample, extent
 from megavlm.data.text.chat_tokens import ChatTemplate
-from megavlm.io.remote import RemoteError, is_remote
 
-DeepImages = Literal["clip", "scale", "reject"]
 Result = TypeVar("Result")
 ALL = Filter()  # keeps every record
-
-
-class Images(Enum):
-    """How far images and videos are read.
-
-    HEADER: their sizes and frame times only; a file whose end is missing passes. Samples then hold
-    no bytes. DECODE: the pixels too, to see that they can be; samples hold no bytes. LOAD: the
-    bytes are kept in the sample; images are not decoded, frames of videos have to be.
-    """
-
-    HEADER = "header"
-    DECODE = "decode"
-    LOAD = "load"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,13 +50,6 @@ class Size:
     difficulty: float
     unread: tuple[str, ...]
     window: int = 0
-
-
-class Clip(NamedTuple):
-    """The frames that are shown of a video, and their times in seconds."""
-
-    images: tuple[Image, ...]
-    times: list[float]
 
 
 class Encoder:
@@ -121,7 +85,6 @@ class Encoder:
         alignment: int = 1,
     ) -> None:
         self.template = template
-        self.tiling = tiling
         self.layout = feature_layout(tiling.mode, template.features_per_tile)
         self.limits = SizeLimits(
             capacity=capacity,
@@ -130,9 +93,12 @@ class Encoder:
             layout=self.layout,
             template=template,
         )
-        self.frames = frames or FrameChoice()
-        self.with_times = tiling.pairs_frames and template.format.times_frames
-        self.deep_images = deep_images
+        self.media = MediaReader(
+            tiling=tiling,
+            frames=frames or FrameChoice(),
+            deep_images=deep_images,
+            with_times=tiling.pairs_frames and template.format.times_frames,
+        )
         self.windows = windows or Windows()
         self.truncate = truncate
         self.seed = seed
@@ -232,9 +198,7 @@ class Encoder:
                 )
                 for sample in samples
             )
-        stills = tuple(
-            self._image(file, len(record.images), max_tiles, images, keep) for file in record.images
-        )
+        stills = self._stills(record, max_tiles, images, keep)
         sizes = sizes_in_text(stills, self.layout)
         lengths = count_answers(record.conversations, record.rejected, self.template, *sizes)
         size = Size(
@@ -273,22 +237,13 @@ class Encoder:
         Raises:
             RejectError: the record cannot become a sample, with the reason.
         """
-        turns = record.conversations
-        stills = [
-            self._image(file, len(record.images), max_tiles, images, keep) for file in record.images
-        ]
-        if record.videos:
-            rng = np.random.default_rng((self.seed, source, line))
-            clips = [self._clip(video, images, rng) for video in record.videos]
-            pictures = in_text_order(turns, stills, [clip.images for clip in clips])
-            turns = show_frames(
-                turns,
-                [clip.times for clip in clips],
-                joined=self.tiling.joins_frames,
-                with_times=self.with_times,
-            )
-        else:
-            pictures = tuple(stills)
+        turns, pictures = self.media.shown(
+            record.conversations,
+            self._stills(record, max_tiles, images, keep),
+            record.videos,
+            images,
+            seed=(self.seed, source, line),
+        )
         tiles, shown = sizes_in_text(pictures, self.layout)
         tokens, supervised = self.template.encode(turns, tiles, shown)
         whole = Sample(
@@ -311,6 +266,16 @@ class Encoder:
             self._check_size([answer.length for answer in sample.answers], sample, videos, keep)
         return samples
 
+    def _stills(
+        self, record: Record, max_tiles: int | None, how: Images, keep: Filter
+    ) -> tuple[Image, ...]:
+        """Read the images of a record."""
+        count = len(record.images)
+        return tuple(
+            self.media.image(file, count, max_tiles, how, keep.check_image)
+            for file in record.images
+        )
+
     def _check_size(
         self, lengths: Sequence[int], sized: Sample | Size, videos: Sequence[str], keep: Filter
     ) -> None:
@@ -318,76 +283,6 @@ class Encoder:
         tokens = extent(lengths, self.alignment)
         self.limits.check(tokens, sized.images, videos, answers=len(lengths))
         keep.check_length(sum(lengths))
-
-    def _image(
-        self, file: MediaFile, images: int, max_tiles: int | None, how: Images, keep: Filter
-    ) -> Image:
-        """Read one of a record's ``images`` images."""
-        try:
-            if how is Images.HEADER:
-                encoded = b""
-                with open_media(file) as opened:
-                    if is_remote(file.path):
-                        opened.peek(1)  # a store that fails is no image that cannot be read
-                    header = read_header(opened)
-            else:
-                encoded = read_media(file)
-                header = read_header(encoded)
-            if header.deep and self.deep_images == "reject":
-                raise RejectError("deep_image", "more than 8 bits a channel (--deep_images)")
-            if how is Images.DECODE:
-                check_pixels(encoded)
-            if header.deep and self.deep_images == "scale" and encoded:
-                encoded = scale_deep(encoded)
-            columns, rows = self.tiling.grid(header.width, header.height, images, max_tiles)
-        except RejectError as error:
-            raise RejectError(error.reason, f"{file.path}: {error.detail}") from None
-        except RemoteError as error:
-            raise RejectError("unreachable", str(error)) from None
-        except OSError as error:
-            raise RejectError("missing_image", f"{file.path}: {error.strerror or error}") from None
-        except ValueError as error:
-            raise RejectError("unreadable_image", f"{file.path}: {error}") from None
-        keep.check_image(header.width, header.height)
-        return Image(
-            encoded=encoded if how is Images.LOAD else b"",
-            width=header.width,
-            height=header.height,
-            columns=columns,
-            rows=rows,
-            tiles=self.tiling.count(columns, rows, images),
-            name=file.path,
-            deep=header.deep,
-        )
-
-    def _clip(self, video: Video, how: Images, rng: np.random.Generator) -> Clip:
-        """Return the chosen frames of a video."""
-        if not self.tiling.takes_frames:
-            told = f"a video, but --tiling {self.tiling.mode} takes images alone"
-            raise RejectError("unsupported", told)
-        choose = partial(self.frames.choose, clip=video.clip, rng=rng)
-        try:
-            if how is Images.HEADER:
-                frames = unread_frames(video.file, choose, self.tiling)
-            else:
-                load_decoders()
-                frames = read_frames(video.file, choose, self.tiling)
-            for number, frame in enumerate(frames if how is Images.DECODE else ()):
-                check_pixels(frame.encoded)
-                frames[number] = dataclasses.replace(frame, encoded=b"")
-            name = video.file.path
-            images = frames_as_images(frames, name, self.tiling, with_times=self.with_times)
-        except RemoteError as error:
-            raise RejectError("unreachable", str(error)) from None
-        except OSError as error:
-            raise RejectError(
-                "missing_video", f"{video.file.path}: {error.strerror or error}"
-            ) from None
-        except RejectError as error:
-            raise RejectError(error.reason, f"{video.file.path}: {error.detail}") from None
-        except ValueError as error:
-            raise RejectError("unreadable_video", f"{video.file.path}: {error}") from None
-        return Clip(images, [frame.seconds for frame in frames])
 
 
 def reject(raw: RawRecord, annotations: Annotations, source: int, error: RejectError) -> Reject:

@@ -19,7 +19,8 @@ from typing import Literal, TypeVar
 
 from megavlm.data.images.frame_sampling import FrameChoice
 from megavlm.data.images.tiling import Tiling
-from megavlm.data.packing.encode import DeepImages, Encoder
+from megavlm.data.packing.encode import Encoder
+from megavlm.data.packing.media import DeepImages
 from megavlm.data.packing.windows import Windows
 from megavlm.data.text.chat_tokens import ChatTemplate
 from megavlm.data.text.tokenizer import load_tokenizer

@@ -18,7 +18,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megavlm.data.packing.encode import Images
 from megavlm.data.packing.executors import EncoderSettings, build_encoder, ordered_map
 from megavlm.data.packing.job_tokenizers import (
     TOKENIZER_NAME,
@@ -28,6 +27,7 @@ from megavlm.data.packing.job_tokenizers import (
     load_qformer,
     save_both,
 )
+from megavlm.data.packing.media import Images
 from megavlm.data.packing.plan import PackPlan, Samples, gather_samples, plan_packs
 from megavlm.data.packing.reject_limit import (
     check_scan,

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megavlm.data.packing.encode import Images
 from megavlm.data.packing.executors import EncoderSettings, Executor, build_encoder, ordered_map
 from megavlm.data.packing.file_ranges import FileToCut, cut_files
 from megavlm.data.packing.job_state import reject_lines, save_state
+from megavlm.data.packing.media import Images
 from megavlm.data.packing.repeats import MOST_SAMPLES
 from megavlm.data.packing.scan_state import (
     MOST_UNREAD_KEYS,

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megavlm.data.packing.encode import Images
 from megavlm.data.packing.executors import EncoderSettings, Executor, ordered_map
 from megavlm.data.packing.job_state import save_state
+from megavlm.data.packing.media import Images
 from megavlm.data.packing.scan import ScanTask, measure
 from megavlm.data.packing.scan_state import (
     STATE_NAME,

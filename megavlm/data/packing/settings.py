@@ -12,8 +12,8 @@ from megavlm.data.images.feature_layout import feature_layout
 from megavlm.data.images.frame_sampling import FrameChoice
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.packing.difficulty import MOST_LEVELS
-from megavlm.data.packing.encode import DeepImages
 from megavlm.data.packing.executors import Executor
+from megavlm.data.packing.media import DeepImages
 from megavlm.data.packing.windows import Windows
 from megavlm.data.packing.work_folder import partial_of, refuse_filled
 from megavlm.data.records.filters import check_scores

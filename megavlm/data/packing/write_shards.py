@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from megavlm.data.images.decode import check_pixels
-from megavlm.data.packing.encode import Images, reject
+from megavlm.data.packing.encode import reject
 from megavlm.data.packing.executors import EncoderSettings, build_encoder
+from megavlm.data.packing.media import Images
 from megavlm.data.packing.source_list import SourceList
 from megavlm.data.records.raw_record import RawRecord
 from megavlm.data.records.readers import open_reader

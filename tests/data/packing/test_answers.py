@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tokenizers.normalizers import NFC
 
-from megavlm.data.packing.encode import Images
+from megavlm.data.packing.media import Images
 from megavlm.data.records.filters import Filter
 from megavlm.data.records.meta_file import Annotations
 from megavlm.data.records.parse import parse_record

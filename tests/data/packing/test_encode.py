@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from megavlm.data.images.tiling import Tiling
-from megavlm.data.packing.encode import ALL, Encoder, Images, Size
+from megavlm.data.packing.encode import ALL, Encoder, Size
+from megavlm.data.packing.media import Images
 from megavlm.data.records.filters import Filter
 from megavlm.data.records.meta_file import Annotations
 from megavlm.data.records.raw_record import RawRecord

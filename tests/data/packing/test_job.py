@@ -18,8 +18,9 @@ import pytest
 from PIL import Image
 
 from megavlm.data.images.tiling import Tiling
-from megavlm.data.packing.encode import Encoder, Images
+from megavlm.data.packing.encode import Encoder
 from megavlm.data.packing.job import Job, pack_dataset
+from megavlm.data.packing.media import Images
 from megavlm.data.packing.plan import plan_packs
 from megavlm.data.records.meta_file import Annotations, single_source
 from megavlm.data.records.readers import open_reader
