@@ -25,8 +25,8 @@ FRAME_TILES = (128, 768)
 """Fewest and most tiles of a frame of a video, in qwen-vl-utils."""
 VIDEO_SHARE = 0.9
 """Share of a pack that a video fills at most, likewise."""
-LEAST_CAP = 1.05
-"""How many times its fewest pixels a frame has, if a video has too many frames; likewise."""
+# How many times its fewest pixels a frame has, if a video has too many frames; likewise.
+_LEAST_CAP = 1.05
 # Of which the longer side has so many times the pixels of the shorter.
 LONGEST_SHAPE = 200
 
@@ -91,5 +91,5 @@ def frame_grid(
         pixels: bounds.
     """
     share = pixels.total * PAIR // (-(-frames // PAIR) * PAIR)
-    most = max(min(pixels.most, share), int(pixels.least * LEAST_CAP))
+    most = max(min(pixels.most, share), int(pixels.least * _LEAST_CAP))
     return native_grid(width, height, tile_size, pixels.least, most)

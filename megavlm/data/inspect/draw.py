@@ -156,11 +156,12 @@ def pictures(dataset: PackedDataset, pack: Pack) -> list[np.ndarray]:
     if dataset.manifest.tiling not in ANY_SIZE:
         return list(decoder.decode(pack, shown, 0, 0).transpose(0, 2, 3, 1))
     images = pack.images[:TILES_SHOWN]
-    tiles = decoder.decode(pack, np.arange(images["tiles"].sum()), 0, 0)
     found = []
     for image, end in zip(images, np.cumsum(images["tiles"]), strict=True):
         columns, rows = (int(image[name]) for name in ("columns", "rows"))
-        grid = tiles[end - columns * rows : end].reshape(rows, columns, *tiles.shape[1:])
+        numbers = np.arange(end - columns * rows, end)
+        tiles = decoder.decode(pack, numbers, 0, 0, second_frames=image["tiles"] == 0)
+        grid = tiles.reshape(rows, columns, *tiles.shape[1:])
         side = tiles.shape[-1]
         whole = grid.transpose(0, 3, 1, 4, 2).reshape(rows * side, columns * side, 3)
         found.append(whole)

@@ -224,6 +224,43 @@ def folder_with_bounds(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
+    ("recipe", "given", "bounds", "frames"),
+    [
+        ("qwen2_vl", [], (100352, 602112, 5780275), (4, 768, 2, "fps2")),
+        ("qwen2_5_vl", ["--capacity", "32768"], (100352, 602112, 23121100), (4, 768, 2, "fps2")),
+        ("qwen3_vl", [], (1024, 786432, 7549747), (4, 768, 2, "fps2")),
+        (
+            "qwen2_5_vl",
+            ["--video_min_pixels", "9", "--video_max_pixels", "999", "--video_total_pixels", "784"],
+            (9, 999, 784),
+            (4, 768, 2, "fps2"),
+        ),
+        (
+            "qwen3_vl",
+            ["--min_frames", "6", "--max_frames", "8", "--frame_sampling", "middle"],
+            (1024, 786432, 7549747),
+            (6, 8, 2, "middle"),
+        ),
+        ("internvl", [], (0, 0, 0), (8, 32, 1, "rand")),
+        ("internvl", ["--frame_sampling", "fps1"], (0, 0, 0), (1, 32, 1, "fps1")),
+    ],
+)
+def test_videos_have_the_bounds_of_the_recipe(
+    data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: str,
+    given: list[str],
+    bounds: tuple[int, int, int],
+    frames: tuple,
+) -> None:
+    of_recipe = [] if recipe == "internvl" else ["--recipe", recipe, "--stage", "1"]
+    job = asked_job(data, monkeypatch, *of_recipe, *given)
+    assert job.tiling.video == VideoPixels(least=bounds[0], most=bounds[1], total=bounds[2])
+    choice = job.frames
+    assert (choice.least, choice.max_frames, choice.multiple, choice.sampling) == frames
+
+
+@pytest.mark.parametrize(
     ("given", "bounds"),
     [
         ([], (1024, 8192)),
@@ -282,6 +319,13 @@ def test_a_bound_that_the_model_crosses_is_told_with_the_file_of_the_other(
             ["--tiling", "stretch"],
             "--min_pixels 1568, --max_pixels 31360: goes with --tiling native; leave it out",
         ),
+        (
+            ["--video_min_pixels", "790", "--video_max_pixels", "786"],
+            "--video_min_pixels 790, --video_max_pixels 786 and .* must be 1 <= min <= max",
+        ),
+        (["--video_max_pixels", "783", "--video_min_pixels", "9"], "max from 784, the pixels of"),
+        (["--video_total_pixels", "783"], "total must be 784 or more, the pixels of one tile"),
+        (["--min_frames", "9", "--max_frames", "8"], "--min_frames 9 and --max_frames 8: must be"),
         (["--max_tiles", "4"], "--max_tiles 4: goes with --tiling dynamic"),
         (["--no_thumbnail"], "--no_thumbnail: goes with --tiling dynamic"),
         (
@@ -300,6 +344,16 @@ def test_settings_that_do_not_go_together_are_refused(
         pack(data, *options)
 
 
+def test_bounds_of_videos_go_with_images_of_any_size_alone(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ["--jsonl", str(data / "records.jsonl"), "--tokenizer", str(data / "words")]
+    asked = ["--video_min_pixels", "784", "--video_total_pixels", "7840", "--out", str(data / "x")]
+    assert run_tool(*files, *asked, tool="pack_dataset") == 2
+    told = "--video_min_pixels 784, --video_total_pixels 7840: goes with --tiling native; leave it"
+    assert told in capsys.readouterr().err
+
+
 def test_what_no_pack_can_hold_names_the_option_that_makes_images_smaller(data: Path) -> None:
     packs = pack(data, "--tile_cap", "36", "--max_rejects", "0.2")
     assert packs.manifest.rejects == {"too_many_tiles": 1}
@@ -316,16 +370,6 @@ def test_a_strip_is_rejected_with_its_size(data: Path) -> None:
     assert detail.startswith(f"{data / '2.png'}: an image of 201 x 1 pixels")
     Image.new("RGB", (200, 1)).save(data / "2.png")
     assert pack(data, out="again").manifest.rejects == {}
-
-
-def test_a_video_is_rejected(data: Path) -> None:
-    turns = [{"from": "human", "value": "<video>\nwhat"}, {"from": "gpt", "value": "a"}]
-    with open(data / "records.jsonl", "a") as file:
-        file.write("\n" + json.dumps({"video": "0.png", "conversations": turns}))
-    packs = pack(data, "--max_rejects", "0.5")
-    assert packs.manifest.rejects == {"unsupported": 1}
-    [reject] = (data / "packs/rejects.jsonl").read_text().splitlines()
-    assert "a video, but --tiling native takes images alone" in reject
 
 
 def test_a_limit_of_tiles_that_has_no_effect_is_told(
