@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone needs no
 
 from megavlm.config.recipes import RECIPES
 from tools.benchmark import report, runner
-from tools.benchmark.cases import all_cases, chosen, smoke_cases
+from tools.benchmark.cases import Case, all_cases, chosen, smoke_cases
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -107,11 +107,25 @@ def main(arguments: list[str] | None = None) -> int:
     if args.dry_run:
         print(report.plan(cases, args.memory_gib))
         return 0
-    from tools.benchmark.packs import (
-        REAL,
-        SMOKE,
-        make_packs,
-    )  # only now: --dry_run needs no tokenizer and no torch
+    rows = measure_all(cases, args, began)
+    print(
+        f"\n{report.header()}\n"
+        + "\n".join(map(report.line, rows))
+        + f"\n\n{report.comparisons(rows)}"
+    )
+    return 0 if any(not row["error"] for row in rows) else 1
+
+
+def measure_all(cases: list[Case], args: argparse.Namespace, began: float) -> list[dict]:
+    """Measure cases, print and write each row as soon as it is there, and return all.
+
+    Args:
+        cases: what is measured.
+        args: the command line.
+        began: when, as ``time.monotonic`` tells.
+    """
+    # Only now: --dry_run needs no tokenizer and no torch.
+    from tools.benchmark.packs import REAL, SMOKE, make_packs
 
     sizes = SMOKE if args.smoke else REAL
     sizes = dataclasses.replace(
@@ -119,44 +133,33 @@ def main(arguments: list[str] | None = None) -> int:
         capacity=args.capacity or sizes.capacity,
         tile_cap=args.tile_cap or sizes.tile_cap,
     )
+    settings = runner.Settings(
+        packs=sizes.packs,
+        workers=args.workers,
+        steps_s=args.steps_s,
+        peak_tflops=args.peak_tflops,
+        memory_gib=args.memory_gib or (None if args.smoke else runner.device_memory_gib()),
+    )
     rows = []
+    where = runner.facts()
+    print(json.dumps(where), flush=True)
     with tempfile.TemporaryDirectory(prefix="megavlm-benchmark-") as folder:
-        packs = {}
+        packs: dict[str, Path] = {}
         for case in cases:
             if case.packs not in packs:
                 place = Path(folder) / case.packs
                 (template, *_) = RECIPES[case.recipe].template
-                packs[case.packs] = make_packs(place, case.architecture, sizes, template=template)
-        settings = runner.Settings(
-            packs=sizes.packs,
-            workers=args.workers,
-            steps_s=args.steps_s,
-            peak_tflops=args.peak_tflops,
-            memory_gib=args.memory_gib or (None if args.smoke else runner.device_memory_gib()),
-        )
-        folders = {name: Path(each.folder) for name, each in packs.items()}
-        where = runner.facts()
-        print(
-            json.dumps(where),
-            *(f"{name}: {each.manifest.totals}" for name, each in packs.items()),
-            f"{time.monotonic() - began:.1f} s to make\n{report.header()}",
-            sep="\n",
-            flush=True,
-        )
-        for row in runner.run_all(
-            cases, folders, Path(folder), settings, began + args.time_limit_s
-        ):
+                made = make_packs(place, case.architecture, sizes, template=template)
+                packs[case.packs] = Path(made.folder)
+                print(f"{case.packs}: {made.manifest.totals}")
+        print(f"{time.monotonic() - began:.1f} s to make\n{report.header()}", flush=True)
+        for row in runner.run_all(cases, packs, Path(folder), settings, began + args.time_limit_s):
             rows.append(row | where)
             print("\n".join(filter(None, (report.line(row), report.kernels(row)))), flush=True)
             if args.json:
                 args.json.parent.mkdir(parents=True, exist_ok=True)
                 args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    print(
-        f"\n{report.header()}\n"
-        + "\n".join(map(report.line, rows))
-        + f"\n\n{report.comparisons(rows)}"
-    )
-    return 0 if any(not row["error"] for row in rows) else 1
+    return rows
 
 
 if __name__ == "__main__":

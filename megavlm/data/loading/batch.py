@@ -190,6 +190,10 @@ class Images(_Tensors):
     pairs: torch.Tensor | None = None
     second_frames: torch.Tensor | None = None
 
+    def with_second_frames(self, pixels: np.ndarray) -> Images:
+        """Return them with the second frames of tiles, uint8 [V, 3, S, S]."""
+        return dataclasses.replace(self, second_frames=torch.from_numpy(pixels))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchOptions:

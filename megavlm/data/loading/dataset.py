@@ -6,12 +6,10 @@ Shapes: T tokens of the pack (its capacity), t tokens stored, N samples, I tiles
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from megavlm.data.images.feature_layout import FeatureLayout, feature_layout, in_text_order
 from megavlm.data.loading.batch import AS_PACKED, Batch, BatchOptions, Media
@@ -190,12 +188,12 @@ class PackedDataset:
             share = share_images(self.folder, pack, manifest, options)
             chosen = share.tiles
             images = share.images
-            if options.with_tiles and images.pairs is not None:
-                pairs = chosen[images.pairs.numpy()]
-                seconds = self._decoder.decode(
-                    pack, pairs, options.seed, position, second_frames=True
+            if options.with_tiles and share.pairs is not None:
+                images = images.with_second_frames(
+                    self._decoder.decode(
+                        pack, share.pairs, options.seed, position, second_frames=True
+                    )
                 )
-                images = replace(images, second_frames=torch.from_numpy(seconds))
         decoded = chosen if options.with_tiles else chosen[:0]
         return Batch.of(
             tokens=on_rank(pack.tokens.astype(np.int64), manifest.pad_token_id),

@@ -35,12 +35,14 @@ class Share(NamedTuple):
 
     Args:
         tiles: int64 [I], index of each tile in the pack; for padding those behind its last.
+        pairs: int64 [V], those of them that show two frames of a video; none: no tile does.
         features: int64 [tiles of the pack], where each of them stands among all ranks' tiles, one
             rank after the other.
         images: where the rank's tiles stand in their images.
     """
 
     tiles: np.ndarray
+    pairs: np.ndarray | None
     features: np.ndarray
     images: Images
 
@@ -79,11 +81,12 @@ def share_images(
     numbers = ranks[own.tile_rank]
     tiles = [firsts[number] + orders[number].tiles for number in numbers]
     padding = count - sum(map(len, tiles))
-    show_pairs = np.repeat(are_pairs[numbers], list(map(len, tiles)))
+    of_pairs = np.flatnonzero(np.repeat(are_pairs[numbers], list(map(len, tiles))))
     tiles.append(np.arange(firsts[-1], firsts[-1] + padding))
     orders = [*(orders[number] for number in numbers), *[_PADDING] * padding]
-    where = _images(orders, options, np.flatnonzero(show_pairs))
-    return Share(np.concatenate(tiles), features, where)
+    own_tiles = np.concatenate(tiles)
+    pairs = own_tiles[of_pairs] if len(of_pairs) else None
+    return Share(own_tiles, pairs, features, _images(orders, options, of_pairs))
 
 
 def second_frames(pack: Pack) -> np.ndarray:

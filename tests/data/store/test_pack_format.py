@@ -355,10 +355,12 @@ def test_packs_of_older_versions_are_read(stored, tmp_path, version: int, size: 
     ]
     store_packs(tmp_path / "new", packs, MANIFEST, shard_bytes=4000)
     write_older(tmp_path / "old", packs, FORMS[version])
-    new, old = Reader(tmp_path / "new"), Reader(tmp_path / "old")
+    new = Reader(tmp_path / "new")
+    old = Reader(tmp_path / "old")
     assert FORMS[version].record.itemsize == size and old.check() == len(packs)
     ids = np.arange(len(packs))
-    rows, read = new.index[ids], old.index[ids]
+    rows = new.index[ids]
+    read = old.index[ids]
     assert rows["squared_tiles"].any() and read["squared_tiles"].any() == (version > 3)
     # Blocks are of other sizes.
     for name in set(RECORD.names) - {"squared_tiles", "offset", "bytes", "crc_tokens"}:
@@ -366,7 +368,8 @@ def test_packs_of_older_versions_are_read(stored, tmp_path, version: int, size: 
     assert not old.index["instructions"].any() and old.index["tokens"].sum() > 0
     frames = 0
     for pack_id in range(len(packs)):
-        ours, theirs = new.read(pack_id), old.read(pack_id)
+        ours = new.read(pack_id)
+        theirs = old.read(pack_id)
         assert np.array_equal(ours.tokens, theirs.tokens) and not len(theirs.instructions)
         assert np.array_equal(ours.images, theirs.images)
         assert np.array_equal(ours.encoded, theirs.encoded)
