@@ -25,6 +25,7 @@ class Image:
         interval: of such a frame: seconds from a pair of frames to the next.
         name: of the file, for messages; not stored.
         deep: whether the file has more than 8 bits a channel; not stored.
+        turned: whether EXIF says that its pixels are not stored upright; not stored.
     """
 
     encoded: bytes
@@ -37,6 +38,7 @@ class Image:
     interval: float = 0.0
     name: str = ""
     deep: bool = False
+    turned: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

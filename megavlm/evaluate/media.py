@@ -109,7 +109,7 @@ def media_of(question: Question, tiling: Tiling, where: str, *, with_times: bool
 def image_of(path: Path, tiling: Tiling, images: int, where: str) -> Image:
     """Return an image as its header describes it, without its content."""
     try:
-        width, height = read_size(path)
+        width, height = read_size(path, tiling.exif_rotation)
     except (OSError, ValueError) as error:
         raise ValueError(f"--eval.tasks {where}: {path}: {error}") from None
     columns, rows = tiling.grid(width, height, images=images)

@@ -346,4 +346,5 @@ def tiling_of(manifest: Manifest) -> Tiling:
         max_pixels=manifest.max_pixels,
         video=manifest.video,
         grids=manifest.grids,
+        exif_rotation=manifest.exif_rotation,
     )

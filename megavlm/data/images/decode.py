@@ -2,10 +2,11 @@
 
 Pixels are those of InternVL: converted to RGB, resized to the grid with bicubic interpolation, or
 bilinear for encoders that were pretrained so (the shape is not kept), cut row by row, the thumbnail
-last; a rotation noted in EXIF is not applied, and transparency is dropped unless it is to be shown
-on white, as Qwen2-VL has it. Resizing is along rows first, then along columns, as
-in all Pillow up to version 12; later ones choose the order for each image, which changes a few
-pixels by a few levels. Unlike there, a truncated file is an error, not a picture that ends in grey.
+last; a rotation noted in EXIF is not applied unless that is asked for, and transparency is dropped
+unless it is to be shown on white, as Qwen2-VL has it. Resizing is along rows first, then along
+columns, as in all Pillow up to version 12; later ones choose the order for each image, which
+changes a few pixels by a few levels. Unlike there, a truncated file is an error, not a picture that
+ends in grey.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from PIL import ExifTags, PngImagePlugin, UnidentifiedImageError
 from PIL import Image as PillowImage
-from PIL import PngImagePlugin, UnidentifiedImageError
 
 from megavlm.config.vision import RESAMPLES
 from megavlm.data.images.jpeg import decode_jpeg, is_whole, load_jpeg_decoder, plain_size
@@ -35,6 +36,23 @@ MAX_TEXT_BYTES = 2**26
 # Of a file that is open, in which the size is looked for first.
 HEAD_BYTES = 2**13
 PngImagePlugin.MAX_TEXT_CHUNK = MAX_TEXT_BYTES
+_Turn = PillowImage.Transpose
+# By the value of EXIF's orientation: how an image is turned to be upright.
+_TURNS = {
+    2: _Turn.FLIP_LEFT_RIGHT,
+    3: _Turn.ROTATE_180,
+    4: _Turn.FLIP_TOP_BOTTOM,
+    5: _Turn.TRANSPOSE,
+    6: _Turn.ROTATE_270,
+    7: _Turn.TRANSVERSE,
+    8: _Turn.ROTATE_90,
+}
+# Those that exchange width and height.
+_ON_ITS_SIDE = (_Turn.TRANSPOSE, _Turn.ROTATE_270, _Turn.TRANSVERSE, _Turn.ROTATE_90)
+# Formats whose orientation Pillow leaves to others; it turns a TIFF itself.
+_TURNED_FORMATS = ("JPEG", "MPO", "PNG", "WEBP")
+# One of them stands in a JPEG file that has an orientation, in EXIF or XMP.
+_SIGNS_OF_TURNS = (b"Exif\0\0", b"tiff:Orientation")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,18 +64,21 @@ class Header:
         height: in pixels.
         deep: whether Pillow opens it with more than 8 bits a channel (grey of 16 or 32 bits, or
             float), which a conversion to RGB clips to 0 ... 255.
+        turned: whether EXIF says that the pixels are not stored upright.
     """
 
     width: int
     height: int
     deep: bool
+    turned: bool = False
 
 
-def read_header(source: bytes | Path | BinaryIO) -> Header:
+def read_header(source: bytes | Path | BinaryIO, upright: bool = False) -> Header:
     """Read the header of an image file.
 
     Args:
         source: content of the file, its path, or the opened file.
+        upright: as for ``decode_pixels``; width and height are those of what it gives.
 
     Raises:
         FileNotFoundError: there is no such file (another OSError if the path may not be read).
@@ -65,17 +86,39 @@ def read_header(source: bytes | Path | BinaryIO) -> Header:
     """
     if isinstance(source, Path):
         with open(source, "rb") as file:
-            return read_header(file)
+            return read_header(file, upright)
     head = source if isinstance(source, bytes) else source.read(HEAD_BYTES)
     if not head:
         raise ValueError("not a readable image: the file is empty")
     size = plain_size(head)
-    if size and size[0] * size[1] <= MAX_PIXELS:
+    if size and size[0] * size[1] <= MAX_PIXELS and not _may_be_turned(head):
         return Header(width=size[0], height=size[1], deep=False)
     if not isinstance(source, bytes):
         source.seek(-len(head), io.SEEK_CUR)
     image = open_image(io.BytesIO(source) if isinstance(source, bytes) else source)
-    return Header(width=image.width, height=image.height, deep=_is_deep(image))
+    turn = _turn_of(image)
+    width, height = image.size
+    if upright and turn in _ON_ITS_SIDE:
+        width, height = height, width
+    return Header(width=width, height=height, deep=_is_deep(image), turned=turn is not None)
+
+
+def _may_be_turned(encoded: bytes) -> bool:
+    """Whether a JPEG file, all of whose header is known, may have an orientation."""
+    return any(sign in encoded for sign in _SIGNS_OF_TURNS)
+
+
+def _turn_of(image: PillowImage.Image) -> PillowImage.Transpose | None:
+    """Return how an image is turned to be upright; None: it is, or nothing is known."""
+    if image.format not in _TURNED_FORMATS:
+        return None
+    # Pillow would read all pixels of a PNG to find what stands behind them.
+    if image.format == "PNG" and not {"exif", "xmp", "XML:com.adobe.xmp"} & image.info.keys():
+        return None
+    try:
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # Pillow raises errors of many kinds for damaged EXIF
+        return None
 
 
 def _is_deep(image: PillowImage.Image) -> bool:
@@ -83,11 +126,11 @@ def _is_deep(image: PillowImage.Image) -> bool:
     return image.mode[0] in "IF"
 
 
-def read_size(source: bytes | Path | BinaryIO) -> tuple[int, int]:
+def read_size(source: bytes | Path | BinaryIO, upright: bool = False) -> tuple[int, int]:
     """Return width and height in pixels from the header of an image file; arguments and errors as
     in ``read_header``.
     """
-    header = read_header(source)
+    header = read_header(source, upright)
     return header.width, header.height
 
 
@@ -117,7 +160,8 @@ def scale_deep(encoded: bytes) -> bytes:
         high = 1.0
     scaled = (values - low) * (255 / max(high - low, 1e-9))
     file = io.BytesIO()
-    PillowImage.fromarray(np.rint(scaled).astype(np.uint8)).save(file, "PNG")
+    kept = {name: image.info[name] for name in ("exif",) if name in image.info}
+    PillowImage.fromarray(np.rint(scaled).astype(np.uint8)).save(file, "PNG", **kept)
     return file.getvalue()
 
 
@@ -130,6 +174,7 @@ def decode_tiles(
     out: np.ndarray | None = None,
     resample: str = "bicubic",
     on_white: bool = False,
+    upright: bool = False,
 ) -> np.ndarray:
     """Decode the tiles of an image, uint8 [I, 3, S, S]: row by row, then the thumbnail if the grid
     has more than one tile.
@@ -142,25 +187,32 @@ def decode_tiles(
         thumbnail: whether a grid of several tiles is followed by the whole image as one tile.
         out: where the tiles go; None: a new array.
         resample: how the image is resized, ``bicubic`` or ``bilinear``.
-        on_white: as for ``decode_pixels``.
+        on_white, upright: as for ``decode_pixels``.
 
     Raises:
         ValueError: the image cannot be decoded, with the reason, or ``out`` has another shape.
     """
-    pixels = decode_pixels(encoded, on_white)
+    pixels = decode_pixels(encoded, on_white, upright)
     return cut_tiles(pixels, columns, rows, tile_size, thumbnail, out, resample)
 
 
-def decode_pixels(encoded: bytes, on_white: bool = False) -> np.ndarray:
+def decode_pixels(encoded: bytes, on_white: bool = False, upright: bool = False) -> np.ndarray:
     """Decode the pixels of an image as RGB, uint8 [height, width, 3]; raise ValueError if that
     fails.
 
     Args:
         encoded: content of the image file.
         on_white: whether what is transparent shows white; otherwise the colours below it.
+        upright: whether the image is turned as its EXIF says, as transformers' ``load_image`` does.
     """
     pixels = decode_jpeg(encoded, MAX_PIXELS)
-    return np.asarray(_decode(encoded, on_white)) if pixels is None else pixels
+    is_plain = pixels is not None and not _may_be_turned(encoded)
+    if pixels is None:
+        pixels = np.asarray(_decode(encoded, on_white))
+    if not upright or is_plain:
+        return pixels
+    turn = _turn_of(open_image(io.BytesIO(encoded)))
+    return pixels if turn is None else np.asarray(PillowImage.fromarray(pixels).transpose(turn))
 
 
 def cut_tiles(

@@ -65,6 +65,7 @@ class Tiling:
         max_pixels: for ``native``: most pixels of all tiles of an image.
         video: for ``native``: bounds of the frames of a video; nothing: those of qwen-vl-utils.
         grids: for ``anyres`` and ``anyres_max_9``: the grids that images may have.
+        exif_rotation: whether images are turned as their EXIF says.
     """
 
     tile_size: int
@@ -79,6 +80,7 @@ class Tiling:
     max_pixels: int = QWEN2_VL_PIXELS[1]
     video: VideoPixels = UNBOUNDED
     grids: tuple[Grid, ...] = LLAVA_GRIDS
+    exif_rotation: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.tile_size <= MOST_PIXELS:

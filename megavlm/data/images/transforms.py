@@ -28,6 +28,7 @@ def decode_changed(
     out: np.ndarray | None = None,
     resample: str = "bicubic",
     on_white: bool = False,
+    upright: bool = False,
 ) -> np.ndarray:
     """Decode the changed tiles of an image, as ``decode.decode_tiles``, uint8 [I, 3, S, S].
 
@@ -38,13 +39,13 @@ def decode_changed(
         cut: makes the tiles of the changed image, in an array if there is one; None: the image is
             resized to the grid.
         change: what else happens to it.
-        out, resample, on_white: as for ``decode.decode_tiles``.
+        out, resample, on_white, upright: as for ``decode.decode_tiles``.
 
     Raises:
         ValueError: the image cannot be decoded, with the reason.
     """
     change = change or Change()
-    image = PillowImage.fromarray(decode_pixels(encoded, on_white))
+    image = PillowImage.fromarray(decode_pixels(encoded, on_white, upright))
     image = _changed(image, change)
     if pad_colour is not None:
         image = to_square(image, pad_colour)

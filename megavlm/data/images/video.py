@@ -88,7 +88,7 @@ def unread_frames(
     chosen = choose(times)
     size = (0, 0)
     if tiling.pairs_frames and len(chosen):
-        size = _frame_size(file, chosen[0])
+        size = _frame_size(file, chosen[0], tiling)
     return [
         Frame(encoded=b"", width=size[0], height=size[1], seconds=times[number])
         for number in chosen
@@ -111,7 +111,7 @@ def read_frames(file: MediaFile, choose: Choose, tiling: Tiling) -> list[Frame]:
     if _is_folder(file):
         files = _frame_files(file)
         chosen = choose(_folder_times(files))
-        frames = [_stored(files[number], float(number)) for number in chosen]
+        frames = [_stored(files[number], float(number), tiling) for number in chosen]
         _check_sizes(tiling, ((frame.width, frame.height) for frame in frames))
         return frames
     if _is_animation(file):
@@ -171,10 +171,10 @@ def frames_as_images(
     return tuple(images)
 
 
-def _frame_size(file: MediaFile, number: int) -> tuple[int, int]:
+def _frame_size(file: MediaFile, number: int, tiling: Tiling) -> tuple[int, int]:
     """Return width and height of a frame in pixels; of a video all frames have one size."""
     if _is_folder(file):
-        frame = _stored(_frame_files(file)[number], 0.0)
+        frame = _stored(_frame_files(file)[number], 0.0, tiling)
         return frame.width, frame.height
     if _is_animation(file):
         with open_media(file) as opened:
@@ -191,11 +191,11 @@ def _check_sizes(tiling: Tiling, sizes: Iterable[tuple[int, int]]) -> None:
         raise ValueError(f"its frames have different sizes in pixels: {told}")
 
 
-def _stored(path: Path, seconds: float) -> Frame:
+def _stored(path: Path, seconds: float, tiling: Tiling) -> Frame:
     """Return a frame that is an image file; errors name it."""
     try:
         encoded = read_media(MediaFile(path=str(path)))
-        width, height = read_size(encoded)
+        width, height = read_size(encoded, tiling.exif_rotation)
     except OSError as error:
         raise OSError(error.errno, f"{path.name}: {error.strerror}") from None
     except ValueError as error:

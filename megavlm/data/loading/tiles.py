@@ -50,6 +50,7 @@ class TileDecoder:
         self.has_grids = mode in WITH_GRIDS
         self.cut = {"patches": self._patches}.get(mode, self._fitted if self.has_grids else None)
         self.on_white = mode == "native"
+        self.upright = manifest.exif_rotation
         # Whether an image is only resized to its grid.
         self.is_plain = mode in ("dynamic", "stretch", "native")
 
@@ -123,8 +124,8 @@ class TileDecoder:
         if (self.is_plain or is_frame) and not operations:
             encoded = pack.image(index)
             resample = self.manifest.resample
-            grid = columns, rows
-            decode_tiles(encoded, *grid, size, has_thumbnail, room, resample, self.on_white)
+            shown = self.on_white, self.upright
+            decode_tiles(encoded, columns, rows, size, has_thumbnail, room, resample, *shown)
             return
         width = int(row["width"])
         height = int(row["height"])
@@ -156,6 +157,7 @@ class TileDecoder:
             out=room,
             resample=self.manifest.resample,
             on_white=self.on_white,
+            upright=self.upright,
         )
 
     def _patches(

@@ -84,6 +84,7 @@ def make_job(
             or USUAL_GRIDS.get(args.tiling, LLAVA_GRIDS),
             **_of_dynamic_tiling(args),
             **_pixels(args, stated, model.vision.family),
+            exif_rotation=args.exif_rotation,
             video=_video_pixels(args, stated, model.vision),
         ),
         pixel_std=std,

@@ -155,12 +155,9 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_switches(parser: argparse.ArgumentParser) -> None:
     """Add the options without values, and those of records."""
+    _add_switches_of_images(parser)
     add = parser.add_argument
-    add(
-        "--data_augment",
-        action="store_true",
-        help="allow images of --jsonl to be augmented in training (see --data.augment there)",
-    )
+    add("--dry_run", action="store_true", help="plan and report, without writing packs")
     add(
         "--difficulty",
         metavar="KEY",
@@ -194,6 +191,16 @@ def _add_switches(parser: argparse.ArgumentParser) -> None:
             " min_side=64 or scores=DIR min_score=0.28 (DIR: --out of tools/score_dataset.py)"
         ),
     )
+
+
+def _add_switches_of_images(parser: argparse.ArgumentParser) -> None:
+    """Add the options without values that are about images."""
+    add = parser.add_argument
+    add(
+        "--data_augment",
+        action="store_true",
+        help="allow images of --jsonl to be augmented in training (see --data.augment there)",
+    )
     add(
         "--no_thumbnail",
         action="store_false",
@@ -205,7 +212,11 @@ def _add_switches(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="trust images whose header can be read, instead of checking that each can be decoded",
     )
-    add("--dry_run", action="store_true", help="plan and report, without writing packs")
+    add(
+        "--exif_rotation",
+        action="store_true",
+        help="turn images as their EXIF says, as transformers does when it loads a file",
+    )
     add(
         "--scan_pixels",
         action="store_true",

@@ -205,6 +205,13 @@ def _scan(job: Job, settings: EncoderSettings, folder: Path) -> Scan:
             " clipped to 0 ... 255 (--deep_images scale or reject)",
             file=sys.stderr,
         )
+    turned = sum(source.turned_images for source in scan.sources)
+    if turned and not job.tiling.exif_rotation:
+        print(
+            f"warning: {turned} images are not stored upright, as their EXIF says; training sees"
+            " them as they are stored (--exif_rotation turns them)",
+            file=sys.stderr,
+        )
     return scan
 
 
@@ -343,6 +350,7 @@ def _manifest(
         max_pixels=job.tiling.max_pixels,
         video=job.tiling.video,
         grids=job.tiling.grids if job.tiling.has_grids else (),
+        exif_rotation=job.tiling.exif_rotation,
         pixel_mean=job.tiling.pixel_mean,
         pixel_std=job.pixel_std,
         resample=job.tiling.resample,

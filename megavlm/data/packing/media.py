@@ -99,10 +99,10 @@ class MediaReader:
                 with open_media(file) as opened:
                     if is_remote(file.path):
                         opened.peek(1)  # a store that fails is no image that cannot be read
-                    header = read_header(opened)
+                    header = read_header(opened, self.tiling.exif_rotation)
             else:
                 encoded = read_media(file)
-                header = read_header(encoded)
+                header = read_header(encoded, self.tiling.exif_rotation)
             if header.deep and self.deep_images == "reject":
                 raise RejectError("deep_image", "more than 8 bits a channel (--deep_images)")
             if how is Images.DECODE:
@@ -120,6 +120,7 @@ class MediaReader:
             tiles=self.tiling.count(columns, rows, images),
             name=file.path,
             deep=header.deep,
+            turned=header.turned,
         )
 
     def shown(

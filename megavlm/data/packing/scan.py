@@ -237,6 +237,7 @@ def measure(task: ScanTask) -> Measured:
             if sample.images:
                 counts.images += len(sample.images)
                 counts.deep_images += sum(image.deep for image in sample.images)
+                counts.turned_images += sum(image.turned for image in sample.images)
             rows.append(
                 (
                     raw.offset,

@@ -47,6 +47,7 @@ class SourceCounts:
         records: read.
         images: of the records that can be packed.
         deep_images: of them, those with more than 8 bits a channel.
+        turned_images: of them, those that are not stored upright, as their EXIF says.
         rejects: rejected records for each reason.
         unread: how many records have a key that was not read, for each key.
         tasks: that are done.
@@ -55,6 +56,7 @@ class SourceCounts:
     records: int = 0
     images: int = 0
     deep_images: int = 0
+    turned_images: int = 0
     rejects: dict[str, int] = field(default_factory=dict)
     unread: dict[str, int] = field(default_factory=dict)
     tasks: int = 0
@@ -64,6 +66,7 @@ class SourceCounts:
         self.records += other.records
         self.images += other.images
         self.deep_images += other.deep_images
+        self.turned_images += other.turned_images
         for own, more in ((self.rejects, other.rejects), (self.unread, other.unread)):
             for name, count in more.items():
                 own[name] = own.get(name, 0) + count

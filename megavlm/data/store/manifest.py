@@ -129,6 +129,7 @@ class Manifest:
         video: for native: bounds of the frames of videos.
         grids: for anyres and anyres_max_9: columns and rows of the grids that images may have, the
             first of equals.
+        exif_rotation: whether images are turned as their EXIF says.
         pixel_mean: mean that the model subtracts from each channel, of values in [0, 1].
         pixel_std: value that the model divides each channel by.
         resample: how images are resized to tiles: bicubic or bilinear.
@@ -168,6 +169,7 @@ class Manifest:
     max_pixels: int = 1280 * 28 * 28
     video: VideoPixels = UNBOUNDED
     grids: tuple[tuple[int, int], ...] = ()
+    exif_rotation: bool = False
     pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     resample: str = "bicubic"
