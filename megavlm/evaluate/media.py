@@ -126,7 +126,8 @@ def image_of(path: Path, tiling: Tiling, images: int, where: str) -> Image:
 
 def _clip_of(asked: AskedVideo, tiling: Tiling, where: str) -> Clip:
     """Return what is shown of a video. Of a long one only as much is read as tells that it has
-    enough frames, since every process of a run does this.
+    enough frames, since every process of a run does this; all of it if the text or positions depend
+    on when the frames are.
     """
     video = asked.video
     if not tiling.takes_frames:
@@ -134,7 +135,9 @@ def _clip_of(asked: AskedVideo, tiling: Tiling, where: str) -> Clip:
             f"--eval.tasks {where}: has a video, but the packs are of --tiling {tiling.mode}, which"
             " takes images alone"
         )
-    enough = Enough(frames=asked.frames, seconds=video.clip[1] if video.clip else 0.0)
+    enough = None
+    if not tiling.pairs_frames:
+        enough = Enough(frames=asked.frames, seconds=video.clip[1] if video.clip else 0.0)
     multiple = PAIR if tiling.pairs_frames else 1
     try:
         frames = unread_frames(

@@ -11,7 +11,7 @@ import numpy as np
 from megavlm.data.loading.dataset import PackedDataset
 from megavlm.data.store.manifest import read_manifest
 from megavlm.evaluate.packs import Request, RequestReader, TaskPacks, arrange
-from tests.data.native_packs import native_sample
+from tests.data.native_packs import Clip, native_sample
 from tests.data.samples import make_sample
 
 
@@ -24,7 +24,8 @@ class Endless(TaskPacks):
 
 
 def random_questions(packs: Path, folder: Path, vocab_size: int) -> TaskPacks:
-    """Make questions of unlike lengths with none, one or two images, in the order of packs.
+    """Make questions of unlike lengths with none, one or two images, in the order of packs. Of
+    images of any size the second is a video, behind whose frames the text goes on.
 
     Args:
         packs: dataset whose packs they are to be like.
@@ -32,6 +33,8 @@ def random_questions(packs: Path, folder: Path, vocab_size: int) -> TaskPacks:
         vocab_size: of the model.
     """
     manifest = read_manifest(packs)
+    if manifest.tiling == "native":
+        manifest = replace(manifest, tile_cap=manifest.capacity)
     rng = np.random.default_rng(4)
     sizes = dict(
         vocab_size=vocab_size,
@@ -43,7 +46,7 @@ def random_questions(packs: Path, folder: Path, vocab_size: int) -> TaskPacks:
     requests = []
     for line, (images, words) in enumerate([(1, 9), (0, 3), (2, 12), (0, 70), (1, 33)], start=1):
         if manifest.tiling == "native":
-            shown = ((48, 24), (8, 40))[:images]
+            shown = ((48, 24), Clip(size=(24, 24), frames=7, interval=2.3))[:images]
             of_image = dict(tile_size=manifest.image_size, vocab_size=vocab_size)
             of_image["context_token_id"] = manifest.context_token_id
             sample = native_sample(rng, shown, line=line, words=words, **of_image)

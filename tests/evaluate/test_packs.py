@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megavlm.config.tiling import VideoPixels
 from megavlm.data.images import video
+from megavlm.data.images.decode import decode_pixels
 from megavlm.data.images.tiling import Tiling
 from megavlm.data.images.video import frame_times
 from megavlm.data.loading.dataset import sample_positions
@@ -207,6 +209,32 @@ def test_images_and_frames_come_in_the_order_of_the_text_each_with_its_content(
     assert [media.image_of(white, bounded, count, "").tiles for count in (1, 2)] == [4, 1]
     with pytest.raises(ValueError, match=r"exam.jsonl:1: \S*/a.mp4: no frame between 30 and 31 s"):
         asked("<image><video><image>", 30, **clip)
+
+
+@pytest.mark.parametrize("with_times", [False, True])
+def test_frames_that_are_read_in_pairs_come_with_their_times(
+    tmp_path: Path, with_times: bool
+) -> None:
+    write_video(tmp_path / "a.mp4", 40)  # ten a second
+    row = dict(question="<video>\nWho?", video="a.mp4", frames=5, answer="x")
+    (tmp_path / "exam.jsonl").write_text(json.dumps(row) + "\n")
+    (question,) = read_task(tmp_path / "exam.jsonl").questions
+    bounds = VideoPixels(least=8**2, most=8 * 8**2, total=8 * 8**2)
+    tiling = Tiling(tile_size=8, mode="native", video=bounds)
+    found = media.media_of(question, tiling, "exam.jsonl:1", with_times=with_times)
+    # Four of five frames, since they come in pairs: 4, 14, 24 and 34; eight tiles of two pairs.
+    assert [(one.columns, one.rows, one.tiles) for one in found.images] == [
+        (2, 1, 2),
+        (2, 1, 0),
+    ] * 2
+    assert [one.frames for one in found.images] == ([2, 1, 2, 1] if with_times else [4, 3, 2, 1])
+    assert [one.interval for one in found.images] == pytest.approx([2.0] * 4)
+    text = "<0.9 seconds><image><2.9 seconds><image>" if with_times else "<image>\n"
+    assert found.turns[0].text == f"{text}Who?"
+    loaded = list(media.loaded(found.images, found.clips, tiling))
+    assert [decode_pixels(one.encoded).shape for one in loaded] == [(8, 16, 3)] * 4
+    bright = [decode_pixels(one.encoded).mean() for one in loaded]
+    assert bright == pytest.approx([level(place) for place in (4, 14, 24, 34)], abs=3)
 
 
 def test_an_answer_ends_at_a_special_token(tmp_path: Path) -> None:

@@ -47,6 +47,12 @@ _WATCHING = """
 A video stands in the place of the image as `{"type": "video", "video": frames}`, with its chosen
 frames as a list of images. The tokenizer must have a token for videos: `video_token_index` in
 config.json is not -1."""
+_WATCHING_FILES = """
+
+A video stands in the place of the image as `{"type": "video", "path": "clip.mp4"}`, of which
+PyAV or torchcodec decodes two frames a second. Chosen frames stand there as a list of images,
+`{"type": "video", "video": frames}`, with `processor_kwargs={"do_sample_frames": False}` beside
+`tokenize`."""
 _ORIGINAL = """The folder is in the format of OpenGVLab's `InternVLChatModel`. `auto_map` in
 config.json names the repository with its Python files; `transformers` fetches them if it is told to
 trust remote code."""
@@ -141,10 +147,10 @@ EXAMPLES: dict[Dialect, Example] = {
     "llava_onevision": Example(text=_CHATTING + _OF_VIDEOS + _WATCHING),
     "paligemma": Example(text=_ASKING.format(prompt="<image>What is it?")),
     "fuyu": Example(text=_READING_PATCHES),
-    "qwen2_vl": Example(text=_CHATTING + _OF_VIDEOS),
-    "qwen2_5_vl": Example(text=_CHATTING + _OF_VIDEOS),
-    "qwen3_vl": Example(text=_CHATTING + _OF_VIDEOS),
-    "qwen3_vl_moe": Example(text=_CHATTING + _OF_VIDEOS),
+    "qwen2_vl": Example(text=_CHATTING + _OF_VIDEOS + _WATCHING_FILES),
+    "qwen2_5_vl": Example(text=_CHATTING + _OF_VIDEOS + _WATCHING_FILES),
+    "qwen3_vl": Example(text=_CHATTING + _OF_VIDEOS + _WATCHING_FILES),
+    "qwen3_vl_moe": Example(text=_CHATTING + _OF_VIDEOS + _WATCHING_FILES),
     "clip": _comparing(
         "CLIPModel",
         "True",

@@ -134,7 +134,7 @@ def chat_template(
     return FORMATS[usage.template].hf_template(
         system_message=usage.system_message,
         bos=bool(first_tokens(words)),
-        video=video_token(words) if usage.tiling == BOUNDED else None,
+        video={BOUNDED: video_token(words), "native": QWEN_VIDEO}.get(usage.tiling),
     )
 
 

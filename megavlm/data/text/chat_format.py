@@ -122,7 +122,8 @@ class ChatFormat:
             system_message: replaces the format's own; empty: a conversation without a system turn
                 begins without one.
             bos: whether a text begins with the tokenizer's ``bos_token``.
-            video: token of a video, which stands as an image does; empty or none as in
+            video: token of a video, which stands as an image does, or alone if the processor puts
+                times and tokens around each pair of frames; empty or none as in
                 ``jinja_template``.
         """
         images = self.images
@@ -141,7 +142,7 @@ class ChatFormat:
             last_end=self.last_end and self.last_end + self.closing,
             # A template without questions shows images alone, one behind the other.
             image=before + images.context + after,
-            video=video and before + video + after,
+            video=video if self.times_frames else video and before + video + after,
             strip=self.strip,
             questions=self.questions,
             bos=bos,

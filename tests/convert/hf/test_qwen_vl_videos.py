@@ -7,8 +7,10 @@ import dataclasses
 import random
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -21,8 +23,15 @@ from megavlm.convert.hf.check_files import check_files
 from megavlm.convert.hf.hub_formats import hub_format_of
 from megavlm.convert.hf.json_files import read_json, write_json
 from megavlm.convert.hf.qwen_vl_kinds import QWEN2_VL, QWEN3_VL, Kind
+from megavlm.data.images.feature_layout import feature_layout, sizes_in_text
+from megavlm.data.images.frame_sampling import show_frames
 from megavlm.data.images.native import frame_grid, usual_video_pixels
+from megavlm.data.images.tiling import Tiling
+from megavlm.data.images.video import Frame, frames_as_images
+from megavlm.data.records.record import Turn
+from megavlm.data.text.chat_tokens import ChatTemplate
 from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS, load_tokenizer
+from tests.convert.hf.test_qwen_vl import load_processor
 from tests.convert.part_folders import make_tokenizer
 from tests.convert.qwen_vl_models import SMALL, SMALL_2, SMALL_3, kind_of, make_qwen_vl
 from tests.data.native_packs import write_native
@@ -75,10 +84,54 @@ def test_packs_say_what_an_export_makes_of_videos(
         assert settings["size"] == {"shortest_edge": 64, "longest_edge": 12 * 64}
         assert (settings["min_pixels"], settings["max_pixels"]) == (64, 12 * 64)
         assert settings["max_video_tokens"] == 50  # of which 90% are 45
+    assert '{"type": "video", "path": "clip.mp4"}' in (out / "README.md").read_text()
     # Once more, through a checkpoint that was only imported.
     again = convert.import_(out, tmp_path / "again")
     assert preprocessing.of_checkpoint(again).video == STATED
     assert read_json(convert.export(again, tmp_path / "third") / NAME) == settings
+
+
+@_OF_ALL
+@pytest.mark.parametrize("count", [4, 5])
+def test_prompts_with_videos_are_those_of_the_processor(
+    tmp_path: Path, architecture: Architecture, count: int
+) -> None:
+    source = folder_of(tmp_path, architecture, None)
+    out = convert.export(convert.import_(source, tmp_path / "start"), tmp_path / "out")
+    kind = kind_of(architecture)
+    places = [7 * number for number in range(count)]
+    rate = 7.5
+    frames = [Frame(encoded=b"", width=40, height=24, seconds=place / rate) for place in places]
+    tiling = Tiling(tile_size=8, mode="native", video=STATED)
+    images = frames_as_images(frames, "a.mp4", tiling, with_times=kind.is_third)
+    asked = [Turn(role="human", text="see <video>\nwhat is it")]
+    turns = show_frames(
+        asked, [[frame.seconds for frame in frames]], joined=True, with_times=kind.is_third
+    )
+    template = ChatTemplate(load_tokenizer(out), 1, name=kind.template)
+    tokens = template.prompt(turns, *sizes_in_text(images, feature_layout("native", 1)))
+    processor = load_processor(out)
+    processor.video_processor = SimpleNamespace(merge_size=2, temporal_patch_size=2)
+    content = [
+        {"type": "text", "text": "see "},
+        {"type": "video"},
+        {"type": "text", "text": "what is it"},
+    ]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
+    pairs = sum(image.tiles > 0 for image in images)
+    assert pairs == (count + 1) // 2
+    grid = [pairs, 2 * images[0].rows, 2 * images[0].columns]
+    metadata = SimpleNamespace(frames_indices=places, fps=rate)
+    made = {"video_grid_thw": torch.tensor([grid]), "video_metadata": [metadata]}
+    clip = processor.replace_video_token(made, 0)
+    [text], _ = processor.get_text_with_replacements([text], videos_replacements=[clip])
+    found = processor.tokenizer(text)["input_ids"]
+    assert text.count("<|vision_end|>") == (pairs if kind.is_third else 1)
+    assert found.count(processor.video_token_id) == pairs * images[0].tiles
+    ours = np.where(tokens == template.context_token_id, processor.video_token_id, tokens)
+    assert found == ours.tolist()
 
 
 _EDGES = {"shortest_edge": 128, "longest_edge": 6400}
