@@ -2,7 +2,8 @@
 
 Run as a process of its own by ``test_loaders.py``, with an old transformers in front of the path.
 Nothing of megavlm is imported. Input on stdin: ``{"folders": {name: path}, "texts": [...],
-"tokens": [...]}``, or ``{"models": {name: path}}`` for folders whose classes transformers has.
+"tokens": [...]}``, or ``{"models": {name: path}}`` for folders whose classes transformers has, with
+``"positions": {name: [...]}`` for transformers 5.
 """
 
 import json
@@ -58,8 +59,11 @@ def language_of(folder, tokens):
     return {"values": logits.tolist()}
 
 
-def seeing(folder):
-    """Return logits of a Qwen2-VL or a successor for an image of 10 x 6 patches in a text."""
+def seeing(folder, positions):
+    """Return logits of a Qwen2-VL or a successor for an image of 10 x 6 patches in a text, and a
+    video of four pairs of frames of 4 x 2 patches, and where its tokens stand unless ``positions``
+    says so.
+    """
     settings = json.loads((Path(folder) / "config.json").read_text())
     form = getattr(transformers, settings["architectures"][0])
     options = {"torch_dtype": torch.float32, "output_loading_info": True}
@@ -67,27 +71,49 @@ def seeing(folder):
     vision = settings["vision_config"]
     size = 3 * vision["temporal_patch_size"] * vision["patch_size"] ** 2
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(10, 100, (1, 30), generator=generator)
-    tokens[0, 3] = settings["vision_start_token_id"]
-    tokens[0, 4:19] = settings["image_token_id"]
+    start, image, video = (
+        settings[f"{name}_token_id"] for name in ("vision_start", "image", "video")
+    )
+    # Pairs stand apart in the texts of a Qwen3-VL.
+    pair = [start, *[video] * 2, 5, 6] if "qwen3" in settings["model_type"] else [video] * 2
+    clip = pair * 4 if len(pair) > 2 else [start, *pair * 4]
+    tokens = torch.tensor([[9, 8, 7, start, *[image] * 15, 11, 12, *clip, *range(20, 28)]])
     inputs = {
         "input_ids": tokens,
         "attention_mask": torch.ones_like(tokens),
         "pixel_values": torch.randn(60, size, generator=generator),
         "image_grid_thw": torch.tensor([[1, 10, 6]]),
+        "pixel_values_videos": torch.randn(32, size, generator=generator),
+        "video_grid_thw": torch.tensor([[4, 4, 2]]),
     }
-    if transformers.__version__.startswith("5"):
-        inputs["mm_token_type_ids"] = (tokens == settings["image_token_id"]).int()
+    grids = {name: inputs[name] for name in ("input_ids", "image_grid_thw", "video_grid_thw")}
+    if "tokens_per_second" in vision:  # a whole number, since transformers 4 rounds it down
+        grids["second_per_grid_ts"] = inputs["second_per_grid_ts"] = torch.tensor([2.0])
+    if positions is None:
+        positions = model.model.get_rope_index(**grids)[0].tolist()
+    else:
+        inputs["position_ids"] = torch.tensor(positions)
+        kinds = (tokens == image).int() + 2 * (tokens == video).int()
+        inputs["mm_token_type_ids"] = kinds
     with torch.no_grad():
         logits = model.eval()(**inputs).logits[0]
-    return {"values": logits.tolist(), "others": {name: len(info[name]) for name in info}}
+    others = {name: len(info[name]) for name in info}
+    return {
+        "values": logits.tolist(),
+        "others": others,
+        "tokens": tokens[0].tolist(),
+        "positions": positions,
+    }
 
 
 def main():
     """Read what to load, and print what was read."""
     job = json.load(sys.stdin)
     if "models" in job:
-        found = {name: seeing(folder) for name, folder in job["models"].items()}
+        positions = job.get("positions", {})
+        found = {
+            name: seeing(folder, positions.get(name)) for name, folder in job["models"].items()
+        }
         print(json.dumps({"version": transformers.__version__, "models": found}))
         return
     found = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,11 +10,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import InternVLForConditionalGeneration
 
 from megavlm.convert.hf import convert
+from megavlm.convert.hf.json_files import read_json
+from megavlm.data.loading.rotary_positions import rotary_positions
+from megavlm.data.sample import Image
 from megavlm.data.text.tokenizer import IMAGE_TOKEN_SETS, load_tokenizer
 from tests.convert.models import KINDS, make_hf
 from tests.convert.part_folders import make_tokenizer
@@ -112,7 +117,7 @@ def test_exports_of_qwens_load_in_transformers_4(
     folders = {}
     for kind, architecture in QWEN_VL.items():
         vision = architecture.vision
-        # The image has 10 x 6 patches.
+        # Image and video have patches for tiles of two by two.
         if vision.grid != 2 or vision.family not in families:
             continue
         source = make_qwen_vl(
@@ -120,13 +125,44 @@ def test_exports_of_qwens_load_in_transformers_4(
         )
         start = convert.import_(source, tmp_path / f"{kind} start", tokenizer=tmp_path / "words")
         folders[kind] = str(convert.export(start, tmp_path / kind))
-    ours = load_elsewhere({"models": folders}, "")
     theirs = load_elsewhere({"models": folders}, str(installs / version))
+    # transformers 5 would let the text behind the video go on elsewhere.
+    positions = {kind: found["positions"] for kind, found in theirs["models"].items()}
+    ours = load_elsewhere({"models": folders, "positions": positions}, "")
     assert theirs["version"] == version != ours["version"]
     for kind, found in theirs["models"].items():
         assert not any(found["others"].values()), kind
+        vision = QWEN_VL[kind].vision
+        marks = read_json(Path(folders[kind]) / "config.json")
+        tokens = np.array(found["tokens"])
+        tokens[tokens == marks["video_token_id"]] = token
+        shown = _image_and_video(apart=vision.family == "qwen3_vl")
+        length = np.array([len(tokens)])
+        wanted = rotary_positions(tokens, length, shown, token, vision.tokens_per_second)
+        assert np.array_equal(np.array(found["positions"])[:, 0], wanted.of_tokens), kind
         expected = torch.tensor(ours["models"][kind]["values"])
         assert (torch.tensor(found["values"]) - expected).abs().max() < 1e-4, kind
+
+
+def _image_and_video(*, apart: bool) -> list[Image]:
+    """Return the image and the frames of ``seeing`` in ``load_elsewhere``; ``apart`` says whether
+    each pair of frames is an image of its own in the text.
+    """
+    still = Image(encoded=b"", width=1, height=1, columns=3, rows=5, tiles=15)
+    return [
+        still,
+        *(
+            dataclasses.replace(
+                still,
+                columns=1,
+                rows=2,
+                tiles=0 if number % 2 else 2,
+                frames=2 - number % 2 if apart else 8 - number,
+                interval=2.0,
+            )
+            for number in range(8)
+        ),
+    ]
 
 
 def _logits(exported: Path) -> torch.Tensor:
