@@ -18,7 +18,7 @@ from megavlm.data.text.tokenizer import add_special_tokens, load_tokenizer
 from tests.convert.tool import run_tool
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-BOUNDS = {"least": 2352, "most": 15680, "total": 156800}
+BOUNDS = {"least": 2352, "most": 15680, "total": 36000}
 PIXELS = ["--min_pixels", "1568", "--max_pixels", "31360"]
 for _name, _flag in (("least", "min"), ("most", "max"), ("total", "total")):
     PIXELS += [f"--video_{_flag}_pixels", str(BOUNDS[_name])]
@@ -59,6 +59,7 @@ class Film:
 FILMS = [
     Film(name="short.mp4", size=(94, 62), frames=13, chosen=[1, 4, 7, 10]),
     Film(name="long.mp4", size=(32, 36), frames=103, chosen=[*range(2, 98, 5)]),
+    Film(name="large.mp4", size=(120, 84), frames=63, chosen=[*range(2, 58, 5)]),  # for the total
     Film(name="one.mp4", size=(130, 70), frames=1, chosen=[0]),
     Film(name="three.mp4", size=(64, 200), frames=3, chosen=[0, 1]),
     Film(name="phone.mp4", size=(48, 90), frames=25, chosen=[2, 7, 12, 17]),
