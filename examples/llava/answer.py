@@ -21,24 +21,41 @@ from megavlm.evaluate.packs import prepare
 from megavlm.evaluate.task import read_tasks
 
 
-def share_right(out: Path, name: str, exam: Exam) -> float:
+def share_right(
+    out: Path,
+    name: str,
+    exam: Exam,
+    packs: str = "packs/stage2",
+    frames: int = 3,
+    max_new_tokens: int = 4,
+) -> float:
     """Return the share of first questions that an exported model answers right; prompts and pixels
-    are made as for the packs of stage 2.
+    are made as for packs.
+
+    Args:
+        out: folder of try.sh.
+        name: of the export.
+        exam: records of boards or videos.
+        packs: in ``out``.
+        frames: that are shown of a video.
+        max_new_tokens: longest answer.
     """
     rows = []
     for record in exam:
         question, answer = (turn["value"] for turn in record["conversations"][:2])
-        media = {
+        media: dict[str, Any] = {
             key: str((out / "data" / "images" / record[key]).resolve())
             for key in ("image", "video")
             if key in record
         }
+        if "video" in media:
+            media["frames"] = frames
         rows.append({"question": question, "answer": answer, **media})
     path = out / "exam.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     [task] = read_tasks((str(path),))
-    asked = prepare(task, out / "packs" / "stage2")
-    given = generate(load_reference(out / "exported" / name), asked, max_new_tokens=4)
+    asked = prepare(task, out / packs)
+    given = generate(load_reference(out / "exported" / name), asked, max_new_tokens)
     right = [asked.text(tokens) == row["answer"] for tokens, row in zip(given, rows, strict=True)]
     return sum(right) / len(exam)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
@@ -75,21 +76,37 @@ def write_records(
     return records
 
 
+def save_frames(pictures: list[Image.Image], path: Path) -> Path:
+    """Save pictures as a folder of frames, and return it."""
+    path.mkdir()
+    for number, picture in enumerate(pictures):
+        picture.save(path / f"{number}.png")
+    return path
+
+
 def write_videos(
-    rng: np.random.Generator, scans: Scans, count: int, folder: Path, name: str
+    rng: np.random.Generator,
+    scans: Scans,
+    count: int,
+    folder: Path,
+    name: str,
+    save: Callable[[list[Image.Image], Path], Path] = save_frames,
 ) -> list[dict[str, Any]]:
-    """Save videos of one digit after the other, as folders of frames, and return questions about
-    them.
+    """Save videos of one digit after the other, and return questions about them.
+
+    Args:
+        rng: draws digits.
+        scans: of digits.
+        count: of videos.
+        folder: to save in.
+        name: their names begin with it.
+        save: saves the pictures of a video, by a path without an ending, and returns its own.
     """
     records = []
     for number in range(count):
-        video = f"{name}{number:05d}"
-        (folder / video).mkdir()
-        digits = []
-        for frame in range(len(PLACES)):
-            board = make_board(rng, scans, (1, 1))
-            digits.append(str(board.digits[0]))
-            board.picture.save(folder / video / f"{frame}.png")
+        boards = [make_board(rng, scans, (1, 1)) for _ in PLACES]
+        digits = [str(board.digits[0]) for board in boards]
+        video = save([board.picture for board in boards], folder / f"{name}{number:05d}")
         asked = [
             ("Which digits come?", " ".join(digits)),
             *((f"Which digit comes {PLACES[i]}?", digit) for i, digit in enumerate(digits)),
@@ -100,7 +117,7 @@ def write_videos(
             turns.append({"from": "human", "value": question})
             turns.append({"from": "gpt", "value": answer})
         turns[0]["value"] = f"<video>\n{turns[0]['value']}"
-        records.append({"video": video, "conversations": turns})
+        records.append({"video": video.name, "conversations": turns})
     return records
 
 

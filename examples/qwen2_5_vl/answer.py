@@ -22,8 +22,14 @@ from transformers import (
 )
 from transformers.utils import is_torchvision_available
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from try_out import Exam, compare
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "llava"))
+from answer import share_right as share_as_packed
+from try_out import Exam, compare, read_exam
+
+FRAMES = 6  # of a video
+MAX_NEW_TOKENS = 6  # three digits, and what ends them
 
 
 class WithoutVideos(Qwen2_5_VLProcessor):
@@ -67,14 +73,22 @@ def share_right(out: Path, name: str, exam: Exam) -> float:
     return right / len(exam)
 
 
-def told_by_the_trainer(out: Path) -> dict[str, Any]:
-    """Return the share of right answers that the last stage has measured itself."""
+def about_videos(out: Path) -> dict[str, Any]:
+    """Return the share of first questions about held-out videos that are answered right, by
+    transformers before and after, whose tokens and pixels are made as for packs, and by the trainer
+    itself; and that of boards by the trainer. One that guesses digits has a tenth.
+    """
+    exam = read_exam(out, "video_exam")
+    how = ("packs/stage3", FRAMES, MAX_NEW_TOKENS)
     lines = (out / "runs" / "sft" / "metrics.jsonl").read_text().splitlines()
-    found = [
-        value for line in lines for name, value in json.loads(line).items() if "questions" in name
-    ]
-    return {"metric_after_by_the_trainer": found[-1]}
+    told = {name: value for line in lines for name, value in json.loads(line).items()}
+    return {
+        "metric_after_by_the_trainer": told["boards/accuracy"],
+        "metric_before_of_videos": share_as_packed(out, "start", exam, *how),
+        "metric_after_of_videos": share_as_packed(out, "sft", exam, *how),
+        "metric_after_of_videos_by_the_trainer": told["films/accuracy"],
+    }
 
 
 if __name__ == "__main__":
-    compare(__doc__, share_right, "start", "sft", told_by_the_trainer)
+    compare(__doc__, share_right, "start", "sft", about_videos)

@@ -1,5 +1,6 @@
 """Make what the try-out of Qwen2.5-VL starts from: boards of one or two handwritten digits with a
-question about each, and a small Qwen2.5-VL that has learned nothing, with a tokenizer as Qwen's.
+question about each, videos of three moving digits, one after the other, and a small
+Qwen2.5-VL that has learned nothing, with a tokenizer as Qwen's.
 
 python examples/qwen2_5_vl/make_parts.py OUT
 """
@@ -7,11 +8,15 @@ python examples/qwen2_5_vl/make_parts.py OUT
 from __future__ import annotations
 
 import json
+import re
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
@@ -23,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "llava"))
 from boards import split_scans
 from make_data import HELD_OUT_SCANS, train_tokenizer, write_lines
-from make_parts import one_question_each, write_records
+from make_parts import one_question_each, write_records, write_videos
 from try_out import parse_parts
 
 PATCH = 5  # pixels; boards have two or four columns and rows of tiles of two by two patches
@@ -39,6 +44,7 @@ VISION = dict(
     window_size=4 * PATCH,
     fullatt_block_indexes=[1, 3],
     out_hidden_size=128,
+    tokens_per_second=2,
 )
 LANGUAGE = dict(
     hidden_size=128,
@@ -49,8 +55,56 @@ LANGUAGE = dict(
     max_position_embeddings=2048,
     rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
 )
+FILM_SIZE = (30, 20)  # of videos, in pixels
+GROUND = (128, 128, 128)
+RATE = 4  # frames a second
+FRAMES = 6  # that are shown of the three seconds of a video: a pair of each digit
 LEAST_PIXELS = 4 * (MERGE * PATCH) ** 2
 MOST_PIXELS = 64 * (MERGE * PATCH) ** 2
+
+
+def save_film(rng: np.random.Generator, pictures: list[Image.Image], path: Path) -> Path:
+    """Save a video in which each picture moves a little to the right for a second, from one of two
+    places: an MP4 file, or a GIF without PyAV.
+    """
+    frames = []
+    for picture in pictures:
+        left = PATCH * int(rng.integers(2))
+        for step in range(RATE):
+            frame = Image.new("RGB", FILM_SIZE, GROUND)
+            frame.paste(picture, (left + 2 * step // RATE, 0))
+            frames.append(frame)
+    try:
+        import av
+    except ModuleNotFoundError:
+        path = path.with_suffix(".gif")
+        frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 // RATE)
+        return path
+    path = path.with_suffix(".mp4")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=RATE)
+        stream.width, stream.height = FILM_SIZE
+        stream.pix_fmt = "yuv420p"
+        stream.bit_rate = 400_000
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode())
+    return path
+
+
+def as_questions(records: list[dict[str, Any]], frames: int) -> list[dict[str, Any]]:
+    """Return the first question of each record as the trainer's evaluation reads it, with so many
+    frames of a video.
+    """
+    asked = []
+    for record in records:
+        question, answer = (turn["value"] for turn in record["conversations"][:2])
+        row = {"question": question.strip(), "answer": answer}
+        for key in ("image", "video"):
+            if key in record:
+                row[key] = f"images/{record[key]}"
+        asked.append(row | ({"frames": frames} if "video" in record else {}))
+    return asked
 
 
 def make_qwen(texts: list[str], folder: Path) -> None:
@@ -81,31 +135,31 @@ def make_qwen(texts: list[str], folder: Path) -> None:
 
 
 def main() -> None:
-    options = parse_parts(__doc__, records=4000, exam=100)
+    options = parse_parts(__doc__, records=4000, exam=100, videos=2500, video_exam=200)
     images = options.out / "images"
     images.mkdir(parents=True)
     train, held_out = split_scans(HELD_OUT_SCANS, 0)
-    texts: list[str] = []
-    for name, scans, number in (
-        ("train", train, options.records),
-        ("exam", held_out, options.exam),
-    ):
-        records = write_records(np.random.default_rng(len(name)), scans, number, images, name)
-        asked = one_question_each(records)
-        write_lines(options.out / f"{name}.jsonl", asked)
-        texts += [turn["value"] for record in asked for turn in record["conversations"]]
-    # The same exam, for the trainer.
-    questions = [
-        {
-            "image": f"images/{record['image']}",
-            "question": record["conversations"][0]["value"].strip(),
-            "answer": record["conversations"][1]["value"],
-        }
-        for record in asked
-    ]
-    write_lines(options.out / "questions.jsonl", questions)
-    make_qwen([text.replace("<image>", "") for text in texts], options.out / "qwen")
-    print(f"{options.records} boards, {options.exam} for the exam")
+    learned = write_records(np.random.default_rng(5), train, options.records, images, "train")
+    exam = write_records(np.random.default_rng(4), held_out, options.exam, images, "exam")
+    rng = np.random.default_rng(1)
+    save = partial(save_film, rng)
+    watched = write_videos(rng, train, options.videos, images, "video", save)
+    unseen = write_videos(rng, held_out, options.video_exam, images, "unseen", save)
+    asked = one_question_each(exam)
+    read = one_question_each(learned)
+    write_lines(options.out / "stage2.jsonl", read)
+    write_lines(options.out / "stage3.jsonl", watched + read[: options.videos // 2])
+    write_lines(options.out / "exam.jsonl", asked)
+    write_lines(options.out / "video_exam.jsonl", unseen)
+    # The same exams, for the trainer.
+    write_lines(options.out / "boards.jsonl", as_questions(asked, 0))
+    write_lines(options.out / "films.jsonl", as_questions(unseen, FRAMES))
+    turns = [turn for record in learned + watched for turn in record["conversations"]]
+    texts = [re.sub("<(image|video)>", "", turn["value"]) for turn in turns]
+    make_qwen(texts, options.out / "qwen")
+    print(
+        f"{len(learned)} boards and {len(watched)} videos, {len(asked)} and {len(unseen)} questions"
+    )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@
 # MODEL       folder of a Qwen2_5_VLForConditionalGeneration (Qwen2VLForConditionalGeneration) with its tokenizer, for finetune
 # VISION      folder of such a model, whose vision encoder stage 1 starts from
 # LANGUAGE    folder of the language model with its tokenizer, for stage 1
-# JSONL ROOT  records of conversations, and the folder of their images, for `pack`; for dpo records of a preferred and a rejected answer
+# JSONL ROOT  records of conversations, and the folder of their images and videos, for `pack`; for dpo records of a preferred and a rejected answer. Videos
+#             need `pip install 'megavlm[video]'`. Two frames a second are taken, up to 768; a pack of 8,192 tokens holds about a minute, and longer videos are
+#             rejected unless there are fewer or smaller frames: bash run.sh pack finetune --max_frames 120, or --video_min_pixels 25088 (32 tokens a pair)
 # MAX_PIXELS  pixels of an image in all its tiles, at most, for `pack` (default: what the model's image processor says; 784 pixels are a token;
 #             published models say 12845056, 16384 tokens, and an image that is longer than a pack is rejected)
 # PACKS RUNS  where packs and checkpoints go
@@ -43,7 +45,7 @@ pack() {
     if [[ ! -f "$PACKS/$stage/manifest.json" ]]; then
         python "$root/tools/pack_dataset.py" --recipe "$RECIPE" --stage "$stage" --model "${MODEL:-${VISION:?name the folder of the model as MODEL, or VISION}}" \
             --tokenizer "${MODEL:-${LANGUAGE:?name the folder of the model as MODEL, or LANGUAGE}}" --jsonl "${JSONL:?name the records}" \
-            --root "${ROOT:?name the folder of the images}" ${MAX_PIXELS:+--max_pixels "$MAX_PIXELS"} --out "$PACKS/$stage" "$@"
+            --root "${ROOT:?name the folder of the images and videos}" ${MAX_PIXELS:+--max_pixels "$MAX_PIXELS"} --out "$PACKS/$stage" "$@"
     fi
 }
 

@@ -3,6 +3,7 @@
 #
 #   MODEL=Qwen2.5-VL-7B-Instruct/ sbatch --nodes 2 examples/qwen2_5_vl/slurm.sh finetune      1, 2, 3, sft or dpo for the other stages
 #
+# The data, images and videos, are packed before, on one node: `run.sh pack STAGE` there says how.
 # Submit it from the project's folder, on a file system that all nodes share. Variables of run.sh are passed on. The same command again goes on
 # from the last checkpoint.
 #SBATCH --job-name=qwen2_5_vl

@@ -27,7 +27,8 @@ _SIZES = {
     "tiles": (50.0, "tiles of a pack, on average"),
     "image_tiles": (
         float(TYPICAL_IMAGE),
-        "tiles of an image, on average, which a vision encoder that sees all of them asks for",
+        "tiles of an image or of two frames of a video, on average, which a vision encoder that"
+        " sees all of them asks for",
     ),
     "supervised": (4096.0, "tokens of a pack that have a loss, on average"),
     "sample_tokens": (2000.0, "tokens of a sample, on average"),
