@@ -46,6 +46,8 @@ def test_every_dialect_of_the_weights_has_a_row() -> None:
         ("siglip", "language.qk_norm", True),
         ("fuyu", "language.rotary_sections", (16, 24, 24)),
         ("qwen2_vl", "vision.window_size", 112),
+        ("qwen2_vl", "vision.tokens_per_second", 2),
+        ("qwen3_vl", "vision.tokens_per_second", 2),
         ("qwen2_vl", "vision.layernorm_epsilon", 1e-5),
         ("qwen2_5_vl", "language.rotary_dynamic_factor", 2.0),
         ("qwen2_5_vl", "vision.activation", "gelu"),
