@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Qwen2.5-VL, or Qwen2-VL (RECIPE=qwen2_vl): bash run.sh pack STAGE | 1 | 2 | 3 | sft | dpo | finetune [option...]. `pack` runs on one node; the others run
-# on every node of the job. Options after the stage go to the trainer (to the packer, for `pack`): bash run.sh 1 --parallel.tensor_model_parallel_size 2
+# Qwen2.5-VL, or Qwen2-VL and Qwen3-VL (RECIPE=qwen2_vl, RECIPE=qwen3_vl): bash run.sh pack STAGE | 0 | 1 | 2 | 3 | sft | dpo | finetune [option...].
+# `pack` runs on one node; the others run on every node of the job. Options after the stage go to the trainer (to the packer, for `pack`):
+# bash run.sh 1 --parallel.tensor_model_parallel_size 4
 #
 # A published model on data of one's own:
 #   export MODEL=Qwen2.5-VL-7B-Instruct/
@@ -8,14 +9,14 @@
 #   bash examples/qwen2_5_vl/run.sh finetune                                            one node of 8 GPUs
 #   NNODES=2 MASTER_ADDR=node0 JOB_ID=7 bash examples/qwen2_5_vl/run.sh finetune        the same on each of 2 nodes
 #   sbatch --nodes 2 examples/qwen2_5_vl/slurm.sh finetune                              what a cluster with Slurm does
-# All stages, from a vision encoder and a language model (RECIPE=qwen2_vl: 1, 2 and sft):
+# All stages, from a vision encoder and a language model (RECIPE=qwen2_vl: 1, 2 and sft; RECIPE=qwen3_vl: 0 to 3 and sft):
 #   export VISION=Qwen2.5-VL-7B-Instruct/ LANGUAGE=Qwen2.5-7B/
 #   JSONL=/data/captions.jsonl ROOT=/data/images bash examples/qwen2_5_vl/run.sh pack 1        and so on, each stage with its own data
 #   bash examples/qwen2_5_vl/run.sh 1 && bash examples/qwen2_5_vl/run.sh 2                     then 3, sft and dpo
 #
-# MODEL       folder of a Qwen2_5_VLForConditionalGeneration (Qwen2VLForConditionalGeneration) with its tokenizer, for finetune
-# VISION      folder of such a model, whose vision encoder stage 1 starts from
-# LANGUAGE    folder of the language model with its tokenizer, for stage 1
+# MODEL       folder of a model of the recipe, such as a Qwen2_5_VLForConditionalGeneration, with its tokenizer, for finetune
+# VISION      folder of such a model, whose vision encoder the first stage starts from
+# LANGUAGE    folder of the language model with its tokenizer, for the first stage
 # JSONL ROOT  records of conversations, and the folder of their images and videos, for `pack`; for dpo records of a preferred and a rejected answer. Videos
 #             need `pip install 'megavlm[video]'`. Two frames a second are taken, up to 768; a pack of 8,192 tokens holds about a minute, and longer videos are
 #             rejected unless there are fewer or smaller frames: bash run.sh pack finetune --max_frames 120, or --video_min_pixels 25088 (32 tokens a pair)
@@ -38,7 +39,7 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 stage="${1:-}"
 shift || true
 
-# pack STAGE OPTION...: packs of as many tokens as the stage has, 8,192 or 32,768 (stage 3).
+# pack STAGE OPTION...: packs of as many tokens as the stage has, 8,192 to 262,144.
 pack() {
     local stage="$1"
     shift
@@ -67,24 +68,32 @@ follow() {
     train "$stage" --model "$RUNS/$before-hf" --checkpoint.load "$RUNS/$before" "$@"
 }
 
+# begin STAGE OPTION...: the first stage, from a vision encoder and a language model.
+begin() {
+    train "$@" --init.vision "${VISION:?name the folder of the vision encoder}" --init.language "${LANGUAGE:?name the folder of the language model}"
+}
+
+first=1
 last=3
+[[ "$RECIPE" == qwen3_vl ]] && first=0
 [[ "$RECIPE" == qwen2_vl ]] && last=2
 case "$stage" in
     pack)
         case "${1:-}" in
-            1 | 2 | 3 | sft | finetune) pack "$@" ;;
+            0 | 1 | 2 | 3 | sft | finetune) pack "$@" ;;
             dpo) pack "$@" --preferences ;;
-            *) echo "usage: bash run.sh pack 1 | 2 | 3 | sft | dpo | finetune [option...]" >&2 && exit 2 ;;
+            *) echo "usage: bash run.sh pack 0 | 1 | 2 | 3 | sft | dpo | finetune [option...]" >&2 && exit 2 ;;
         esac
         ;;
-    1) train 1 --init.vision "${VISION:?name the folder of the vision encoder}" --init.language "${LANGUAGE:?name the folder of the language model}" "$@" ;;
+    "$first") begin "$first" "$@" ;;
+    1) follow 1 0 "$@" ;;
     2) follow 2 1 "$@" ;;
     3) follow 3 2 "$@" ;;
     sft) follow sft "$last" "$@" ;;
     dpo) follow dpo sft "$@" ;;
     finetune) train finetune --model "${MODEL:?name the folder of the model}" --checkpoint.load "$MODEL" "$@" ;;
     *)
-        echo "usage: bash run.sh pack STAGE | 1 | 2 | 3 | sft | dpo | finetune [option...]" >&2
+        echo "usage: bash run.sh pack STAGE | 0 | 1 | 2 | 3 | sft | dpo | finetune [option...]" >&2
         exit 2
         ;;
 esac

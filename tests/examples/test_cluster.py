@@ -307,7 +307,7 @@ def test_fuyus_script_names_options_that_exist(shell: dict[str, str], tmp_path: 
     assert (args.template, args.tiling, args.model) == ("fuyu", "patches", str(tmp_path))
 
 
-@pytest.mark.parametrize("recipe", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("recipe", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_qwens_script_names_options_that_exist(shell: dict[str, str], tmp_path: Path, recipe: str):
     runs = tmp_path / "runs"
     parts = {"MODEL": str(tmp_path), "VISION": "eyes", "LANGUAGE": "words", "RECIPE": recipe}
@@ -316,6 +316,10 @@ def test_qwens_script_names_options_that_exist(shell: dict[str, str], tmp_path: 
     before = {"2": "1", "3": "2", "sft": "3", "dpo": "sft"}
     if recipe == "qwen2_vl":
         before = {"2": "1", "sft": "2"}
+    if recipe == "qwen3_vl":
+        before = {"1": "0", "2": "1", "3": "2", "sft": "3"}
+    first = "0" if recipe == "qwen3_vl" else "1"
+    template = "qwen3_vl" if recipe == "qwen3_vl" else "qwen2_vl"
     command = ["bash", str(ROOT / "examples" / "qwen2_5_vl" / "run.sh")]
     for stage in RECIPES[recipe].stages:
         (runs / f"{stage}-hf").mkdir(parents=True)
@@ -325,12 +329,12 @@ def test_qwens_script_names_options_that_exist(shell: dict[str, str], tmp_path: 
         assert (config.recipe, config.stage, config.training.seed) == (recipe, stage, 9)
         start = str(runs / before[stage]) if stage in before else ""
         assert config.checkpoint.load == (str(tmp_path) if stage == "finetune" else start)
-        assert config.init == (Init(vision="eyes", language="words") if stage == "1" else Init())
+        assert config.init == (Init(vision="eyes", language="words") if stage == first else Init())
         assert fits(config, ranks=8)
         subprocess.run([*command, "pack", stage], env=shell | parts, check=True)
         args = asked_packing(shell)
-        assert (args.template, args.tiling) == ("qwen2_vl", "native")
-        assert args.capacity == (32768 if stage == "3" else 8192)
+        assert (args.template, args.tiling) == (template, "native")
+        assert args.capacity == RECIPES[recipe].stages[stage].capacity
         assert (args.max_pixels, args.preferences) == (784000, stage == "dpo")
 
 
