@@ -4,7 +4,8 @@ too few. The rule is that of transformers' ``Qwen2VLImageProcessor``, to the las
 
 The frames of a video have one size, smaller if there are many. They are read in pairs; of an odd
 number the last is read as an image is. The rule is that of ``Qwen2VLVideoProcessor`` and
-``Qwen3VLVideoProcessor`` with ``cap_pixels_per_frame``, and of the package qwen-vl-utils.
+``Qwen3VLVideoProcessor`` with ``cap_pixels_per_frame``, and of the package qwen-vl-utils, for an
+even number of frames; the second of these first enlarges frames whose side is shorter than a tile.
 """
 
 from __future__ import annotations
