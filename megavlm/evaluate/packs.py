@@ -84,7 +84,7 @@ def requests_of(
     """
     where = task.where(question)
     _check_text(question, template, where)
-    with_times = tiling.pairs_frames and template.format.times_frames
+    with_times = tiling.shows_times(template.format)
     media = media_of(question, tiling, where, with_times=with_times)
     layout = feature_layout(tiling.mode, template.features_per_tile)
     tiles, shown = sizes_in_text(media.images, layout)

@@ -23,7 +23,13 @@ from PIL import ExifTags, PngImagePlugin, UnidentifiedImageError
 from PIL import Image as PillowImage
 
 from megavlm.config.vision import RESAMPLES
-from megavlm.data.images.jpeg import decode_jpeg, is_whole, load_jpeg_decoder, plain_size
+from megavlm.data.images.jpeg import (
+    decode_jpeg,
+    is_whole,
+    load_jpeg_decoder,
+    may_be_turned,
+    plain_size,
+)
 
 # Pillow warns above 89 million pixels and refuses twice that, but scans and maps of honest data are
 # larger. This bound costs at most 1.6 GB while an image is decoded; it takes the place of Pillow's
@@ -51,8 +57,6 @@ _TURNS = {
 _ON_ITS_SIDE = (_Turn.TRANSPOSE, _Turn.ROTATE_270, _Turn.TRANSVERSE, _Turn.ROTATE_90)
 # Formats whose orientation Pillow leaves to others; it turns a TIFF itself.
 _TURNED_FORMATS = ("JPEG", "MPO", "PNG", "WEBP")
-# One of them stands in a JPEG file that has an orientation, in EXIF or XMP.
-_SIGNS_OF_TURNS = (b"Exif\0\0", b"tiff:Orientation")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +95,7 @@ def read_header(source: bytes | Path | BinaryIO, upright: bool = False) -> Heade
     if not head:
         raise ValueError("not a readable image: the file is empty")
     size = plain_size(head)
-    if size and size[0] * size[1] <= MAX_PIXELS and not _may_be_turned(head):
+    if size and size[0] * size[1] <= MAX_PIXELS and not may_be_turned(head):
         return Header(width=size[0], height=size[1], deep=False)
     if not isinstance(source, bytes):
         source.seek(-len(head), io.SEEK_CUR)
@@ -101,11 +105,6 @@ def read_header(source: bytes | Path | BinaryIO, upright: bool = False) -> Heade
     if upright and turn in _ON_ITS_SIDE:
         width, height = height, width
     return Header(width=width, height=height, deep=_is_deep(image), turned=turn is not None)
-
-
-def _may_be_turned(encoded: bytes) -> bool:
-    """Whether a JPEG file, all of whose header is known, may have an orientation."""
-    return any(sign in encoded for sign in _SIGNS_OF_TURNS)
 
 
 def _turn_of(image: PillowImage.Image) -> PillowImage.Transpose | None:
@@ -160,8 +159,8 @@ def scale_deep(encoded: bytes) -> bytes:
         high = 1.0
     scaled = (values - low) * (255 / max(high - low, 1e-9))
     file = io.BytesIO()
-    kept = {name: image.info[name] for name in ("exif",) if name in image.info}
-    PillowImage.fromarray(np.rint(scaled).astype(np.uint8)).save(file, "PNG", **kept)
+    scaled_image = PillowImage.fromarray(np.rint(scaled).astype(np.uint8))
+    scaled_image.save(file, "PNG", exif=image.info.get("exif"))
     return file.getvalue()
 
 
@@ -206,12 +205,9 @@ def decode_pixels(encoded: bytes, on_white: bool = False, upright: bool = False)
         upright: whether the image is turned as its EXIF says, as transformers' ``load_image`` does.
     """
     pixels = decode_jpeg(encoded, MAX_PIXELS)
-    is_plain = pixels is not None and not _may_be_turned(encoded)
     if pixels is None:
         pixels = np.asarray(_decode(encoded, on_white))
-    if not upright or is_plain:
-        return pixels
-    turn = _turn_of(open_image(io.BytesIO(encoded)))
+    turn = _turn_of(open_image(io.BytesIO(encoded))) if upright else None
     return pixels if turn is None else np.asarray(PillowImage.fromarray(pixels).transpose(turn))
 
 

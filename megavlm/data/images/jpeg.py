@@ -21,6 +21,8 @@ COLOURS = ("YCbCr", "Gray")
 SEQUENTIAL_FRAMES = (0xC0, 0xC1)
 START_OF_SCAN = 0xDA
 END_OF_IMAGE = b"\xff\xd9"
+# One of them stands in front of the pixels of a file that has an orientation.
+SIGNS_OF_TURNS = (b"Exif\0\0", b"tiff:Orientation")
 OTHER_FRAMES = frozenset(range(0xC2, 0xD0)) - {0xC4, 0xC8, 0xCC}
 # Bytes of the pixels' bits that ``is_whole`` has decoded.
 TRIED_BYTES = 256
@@ -101,6 +103,14 @@ def plain_size(head: bytes) -> tuple[int, int] | None:
     """
     frame = _find_frame(head, as_pillow=True)
     return (frame.width, frame.height) if frame and frame.is_plain else None
+
+
+def may_be_turned(head: bytes) -> bool:
+    """Whether a JPEG file may have an orientation, in EXIF or XMP, so that Pillow has to say how it
+    is to be turned; ``head`` as for ``plain_size``.
+    """
+    frame = _find_frame(head)
+    return frame is None or any(sign in head[: frame.scan] for sign in SIGNS_OF_TURNS)
 
 
 def is_whole(encoded: bytes, max_pixels: int) -> bool:

@@ -28,6 +28,7 @@ from megavlm.data.images.native import (
     usual_video_pixels,
 )
 from megavlm.data.images.patches import fitted_size, patch_grid
+from megavlm.data.text.chat_format import ChatFormat
 
 # Along a side of a tile, of which even one then fills a gigabyte.
 MOST_PIXELS = 2**14
@@ -176,6 +177,12 @@ class Tiling:
         behind its time.
         """
         return self.mode == BOUNDED or self.pairs_frames
+
+    def shows_times(self, form: ChatFormat) -> bool:
+        """Whether each pair of frames of a video stands behind its time in conversations of a
+        format.
+        """
+        return self.pairs_frames and form.times_frames
 
     @property
     def pad_colour(self) -> tuple[int, int, int] | None:

@@ -95,7 +95,7 @@ class Encoder:
             tiling=tiling,
             frames=frames or FrameChoice(),
             deep_images=deep_images,
-            with_times=tiling.pairs_frames and template.format.times_frames,
+            with_times=tiling.shows_times(template.format),
         )
         self.windows = windows or Windows()
         self.truncate = truncate

@@ -157,7 +157,7 @@ class SizeLimits:
         """Return how many tokens the line of a frame, or of a pair with its time, has beside its
         features; on average of as many pairs as there are among ``images``.
         """
-        with_times = self.tiling.pairs_frames and self.template.format.times_frames
+        with_times = self.tiling.shows_times(self.template.format)
         if self.tiling.joins_frames and not with_times:
             return 0.0
         first = 10
