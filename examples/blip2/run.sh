@@ -46,6 +46,8 @@ case "$stage" in
             python "$root/tools/pack_dataset.py" --recipe blip2 --stage 1 --data_augment \
                 --jsonl "${DATA:?name the folder of the captions}/captions.jsonl" --root "$DATA/images" --tokenizer "${BERT:?name the folder of a BERT}" \
                 --capacity 1344 --tile_cap 42 --out "$PACKS/stage1" "${options[@]}"
+        else
+            echo "$PACKS/stage1 is packed already, so nothing is done; to pack with other options or data, remove it or set PACKS" >&2
         fi
         ;;
     1)
@@ -56,6 +58,8 @@ case "$stage" in
             python "$root/tools/pack_dataset.py" --recipe blip2 --stage 2 \
                 --jsonl "${DATA:?name the folder of the captions}/captions.jsonl" --root "$DATA/images" --tokenizer "${LANGUAGE:?name the language model}" \
                 --truncate 64 --capacity 2304 --tile_cap 48 --out "$PACKS/stage2" "${options[@]}"
+        else
+            echo "$PACKS/stage2 is packed already, so nothing is done; to pack with other options or data, remove it or set PACKS" >&2
         fi
         ;;
     2)

@@ -52,6 +52,8 @@ pack() {
         python "$root/tools/pack_dataset.py" --recipe "$RECIPE" --stage "$stage" --tiling "$tiling" \
             --tokenizer "${TOKENIZER:?name the folder of the tokenizer}" --jsonl "${JSONL:?name the records}" \
             --root "${ROOT:?name the folder of the images}" --capacity "$((words * pairs))" --tile_cap "$pairs" --out "$PACKS/stage$stage" "$@"
+    else
+        echo "$PACKS/stage$stage is packed already, so nothing is done; to pack with other options or data, remove it or set PACKS" >&2
     fi
 }
 

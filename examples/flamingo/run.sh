@@ -38,6 +38,8 @@ pack() {
         python "$root/tools/pack_dataset.py" --recipe flamingo \
             --jsonl "$DATA/$name.jsonl" --root "$DATA/images" --tokenizer "${LANGUAGE:?name the language model}" \
             --capacity 2048 --tile_cap 64 --out "$PACKS/$name" "$@" "${options[@]}"
+    else
+        echo "$PACKS/$name is packed already, so nothing is done; to pack with other options or data, remove it or set PACKS" >&2
     fi
 }
 

@@ -44,6 +44,8 @@ pack() {
         if [[ ! -f "$PACKS/$name/manifest.json" ]]; then
             python "$root/tools/pack_dataset.py" --model internvl2_5-8b --meta "${DATA:?name the folder of the meta files}/$name.json" \
                 --tokenizer "${TOKENIZER:?name the folder of the tokenizer}" --capacity 16384 --max_tiles 12 --out "$PACKS/$name" "${options[@]}"
+        else
+            echo "$PACKS/$name is packed already, so nothing is done; to pack with other options or data, remove it or set PACKS" >&2
         fi
     done
 }

@@ -41,6 +41,8 @@ pack() {
     if [[ ! -f "$PACKS/$name/manifest.json" ]]; then
         python "$root/tools/pack_dataset.py" --recipe "$RECIPE" --stage "$stage" --model "${VISION:?name the folder of CLIP}" --tokenizer "${LANGUAGE:?name the language model}" \
             --out "$PACKS/$name" "$@" "${options[@]}"
+    else
+        echo "$PACKS/$name is packed already, so nothing is done; to pack with other options or data, remove it or set PACKS" >&2
     fi
 }
 

@@ -45,6 +45,8 @@ pack() {
         python "$root/tools/pack_dataset.py" --recipe paligemma --stage "$stage" --model "${VISION:-${MODEL:?name the folder of SigLIP as VISION, or MODEL}}" --image_size "$(pixels "$stage")" \
             --tokenizer "${LANGUAGE:-${MODEL:?name the folder of Gemma as LANGUAGE, or MODEL}}" --jsonl "${JSONL:?name the records}" \
             --root "${ROOT:?name the folder of the images}" --capacity 4608 --out "$PACKS/stage$stage" "$@"
+    else
+        echo "$PACKS/stage$stage is packed already, so nothing is done; to pack with other options or data, remove it or set PACKS" >&2
     fi
 }
 

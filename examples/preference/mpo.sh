@@ -36,6 +36,8 @@ case "$command" in
         if [[ ! -f "$PACKS/mpo/manifest.json" ]]; then
             python "$root/tools/pack_dataset.py" --recipe internvl --stage mpo --model internvl2_5-8b --meta "${META:?name the meta file}" \
                 --tokenizer "${MODEL:?name the folder of the model}" --capacity 16384 --max_tiles 12 --out "$PACKS/mpo" "$@"
+        else
+            echo "$PACKS/mpo is packed already, so nothing is done; to pack with other options or data, remove it or set PACKS" >&2
         fi
         ;;
     train)

@@ -23,7 +23,8 @@
 # MAX_PIXELS  pixels of an image in all its tiles, at most, for `pack` (default: what the model's image processor says; 784 pixels are a token;
 #             published models say 12845056, 16384 tokens, and an image that is longer than a pack is rejected)
 # PACKS RUNS  where packs and checkpoints go
-# NNODES MASTER_ADDR MASTER_PORT JOB_ID GPUS_PER_NODE  as in examples/internvl2_5_8b/run.sh
+# NNODES MASTER_ADDR MASTER_PORT JOB_ID GPUS_PER_NODE  as in examples/internvl2_5_8b/run.sh; for one GPU (GPUS_PER_NODE=1) add the options
+#             --parallel.tensor_model_parallel_size 1 --parallel.sequence_parallel false
 #
 # Nothing here was measured on a GPU.
 # A run that is started again goes on from its last checkpoint. With more steps (--training.steps) than its export has, it needs another folder for that:
@@ -47,6 +48,8 @@ pack() {
         python "$root/tools/pack_dataset.py" --recipe "$RECIPE" --stage "$stage" --model "${MODEL:-${VISION:?name the folder of the model as MODEL, or VISION}}" \
             --tokenizer "${MODEL:-${LANGUAGE:?name the folder of the model as MODEL, or LANGUAGE}}" --jsonl "${JSONL:?name the records}" \
             --root "${ROOT:?name the folder of the images and videos}" ${MAX_PIXELS:+--max_pixels "$MAX_PIXELS"} --out "$PACKS/$stage" "$@"
+    else
+        echo "$PACKS/$stage is packed already, so nothing is done; to pack with other options or data, remove it or set PACKS" >&2
     fi
 }
 
@@ -75,14 +78,15 @@ begin() {
 
 first=1
 last=3
-[[ "$RECIPE" == qwen3_vl ]] && first=0
-[[ "$RECIPE" == qwen2_vl ]] && last=2
+stages="1 | 2 | 3 | sft | dpo | finetune"
+[[ "$RECIPE" == qwen3_vl ]] && first=0 && stages="0 | 1 | 2 | 3 | sft | finetune"
+[[ "$RECIPE" == qwen2_vl ]] && last=2 && stages="1 | 2 | sft | finetune"
 case "$stage" in
     pack)
         case "${1:-}" in
             0 | 1 | 2 | 3 | sft | finetune) pack "$@" ;;
             dpo) pack "$@" --preferences ;;
-            *) echo "usage: bash run.sh pack 0 | 1 | 2 | 3 | sft | dpo | finetune [option...]" >&2 && exit 2 ;;
+            *) echo "usage: bash run.sh pack $stages [option...]" >&2 && exit 2 ;;
         esac
         ;;
     "$first") begin "$first" "$@" ;;
@@ -93,7 +97,7 @@ case "$stage" in
     dpo) follow dpo sft "$@" ;;
     finetune) train finetune --model "${MODEL:?name the folder of the model}" --checkpoint.load "$MODEL" "$@" ;;
     *)
-        echo "usage: bash run.sh pack STAGE | 0 | 1 | 2 | 3 | sft | dpo | finetune [option...]" >&2
+        echo "usage: bash run.sh pack STAGE | $stages [option...]" >&2
         exit 2
         ;;
 esac
